@@ -1,0 +1,35 @@
+"""The reroute constraint, written once: for the plan, for stopping and for the decision.
+
+Rerouting achieved is 1 − `eval_loss_reroute` (every run starts at a loss of 1). A trial satisfies the
+constraint when it loses at most a given fraction of the rerouting that the `beta_kl = 0` baseline achieved.
+"""
+
+from collections.abc import Iterable, Mapping
+from statistics import fmean
+
+MIN_BASELINE_ACHIEVED = 0.2
+"""Below this mean rerouting achieved the baseline never rerouted, and every comparison with it is vacuous."""
+
+
+def baseline_rerouted(baseline_losses: Iterable[float]) -> bool:
+    """Whether the baselines' mean rerouting achieved reaches `MIN_BASELINE_ACHIEVED`."""
+    return 1 - fmean(baseline_losses) >= MIN_BASELINE_ACHIEVED
+
+
+def absolute_tolerance(baseline_losses: Iterable[float], reroute_tolerance: float) -> float:
+    """The allowed rise of `eval_loss_reroute`: `reroute_tolerance` × the baselines' mean rerouting achieved."""
+    return reroute_tolerance * (1 - fmean(baseline_losses))
+
+
+def reroute_regression(loss: float, seed: int, baseline: Mapping[int, float], tolerance: float) -> float:
+    """How far a trial is over (> 0) or within (≤ 0) the limit, in units of `eval_loss_reroute`.
+
+    Args:
+        loss: the trial's `eval_loss_reroute`.
+        seed: the trial's seed; compared with the baseline of the same seed where there is one,
+            otherwise with the baselines' mean.
+        baseline: `eval_loss_reroute` of the completed `beta_kl = 0` trials by seed; not empty.
+        tolerance: the value of `absolute_tolerance`.
+    """
+    paired = baseline.get(seed)
+    return loss - (fmean(baseline.values()) if paired is None else paired) - tolerance

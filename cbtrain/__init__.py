@@ -1,0 +1,1 @@
+"""Circuit-breaker training (representation rerouting) with a KL term to the frozen teacher."""

@@ -1,0 +1,232 @@
+"""What a circuit-breaker training run is: one dataclass, and a preset for each model it is known for.
+
+`get_config("llama-3.1-8b-instruct", beta_kl=1.0)` gives a preset with fields replaced; attributes may also be
+assigned. Nothing is checked until the configuration is used: `validate()` raises an `InputError` that names the
+field by its flag. Imports no torch, so that the command line answers at once.
+"""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+MaskPolicy = Literal["completion_only", "assistant_only", "full_sequence"]
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. Its text is one line: where, what, and the mend."""
+
+
+def flag(field_name: str) -> str:
+    """The command-line flag of a configuration field."""
+    return "--" + field_name.replace("_", "-")
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`"; did you mean X?"` for the known word closest to `word`, or an empty string."""
+    match = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+@dataclass(kw_only=True)
+class CircuitBreakerConfig:
+    """One training run. Defaults are the method's; presets replace what a model needs."""
+
+    model: str = ""
+    """Hugging Face model id or directory; `tiny` is the embedded model, built on first use."""
+    tokenizer: str | None = None
+    """Tokenizer id or directory, where it does not lie beside the model."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Weights and activations of the model; losses are always computed in float32."""
+
+    harmful: tuple[str, ...] = ()
+    """Files of harmful rows (.jsonl or .json, also gzipped). A labelled file may be given to both sides."""
+    benign: tuple[str, ...] = ()
+    """Files of benign rows."""
+    mask_policy: MaskPolicy = "completion_only"
+    """Which tokens are scored: the last assistant turn, all assistant turns, or every token."""
+    max_length: int = 1024
+    """Tokens a row at most; longer rows are cut on the side that is not scored, and counted."""
+    eval_fraction: float = 0.1
+    """Share of the user prompts held out for evaluation, by a hash of the prompt."""
+
+    beta_kl: float = 0.3
+    """Weight of the KL term within the retain side; 0 is the method without it."""
+    kl_temperature: float = 1.0
+    """Temperature of the KL term; the loss carries T², so gradients keep their size."""
+    alpha: float = 10.0
+    """Scale of both coefficients: cs starts at alpha and falls, cr rises towards it."""
+    schedule_horizon: float = 2.0
+    """m in p = step / (m · steps): 2 ends training at equal coefficients, as published."""
+    coefficient_schedule: Literal["linear", "cosine"] = "linear"
+    """How cs falls and cr rises with p."""
+    beta_kl_schedule: Literal["constant", "ramp"] = "constant"
+    """`ramp` multiplies beta_kl by cr / alpha."""
+    target_layers: tuple[int, ...] = (10, 20)
+    """Indices into Hugging Face `hidden_states` (k is the output of block k − 1) that are rerouted."""
+    retain_layers: Literal["target", "all"] = "target"
+    """Layers of the retain loss: the target layers, or every entry of `hidden_states`."""
+    hidden_states: Literal["hooks", "output_hidden_states"] = "hooks"
+    """How hidden states are read: hooks on the decoder blocks, or the model's own output. Same losses."""
+
+    lora_rank: int = 16
+    """Rank of the adapter."""
+    lora_alpha: float = 16.0
+    """Scale of the adapter: its product is multiplied by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.05
+    """Dropout on the adapter's input while training."""
+    lora_layers: tuple[int, ...] | None = None
+    """Decoder blocks that are adapted; None is every block."""
+    lora_targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the adapted linear modules in a block, or all of them (the head never)."""
+    lora_init_std: float = 0.0
+    """Standard deviation of lora_B at the start. 0 is LoRA's own start, where all three losses have no gradient."""
+
+    steps: int = 150
+    """Optimizer updates."""
+    batch_size: int = 16
+    """Rows a side in an optimizer update, over all workers and micro-steps."""
+    micro_batch_size: int | None = None
+    """Rows a side in one backward on one worker; None is batch_size / workers (no accumulation)."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """After the warm-up: constant, or linear decay to 0 at the last step."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm; 0 does not clip."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage."""
+    seed: int = 0
+    """Seeds the adapter's start, dropout and the order of the data."""
+
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 50
+    """Steps between held-out evaluations; 0 is only at the end."""
+    eval_batch_size: int = 16
+    """Rows in one evaluation forward."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints that a run resumes from; 0 writes none."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse a name that is no field: a typing error would otherwise leave the default in force."""
+        names = [field.name for field in dataclasses.fields(self)]
+        if name not in names:
+            raise InputError(f"{name}: no such configuration field{nearest(name, names)}")
+        object.__setattr__(self, name, value)
+
+    def validate(self) -> None:
+        """Check every field by itself and against the others; raise `InputError` naming the flag."""
+
+        def require(ok: bool, name: str, mend: str) -> None:
+            if not ok:
+                raise InputError(f"{flag(name)} {getattr(self, name)}: {mend}")
+
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float):
+                require(math.isfinite(value), field.name, "must be a finite number")
+        for name in ("beta_kl", "lora_init_std", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every"):
+            require(getattr(self, name) >= 0, name, "must be 0 or more")
+        require(self.checkpoint_every >= 0, "checkpoint_every", "must be 0 or more")
+        for name in ("kl_temperature", "alpha", "lora_rank", "lora_alpha", "steps", "batch_size", "lr"):
+            require(getattr(self, name) > 0, name, "must be more than 0")
+        for name in ("log_every", "eval_batch_size"):
+            require(getattr(self, name) > 0, name, "must be more than 0")
+        require(self.schedule_horizon >= 1, "schedule_horizon", "must be 1 or more: training ends at p = 1 / horizon")
+        require(self.max_length >= 2, "max_length", "must be 2 or more: one token predicts the next")
+        require(0 < self.eval_fraction < 1, "eval_fraction", "must lie between 0 and 1")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", "must lie in [0, 1)")
+        require(self.warmup_steps <= self.steps, "warmup_steps", f"is more than --steps {self.steps}")
+        require(len(self.target_layers) > 0, "target_layers", "name at least one layer")
+        require(len(set(self.target_layers)) == len(self.target_layers), "target_layers", "a layer is named twice")
+        require(
+            min(self.target_layers) >= 1, "target_layers", "layers start at 1 (0 is the embedding, which cannot move)"
+        )
+        require(self.lora_layers is None or len(self.lora_layers) > 0, "lora_layers", "name at least one block")
+        require(self.zero_stage in (0, 1, 2, 3), "zero_stage", "must be 0, 1, 2 or 3")
+        require(bool(self.model), "model", "name a model directory or Hugging Face id")
+        if self.micro_batch_size is not None:
+            require(
+                0 < self.micro_batch_size <= self.batch_size and self.batch_size % self.micro_batch_size == 0,
+                "micro_batch_size",
+                f"must divide --batch-size {self.batch_size}",
+            )
+
+
+@dataclass(kw_only=True)
+class CircuitBreakerConfigTiny(CircuitBreakerConfig):
+    """The embedded default: a 0.2 M parameter Llama and a small world of questions, for a laptop's CPU.
+
+    With a `--model` of one's own it is a preset for small models on a CPU.
+    """
+
+    model: str = "tiny"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_length: int = 256
+    eval_fraction: float = 0.5
+    target_layers: tuple[int, ...] = (1, 2)
+    lora_rank: int = 8
+    lora_dropout: float = 0.0
+    lora_init_std: float = 0.01
+    steps: int = 70
+    lr: float = 2e-3
+    lr_schedule: Literal["constant", "linear"] = "linear"
+    warmup_steps: int = 15
+    log_every: int = 1
+    eval_every: int = 14
+    eval_batch_size: int = 48
+
+
+@dataclass(kw_only=True)
+class CircuitBreakerConfigLlama31(CircuitBreakerConfig):
+    """Llama-3.1-8B-Instruct, with the numbers published for Llama-3-8B-Instruct.
+
+    Source: Zou et al. 2024, "Improving Alignment and Robustness with Circuit Breakers", and its training script.
+    """
+
+    model: str = "meta-llama/Llama-3.1-8B-Instruct"
+    lora_layers: tuple[int, ...] | None = tuple(range(21))
+
+
+@dataclass(kw_only=True)
+class CircuitBreakerConfigLlama4Scout(CircuitBreakerConfig):
+    """Llama-4-Scout, 109 B parameters in a mixture of experts. Untested at this size."""
+
+    model: str = "meta-llama/Llama-4-Scout-17B-16E-Instruct"
+    alpha: float = 8.0
+    target_layers: tuple[int, ...] = (12, 24, 36)
+    lora_layers: tuple[int, ...] | None = tuple(range(36))
+    steps: int = 300
+    warmup_steps: int = 30
+    lr: float = 2e-5
+    zero_stage: Literal[0, 1, 2, 3] = 3
+
+
+PRESETS: dict[str, type[CircuitBreakerConfig]] = {
+    "tiny": CircuitBreakerConfigTiny,
+    "llama-3.1-8b-instruct": CircuitBreakerConfigLlama31,
+    "llama-4-scout": CircuitBreakerConfigLlama4Scout,
+}
+
+
+def get_config(name: str, **overrides: object) -> CircuitBreakerConfig:
+    """The preset `name` with fields replaced; underscores in the name are read as hyphens.
+
+    Raises:
+        InputError: no such preset or field, with the nearest one.
+    """
+    key = name.replace("_", "-").lower()
+    if key not in PRESETS:
+        raise InputError(
+            f"--preset {name}: no such preset{nearest(key, list(PRESETS)) or '; one of ' + ', '.join(PRESETS)}"
+        )
+    config = PRESETS[key]()
+    for field_name, value in overrides.items():
+        setattr(config, field_name, value)
+    return config
