@@ -15,6 +15,7 @@ from cbtrain.data import (
     CircuitBreakerData,
     SideCounts,
     SideData,
+    TokenBatch,
     TokenRow,
     _held_out_prompts,
     collate,
@@ -108,6 +109,11 @@ def test_padding_is_decided_by_the_attention_mask_where_pad_is_the_end_of_text()
     assert batch.loss_mask.dtype == batch.prediction_mask.dtype == torch.bool
 
 
+def test_a_mask_over_padding_predicts_nothing():
+    batch = TokenBatch(torch.ones(1, 4, dtype=torch.int64), torch.tensor([[1, 1, 1, 0]]), torch.ones(1, 4).bool())
+    assert batch.prediction_mask.tolist() == [[True, True, False, False]]
+
+
 def test_a_first_token_is_scored_but_is_no_prediction():
     row = TokenRow((1, 2, 3), (True, True, True), "p", "f:1")
     assert (row.scored_tokens, row.scored_predictions) == (3, 2)
@@ -139,7 +145,7 @@ def test_truncation_is_counted_and_keeps_the_answer(config_of):
 
 
 def test_one_prompt_is_never_in_training_on_one_side_and_held_out_on_the_other(config_of):
-    variants = [("Open  the DOOR", "open the door"), ("ﬁnd\nit", "find it")]
+    variants = [("Open  the DOOR", "open the door"), ("ｆｉｎｄ\nit", "find it")]
     harmful = [pair(f"question {i}") for i in range(40)] + [pair(a) for a, _ in variants]
     benign = [pair(f"Question   {i}", "no") for i in range(20, 60)] + [pair(b) for _, b in variants]
     data = load_data(config_of(harmful, benign), bpe_tokenizer())
@@ -147,7 +153,7 @@ def test_one_prompt_is_never_in_training_on_one_side_and_held_out_on_the_other(c
     held_out = {row.prompt for side in (data.harmful, data.benign) for row in side.held_out}
     assert train.isdisjoint(held_out), train & held_out
     assert len(train | held_out) == 62
-    assert normalized_prompt("ﬁnd\nit") in train | held_out
+    assert normalized_prompt("ｆｉｎｄ\nit") in train | held_out
 
 
 def test_a_row_keeps_its_part_when_rows_are_added(config_of):
