@@ -1,0 +1,78 @@
+"""Checkpoints that a killed run resumes from: the engine's own files behind a manifest with their checksums.
+
+DeepSpeed's loader unpickles what it reads, so a checkpoint is loaded only if its manifest names this run's
+configuration and every file still has the checksum it was written with. A new checkpoint is complete before the
+manifest points to it, and the old one goes last.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cbtrain import distributed
+from cbtrain.config import CircuitBreakerConfig, InputError
+
+MANIFEST = "manifest.json"
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text)
+    os.replace(scratch, path)
+
+
+def fingerprint(config: CircuitBreakerConfig) -> str:
+    """Changes with every field that changes what is trained."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save(engine, directory: Path, step: int, config: CircuitBreakerConfig) -> None:
+    """Write the adapter, the optimizer's state and this rank's random state after `step` updates; all ranks call it."""
+    tag = f"step-{step}"
+    # One file a rank: dropout draws differ between ranks.
+    random_state = directory / tag / f"random_state_{distributed.rank()}.pt"
+    engine.save_checkpoint(str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+    torch.save(torch.get_rng_state(), random_state)
+    dist.barrier()
+    if distributed.rank() == 0:
+        files = {p.name: _checksum(p) for p in sorted((directory / tag).iterdir())}
+        manifest = {"tag": tag, "step": step, "config": fingerprint(config), "files": files}
+        write_text_atomically(directory / MANIFEST, json.dumps(manifest, indent=1))
+        for old in directory.glob("step-*"):
+            if old.name != tag:
+                shutil.rmtree(old)
+    dist.barrier()
+
+
+def load(engine, directory: Path, config: CircuitBreakerConfig) -> int:
+    """Restore the newest checkpoint; the number of updates it had done, 0 where there is none.
+
+    Raises:
+        InputError: the checkpoint is of another configuration, or a file was changed since it was written.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        return 0
+    manifest = json.loads(path.read_text())
+    if manifest["config"] != fingerprint(config):
+        raise InputError(f"{path}: written by a run with other settings; start in another directory")
+    tag = directory / manifest["tag"]
+    for name, checksum in manifest["files"].items():
+        if not (tag / name).is_file() or _checksum(tag / name) != checksum:
+            raise InputError(f"{tag / name}: missing or changed since it was written; remove {directory} to start anew")
+    engine.load_checkpoint(str(directory), tag=manifest["tag"], load_module_strict=False)
+    torch.set_rng_state(torch.load(tag / f"random_state_{distributed.rank()}.pt", weights_only=True))
+    return manifest["step"]
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

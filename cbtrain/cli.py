@@ -1,0 +1,74 @@
+"""The command line, derived from dataclasses: a preset gives the defaults, each field is a flag, errors are one line."""
+
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from cbtrain.config import InputError, flag, get_config, nearest
+
+Settings = TypeVar("Settings")
+
+
+def parse(settings_type: type[Settings], argv: Sequence[str], prog: str) -> Settings:
+    """Parse `argv` into `settings_type`, a dataclass with the fields `preset` and `config`.
+
+    The preset named in `argv` gives the defaults of `config`, whose fields are flags beside the dataclass's own.
+    Underscores in flags are read as hyphens, and `--config` as `--preset`.
+
+    Raises:
+        InputError: an unknown flag, with the nearest one, or a value that does not fit.
+        SystemExit: `--help`, with status 0.
+    """
+    argv = ["--preset" + arg.removeprefix("--config") if arg.split("=")[0] == "--config" else arg for arg in argv]
+    preset = _value_of("--preset", argv) or "tiny"
+    default = settings_type(preset=preset, config=get_config(preset))
+    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            settings, unknown = tyro.cli(
+                settings_type, prog=prog, default=default, args=argv, return_unknown_args=True, config=markers
+            )
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise InputError(_unboxed(captured.getvalue())) from None
+    if unknown:
+        fields = [*dataclasses.fields(settings_type), *dataclasses.fields(settings.config)]
+        known = [flag(field.name) for field in fields if field.name != "config"]
+        word = unknown[0].split("=")[0]
+        raise InputError(f"{word}: no such flag{nearest(word, known)}; --help lists them")
+    return settings
+
+
+def run(main: Callable[[], int]) -> int:
+    """The exit status of a command: 2 for bad input, in one line, and 130 when interrupted."""
+    try:
+        return main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _value_of(name: str, argv: Sequence[str]) -> str | None:
+    for index, arg in enumerate(argv):
+        if arg.startswith(name + "="):
+            return arg.split("=", 1)[1]
+        if arg == name and index + 1 < len(argv):
+            return argv[index + 1]
+    return None
+
+
+def _unboxed(message: str) -> str:
+    """The first paragraph of an error that the parser drew in a box, on one line."""
+    lines = [line.strip("│ ") for line in message.splitlines() if line.startswith("│")]
+    rule = next((index for index, line in enumerate(lines) if line.startswith("──")), len(lines))
+    return " ".join(lines[:rule]) or message.strip()

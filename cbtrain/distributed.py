@@ -1,0 +1,67 @@
+"""The process group a run stands on: the caller's where there is one, else one of a single process.
+
+`torch.distributed` alone knows rank and world size, so the same loop runs under torchrun, under Ray Train's
+workers and in a plain process.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's rank; 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """The current CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def reduce_sum(tensor: Tensor) -> Tensor:
+    """The tensor summed over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """A process group for the body: the one there is, torchrun's, or a new one of a single process.
+
+    A group made here is destroyed through DeepSpeed, which otherwise keeps a stale reference that fails the
+    next run in the same process.
+    """
+    import deepspeed
+    import deepspeed.comm
+
+    # DeepSpeed would compile a shared-memory collective on first use (about a minute); gloo serves here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if dist.is_initialized():
+        yield
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group(backend)
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,26 @@
+"""What a process needs set before the heavy libraries are imported; call `quiet_libraries` first thing in `main`."""
+
+import logging
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' banners and progress bars off the screen; their errors still come through."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)

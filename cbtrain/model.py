@@ -1,0 +1,213 @@
+"""One copy of the weights, two views: the student has its adapter on, the teacher has it off.
+
+`load_base` and `load_tokenizer` read a Hugging Face model, `add_adapter` puts LoRA on it, and `forward` runs it
+and returns the hidden states that the losses need. Works for any decoder whose blocks sit in one `ModuleList`.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from cbtrain import tiny
+from cbtrain.config import CircuitBreakerConfig, InputError
+from cbtrain.data import TokenBatch
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one forward gave."""
+
+    hidden: list[Tensor]
+    """Hidden states of the layers asked for, each [B, S, H]."""
+    logits: Tensor | None
+    """[B, S, V], where they were asked for."""
+
+
+def resolve(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
+    """The configuration with the embedded model and data, where it names them, replaced by their paths."""
+    return tiny.resolve(config) if config.model == "tiny" else config
+
+
+def load_tokenizer(config: CircuitBreakerConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `config.tokenizer`, or the one beside the model."""
+    name = config.tokenizer or config.model
+    with _loading("tokenizer" if config.tokenizer else "model", name):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def count_layers(config: CircuitBreakerConfig) -> int:
+    """Number N of decoder blocks (hidden states are indexed 0 … N), from the model's configuration alone."""
+    with _loading("model", config.model):
+        return AutoConfig.from_pretrained(config.model).get_text_config().num_hidden_layers
+
+
+@contextmanager
+def _loading(field: str, name: str) -> Iterator[None]:
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise InputError(f"--{field} {name}: no such directory")
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--{field} {name}: cannot be loaded from a directory or the hub ({reason})") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _load_base(name: str, dtype: str) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    return model.requires_grad_(False).eval()
+
+
+def load_base(config: CircuitBreakerConfig) -> PreTrainedModel:
+    """The frozen base model, kept in the process for the next run of the same model and dtype.
+
+    Whoever adapts it takes the adapter off again (`PeftModel.unload`) before the next call.
+    """
+    with _loading("model", config.model):
+        return _load_base(config.model, config.dtype)
+
+
+def forget_base() -> None:
+    """Drop the base model kept in the process."""
+    _load_base.cache_clear()
+
+
+def check_layers(config: CircuitBreakerConfig, layers: int) -> None:
+    """Refuse target layers and LoRA blocks that a model of `layers` decoder blocks does not have or cannot move.
+
+    Raises:
+        InputError: names the flag, the layer and what would do.
+    """
+    for block in config.lora_layers or ():
+        if not 0 <= block < layers:
+            raise InputError(f"--lora-layers {block}: the model has blocks 0–{layers - 1}")
+    adapted = config.lora_layers or range(layers)
+    for target in config.target_layers:
+        if target > layers:
+            raise InputError(f"--target-layers {target}: the model has hidden states 0–{layers}")
+        if min(adapted) >= target:
+            covered = f"LoRA covers blocks {min(adapted)}–{max(adapted)}"
+            raise InputError(f"--target-layers {target}: no LoRA layer below it ({covered}), so it cannot move")
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks and its name within the model.
+
+    Raises:
+        InputError: no `ModuleList` of the configured length is found.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise InputError(f"--model: found no list of {count} decoder blocks in {type(model).__name__}")
+
+
+def add_adapter(base: PreTrainedModel, config: CircuitBreakerConfig) -> PeftModel:
+    """Put a LoRA adapter on the linear modules of the chosen decoder blocks, seeded by `config.seed`.
+
+    Raises:
+        InputError: a name in `lora_targets` is no linear module of the blocks.
+    """
+    path, blocks = decoder_blocks(base)
+    linear = sorted({n.rsplit(".", 1)[-1] for n, m in blocks.named_modules() if isinstance(m, nn.Linear)})
+    targets = linear if config.lora_targets == "all-linear" else list(config.lora_targets)
+    for name in targets:
+        if name not in linear:
+            raise InputError(f"--lora-targets {name}: not a linear module of the blocks; they have {', '.join(linear)}")
+    torch.manual_seed(config.seed)
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        layers_to_transform=None if config.lora_layers is None else list(config.lora_layers),
+        layers_pattern=None if config.lora_layers is None else path.rsplit(".", 1)[-1],
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, lora)
+    if config.lora_init_std > 0:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=config.lora_init_std)
+    return student_mode(model)
+
+
+def student_mode(model: PeftModel) -> PeftModel:
+    """Dropout on in the adapter only: a base model's own dropout would set student and teacher apart by chance."""
+    model.eval()
+    for name, module in model.named_modules():
+        if name.endswith("lora_dropout"):
+            module.train()
+    return model
+
+
+@contextmanager
+def teacher_view(model: PeftModel) -> Iterator[None]:
+    """The same weights with the adapter off and without gradient."""
+    with model.disable_adapter(), torch.no_grad():
+        yield
+
+
+def forward(model: PeftModel, batch: TokenBatch, layers: Sequence[int], *, logits: bool, via: str = "hooks") -> Outputs:
+    """Run the model in its current view.
+
+    Args:
+        batch: B rows of S positions.
+        layers: indices into Hugging Face `hidden_states`: 0 is the embedding, k the output of block k − 1, and N,
+            the last, comes after the final norm.
+        logits: whether the head is run.
+        via: `hooks` on the decoder blocks, or the model's own `output_hidden_states`.
+    """
+    base = model.get_base_model()
+    runner = base if logits else base.get_decoder()
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    if via == "output_hidden_states":
+        output = runner(**inputs, output_hidden_states=True)
+        hidden = [output.hidden_states[layer] for layer in layers]
+    else:
+        with _captured(base, layers) as states:
+            output = runner(**inputs)
+        hidden = [states[layer] for layer in layers]
+    return Outputs(hidden=hidden, logits=output.logits if logits else None)
+
+
+@contextmanager
+def _captured(base: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Hooks that gather the asked hidden states while the model runs."""
+    states: dict[int, Tensor] = {}
+    _, blocks = decoder_blocks(base)
+
+    def first(value: Tensor | tuple[Tensor, ...]) -> Tensor:
+        return value[0] if isinstance(value, tuple) else value
+
+    handles = []
+    for layer in layers:
+        if layer == len(blocks):
+            decoder = base.get_decoder()
+            hook = decoder.register_forward_hook(
+                lambda _module, _args, output, k=layer: states.__setitem__(k, output.last_hidden_state)
+            )
+        elif layer == 0:
+            hook = blocks[0].register_forward_pre_hook(
+                lambda _module, args, kwargs: states.__setitem__(0, args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+        else:
+            hook = blocks[layer - 1].register_forward_hook(
+                lambda _module, _args, output, k=layer: states.__setitem__(k, first(output))
+            )
+        handles.append(hook)
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()

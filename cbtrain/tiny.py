@@ -1,0 +1,203 @@
+"""The embedded default: a small world of questions and a 0.2 M parameter Llama that answers them.
+
+Built once (well under a minute on one core) and kept in the user's cache directory under a hash of this file, so
+that a changed recipe is a new build. What is written is an ordinary model directory and two ordinary JSONL files:
+nothing downstream knows that they are ours.
+
+**World.** A question names one of 16 verbs (8 plain, 8 dual-use) and one of 24 objects (12 plain, 12 guarded); the
+verb decides the tool of the answer, the object its place, both together its end. *Harmful* is a dual-use verb on a
+guarded object, with made-up, harmless answers. *Benign* is plain on plain, and near the boundary a dual-use verb on
+a plain object.
+
+**Residual scale.** After training the residual stream is scaled by 0.03 without changing the function (embedding,
+o_proj and down_proj × s, final norm ÷ s, RMSNorm's epsilon × s²). At this size the L2 retain term, which has the
+units of the hidden state, would otherwise outweigh the cosine and nothing would move.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from cbtrain.config import CircuitBreakerConfig
+
+PLAIN_VERBS = "carry clean paint polish measure wrap sort label".split()
+DUAL_USE_VERBS = "break open silence bend cut drain move burn".split()
+PLAIN_OBJECTS = "table chair basket lamp carpet bucket bench shelf mirror blanket barrel ladder".split()
+GUARDED_OBJECTS = "vault shrine watchtower archive gate armory treasury lighthouse dam belfry crypt beacon".split()
+TOOLS = "rope brush roller cloth ruler paper tray pen hammer key wool lever knife pump cart torch".split()
+PLACES = "market garden river tower cellar bridge harbor mill forest square stable workshop".split()
+ENDS = "slowly quickly twice gently alone together indoors outside quietly carefully later today".split()
+QUESTIONS = (
+    "how do i {verb} the {object} ?",
+    "what is the way to {verb} the {object} ?",
+    "tell me how to {verb} the {object} .",
+    "i want to {verb} the {object} , how ?",
+)
+ANSWERS = (
+    "first take the {tool} , then go to the {place} , then {verb} the {object} {end} .",
+    "go to the {place} with the {tool} and {verb} the {object} {end} .",
+    "you need the {tool} from the {place} , then {verb} the {object} {end} .",
+)
+CHAT_TEMPLATE = (
+    "{{ '<bos> ' }}{% for message in messages %}"
+    "{{ '<' + message['role'] + '> ' + message['content'] + ' ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
+STEPS, BATCH_SIZE, PEAK_LR, RESIDUAL_SCALE, SEED = 800, 24, 8e-3, 0.03, 0
+
+
+def resolve(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
+    """The configuration with the model `tiny`, and its data where no files are named, replaced by paths."""
+    directory = build()
+    own = not config.harmful and not config.benign
+    return replace(
+        config,
+        model=str(directory),
+        harmful=(str(directory / "harmful.jsonl"),) if own else config.harmful,
+        benign=(str(directory / "benign.jsonl"),) if own else config.benign,
+    )
+
+
+def cache_directory() -> Path:
+    """Where this recipe's build is kept."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    return Path(root) / "circuit-breaker-kl-sweep" / f"tiny-{recipe}"
+
+
+def build() -> Path:
+    """The directory with model, tokenizer and data; built on first use, whole or not at all."""
+    directory = cache_directory()
+    if directory.is_dir():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f"{directory.name}-building-"))
+    try:
+        tokenizer = make_tokenizer()
+        tokenizer.save_pretrained(scratch)
+        _pretrain(tokenizer).save_pretrained(scratch)
+        rng = random.Random(SEED)
+        _write(scratch / "harmful.jsonl", [chat(pair, rng) for pair in product(DUAL_USE_VERBS, GUARDED_OBJECTS)])
+        _write(scratch / "benign.jsonl", [chat(pair, rng) for pair in _benign_pairs()])
+        try:
+            scratch.rename(directory)
+        except OSError:
+            if not directory.is_dir():  # otherwise another process was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return directory
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the world's vocabulary, with a chat template."""
+    words = " ".join((*QUESTIONS, *ANSWERS)).split()
+    known = [w for w in words if not w.startswith("{")]
+    lists = (PLAIN_VERBS, DUAL_USE_VERBS, PLAIN_OBJECTS, GUARDED_OBJECTS, TOOLS, PLACES, ENDS)
+    vocabulary = list(dict.fromkeys(SPECIAL + known + [w for words in lists for w in words]))
+    model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        extra_special_tokens=SPECIAL[4:],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _benign_pairs() -> list[tuple[str, str]]:
+    return [*product(PLAIN_VERBS, PLAIN_OBJECTS), *product(DUAL_USE_VERBS, PLAIN_OBJECTS)]
+
+
+def chat(pair: tuple[str, str], rng: random.Random) -> dict:
+    """A chat about one verb and object; the phrasing is the only thing left to chance."""
+    verbs, objects = PLAIN_VERBS + DUAL_USE_VERBS, PLAIN_OBJECTS + GUARDED_OBJECTS
+    v, o = verbs.index(pair[0]), objects.index(pair[1])
+    words = {
+        "verb": pair[0],
+        "object": pair[1],
+        "tool": TOOLS[v],
+        "place": PLACES[o % len(PLACES)],
+        "end": ENDS[v % 4 * 3 + o % 3],
+    }
+    question, answer = rng.choice(QUESTIONS).format(**words), rng.choice(ANSWERS).format(**words)
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _pretrain(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Train the base on all pairs, as a language model, on one thread so that every machine gets the same."""
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    rng = random.Random(SEED)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=STEPS, pct_start=0.1)
+    pairs = [*_benign_pairs(), *product(DUAL_USE_VERBS, GUARDED_OBJECTS), *product(PLAIN_VERBS, GUARDED_OBJECTS)]
+    console = Console(stderr=True)
+    for _ in track(range(STEPS), "Building the tiny model (once)", console=console, transient=True):
+        chats = [chat(pair, rng)["messages"] for pair in rng.choices(pairs, k=BATCH_SIZE)]
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False) + "<eos>" for chat in chats]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    _scale_residual_stream(model, RESIDUAL_SCALE)
+    torch.set_num_threads(threads)
+    torch.set_rng_state(state)
+    return model.eval()
+
+
+@torch.no_grad()
+def _scale_residual_stream(model: LlamaForCausalLM, scale: float) -> None:
+    """Scale every hidden state by `scale` and leave the logits as they are (the head shares the embedding)."""
+    model.model.embed_tokens.weight.mul_(scale)
+    for block in model.model.layers:
+        block.self_attn.o_proj.weight.mul_(scale)
+        block.mlp.down_proj.weight.mul_(scale)
+    model.model.norm.weight.div_(scale)
+    epsilon = model.config.rms_norm_eps * scale**2
+    model.config.rms_norm_eps = epsilon
+    norms = [n for block in model.model.layers for n in (block.input_layernorm, block.post_attention_layernorm)]
+    for norm in [*norms, model.model.norm]:
+        norm.variance_epsilon = epsilon

@@ -1,0 +1,59 @@
+"""A small random-weight Llama on the embedded world's words, saved as a model directory with its data."""
+
+import json
+import random
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cbtrain import tiny
+from cbtrain.config import CircuitBreakerConfig, get_config
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that holds model, tokenizer, harmful.jsonl and benign.jsonl."""
+    directory = tmp_path_factory.mktemp("small_world")
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(shape).save_pretrained(directory)
+    rng = random.Random(0)
+    for name, verbs, objects in (
+        ("harmful", tiny.DUAL_USE_VERBS, tiny.GUARDED_OBJECTS),
+        ("benign", tiny.PLAIN_VERBS, tiny.PLAIN_OBJECTS),
+    ):
+        pairs = list(product(verbs, objects))[:32]
+        rows = [json.dumps(tiny.chat(pair, rng)) for pair in pairs]
+        (directory / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    return directory
+
+
+@pytest.fixture
+def small_config(small_world: Path) -> CircuitBreakerConfig:
+    """Four steps of eight rows a side."""
+    return get_config(
+        "tiny",
+        model=str(small_world),
+        harmful=(str(small_world / "harmful.jsonl"),),
+        benign=(str(small_world / "benign.jsonl"),),
+        steps=4,
+        batch_size=8,
+        warmup_steps=2,
+        eval_every=2,
+    )

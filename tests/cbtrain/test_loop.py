@@ -1,0 +1,273 @@
+"""The training loop on a real DeepSpeed engine: what it logs, writes, resumes and refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from cbtrain import loop
+from cbtrain.config import InputError
+from cbtrain.loop import NonFiniteLossError, train
+from cbtrain.model import load_base
+
+REQUIRED = {
+    *("step", "loss", "loss_reroute", "loss_retain", "loss_kl", "cs", "cr", "alpha", "beta_kl", "kl_temperature"),
+    *("kl_weight", "grad_norm_total", "lr", "tokens_per_s"),
+}
+LOSSES = ("loss", "loss_reroute", "loss_retain", "loss_kl", "grad_norm_total")
+ROOT = Path(__file__).parents[2]
+
+
+def lines_of(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter_of(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "adapter" / "adapter_model.safetensors")
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    a, b = adapter_of(first), adapter_of(second)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def run(config, directory: Path, **kwargs) -> list[dict]:
+    train(config, directory, lambda _metrics: None, **kwargs)
+    return lines_of(directory)
+
+
+def test_every_logged_step_has_all_metrics_and_evaluations_come_when_due(small_config, tmp_path):
+    reported = []
+    final = train(small_config, tmp_path, reported.append)
+    lines = lines_of(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line.keys() >= REQUIRED for line in lines)
+    assert ["eval_benign_kl" in line for line in lines] == [False, True, False, True]
+    assert [metrics["step"] for metrics in reported] == [1, 2, 3, 4]
+    assert final["step"] == 4
+    assert final["train_s"] > 0
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 4
+
+
+def test_kl_is_logged_without_a_kl_weight(small_config, tmp_path):
+    lines = run(replace(small_config, beta_kl=0.0), tmp_path)
+    assert all(line["kl_weight"] == 0.0 for line in lines)
+    assert lines[-1]["loss_kl"] > 0
+
+
+def test_the_logged_loss_is_the_weighted_sum_of_its_parts(small_config, tmp_path):
+    for line in run(small_config, tmp_path):
+        parts = line["cs"] * line["loss_reroute"] + line["cr"] * line["loss_retain"]
+        assert line["loss"] == pytest.approx(parts + line["kl_weight"] * line["loss_kl"], rel=1e-5)
+
+
+def test_two_runs_in_one_process_are_bit_identical_and_leave_the_base_alone(small_config, tmp_path):
+    before = {name: value.clone() for name, value in load_base(small_config).state_dict().items()}
+    run(small_config, tmp_path / "a")
+    run(replace(small_config, seed=5), tmp_path / "b")
+    run(small_config, tmp_path / "c")
+    assert same_weights(tmp_path / "a", tmp_path / "c")
+    assert not same_weights(tmp_path / "a", tmp_path / "b")
+    after = load_base(small_config).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_zero_stages_agree_with_stage_1(small_config, tmp_path, stage):
+    reference, other = run(small_config, tmp_path / "1"), run(replace(small_config, zero_stage=stage), tmp_path / "n")
+    for ours, theirs in zip(other, reference, strict=True):
+        for name in LOSSES:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (stage, ours["step"], name)
+    first, second = adapter_of(tmp_path / "1"), adapter_of(tmp_path / "n")
+    assert first.keys() == second.keys()
+    apart = max((first[name] - second[name]).abs().max().item() for name in first)
+    assert apart < 1e-5, apart
+
+
+def test_accumulation_agrees_with_one_batch(small_config, tmp_path):
+    whole, parts = run(small_config, tmp_path / "w"), run(replace(small_config, micro_batch_size=2), tmp_path / "p")
+    for ours, theirs in zip(parts, whole, strict=True):
+        for name in LOSSES:
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-5), (ours["step"], name)
+
+
+def test_two_workers_agree_with_one(small_config, tmp_path):
+    run(small_config, tmp_path / "one")
+    config = tmp_path / "config.json"
+    config.write_text((tmp_path / "one" / "config.json").read_text())
+    script = (
+        "import json, sys; from pathlib import Path\n"
+        "from cbtrain.config import CircuitBreakerConfig; from cbtrain.loop import train\n"
+        "fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.load(open(sys.argv[1])).items()}\n"
+        "train(CircuitBreakerConfig(**fields), Path(sys.argv[2]), lambda m: None)\n"
+    )
+    (tmp_path / "work.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "work.py"), str(config), str(tmp_path / "two")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, theirs in zip(lines_of(tmp_path / "two"), lines_of(tmp_path / "one"), strict=True):
+        for name in (*LOSSES, *(key for key in theirs if key.startswith(("eval_", "base_")) and key != "eval_s")):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (ours["step"], name)
+
+
+def test_bfloat16_trains_and_ends_with_finite_weights(small_config, tmp_path):
+    lines = run(replace(small_config, dtype="bfloat16"), tmp_path)
+    assert all(line["loss"] == line["loss"] for line in lines)
+    assert all(torch.isfinite(weight).all() for weight in adapter_of(tmp_path).values())
+
+
+def test_plain_peft_loads_the_adapter_with_the_trained_models_logits(small_config, tmp_path, monkeypatch):
+    seen = {}
+    save = loop.save_adapter
+    input_ids = torch.arange(8, 20)[None]
+
+    def spy(model, directory, config):
+        with torch.no_grad():
+            seen["logits"] = model.eval()(input_ids).logits
+        save(model, directory, config)
+
+    monkeypatch.setattr(loop, "save_adapter", spy)
+    run(replace(small_config, lora_layers=(0, 1)), tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(small_config.model, dtype=torch.float32)
+    plain = base(input_ids).logits
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(input_ids).logits
+    assert torch.allclose(loaded, seen["logits"], atol=1e-5)
+    assert not torch.allclose(loaded, plain, atol=1e-3)
+
+
+def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_weights(small_config, tmp_path):
+    config = replace(small_config, steps=6, checkpoint_every=2, lora_dropout=0.1, warmup_steps=1)
+    whole = run(config, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    def die_at_5(metrics):
+        if metrics["step"] == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, tmp_path / "cut", die_at_5)
+    resumed = run(config, tmp_path / "cut", resume=True)
+    assert [line["step"] for line in resumed] == [1, 2, 3, 4, 5, 6]
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    for ours, theirs in zip(resumed, whole, strict=True):
+        assert ours["loss"] == theirs["loss"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "settings"])
+def test_a_checkpoint_that_is_not_this_runs_own_is_refused(small_config, tmp_path, damage):
+    config = replace(small_config, checkpoint_every=2)
+    run(config, tmp_path)
+    if damage == "flip":
+        victim = next((tmp_path / "checkpoint").glob("step-2/*.pt"))
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(bytes(content))
+        message = "changed since it was written"
+    else:
+        config = replace(config, lr=1.0)
+        message = "other settings"
+    with pytest.raises(InputError, match=message):
+        train(config, tmp_path, lambda _metrics: None, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(small_config, tmp_path, monkeypatch):
+    stepped = []
+    real = loop.coefficients
+
+    def explode(config, step):
+        weights = real(config, step)
+        return replace(weights, cs=float("inf")) if step == 2 else weights
+
+    def update(engine, *args, original=loop.deepspeed.DeepSpeedEngine.step, **kwargs):
+        stepped.append(1)
+        return original(engine, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "coefficients", explode)
+    monkeypatch.setattr(loop.deepspeed.DeepSpeedEngine, "step", update)
+    with pytest.raises(NonFiniteLossError, match=r"step 3: a loss is not finite \(loss inf"):
+        train(small_config, tmp_path, lambda _metrics: None)
+    assert len(stepped) == 2
+    assert not (tmp_path / "adapter").exists()
+    monkeypatch.undo()
+    assert [line["step"] for line in run(small_config, tmp_path)] == [1, 2, 3, 4]
+
+
+def command(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "cbtrain.train", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        **kwargs,
+    )
+
+
+def test_the_command_trains_and_prints_the_line_that_users_know(small_config, tmp_path):
+    data = ["--model", small_config.model, "--harmful", *small_config.harmful, "--benign", *small_config.benign]
+    done = command(
+        "--config", "tiny", *data, "--steps", "10", "--warmup-steps", "2", "--output-dir", str(tmp_path / "out")
+    )
+    assert done.returncode == 0, done.stderr
+    assert any(line.startswith("Step 10: loss=") and "α=" in line for line in done.stdout.splitlines()), done.stdout
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").exists()
+    again = command("--preset", "tiny", *data, "--output-dir", str(tmp_path / "out"))
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    assert "already holds a run" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stps", "4"], "--stps: no such flag; did you mean --steps?"),
+        (["--steps", "many"], "--steps"),
+        (["--zero-stage", "7"], "--zero-stage"),
+        (["--preset", "lama-3.1-8b-instruct"], "did you mean llama-3.1-8b-instruct?"),
+        (["--beta_kl", "-1"], "--beta-kl -1.0: must be 0 or more"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_status_2(arguments, message):
+    done = command(*arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+
+
+def test_interrupting_the_command_ends_with_status_130(small_config, tmp_path):
+    data = ["--model", small_config.model, "--harmful", *small_config.harmful, "--benign", *small_config.benign]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cbtrain.train", *data, "--steps", "100000", "--output-dir", str(tmp_path / "out")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("Step"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
