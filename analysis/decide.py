@@ -1,0 +1,286 @@
+"""Which beta_kl to ship, from a sweep's trials: a table in, a `Decision` out. No file, no clock.
+
+Among the settings that were run, the one with the lowest posterior mean drift whose probability of losing at most
+`reroute_tolerance` of the baseline's rerouting is at least `confidence`, under the model of `analysis.posterior`.
+Everything is computed from raw metrics, so that tolerance and confidence can be changed after the sweep.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from analysis.constraint import absolute_tolerance, baseline_rerouted
+from analysis.decision import Baseline, Decision, Needed, SettingAssessment
+from analysis.posterior import (
+    BETA_KL_RANGE,
+    DRIFT_PRIOR,
+    KL_TEMPERATURE_RANGE,
+    REROUTE_PRIOR,
+    Array,
+    Mixture,
+    Posterior,
+    coordinates,
+    fit,
+)
+from analysis.rules import Outlook, evaluate_rules
+from analysis.wording import count, number, percent, signed, temperature, with_relation
+
+MIN_DRIFT = 1e-12
+"""Nats per token; less drift is taken as this, since its logarithm is modelled."""
+_REQUIRED = ("beta_kl", "kl_temperature", "seed", "status", "eval_loss_reroute", "eval_benign_kl")
+
+
+def decide(trials: pd.DataFrame, *, reroute_tolerance: float = 0.05, confidence: float = 0.95) -> Decision:
+    """Decide from raw trials (columns of `trials.csv`); only completed ones with finite metrics count.
+
+    Raises:
+        ValueError: a column that is needed is missing, or an argument is out of its range.
+    """
+    _check(trials, reroute_tolerance, confidence)
+    usable, warnings = finite_trials(trials)
+    baselines, candidates = usable[usable["beta_kl"] == 0], usable[usable["beta_kl"] > 0]
+    decision = Decision(
+        verdict="baseline_failed",
+        reason=_why_no_baseline(trials),
+        reroute_tolerance=reroute_tolerance,
+        confidence=confidence,
+        seed_rules=evaluate_rules(usable, None, None, None, confidence),
+        n_trials=len(usable),
+        warnings=tuple(warnings),
+    )
+    if baselines.empty:
+        return decision
+    baseline = _baseline(baselines, usable)
+    tolerance = absolute_tolerance(baselines["eval_loss_reroute"], reroute_tolerance)
+    decision = replace(decision, baseline=baseline, tolerance=tolerance)
+    if not baseline_rerouted(baselines["eval_loss_reroute"]):
+        reason = f"Without KL only {percent(baseline.achieved)} of the rerouting was achieved: nothing to compare with."
+        return replace(decision, verdict="baseline_never_rerouted", reason=reason)
+    model = _Model.of(usable, baseline, reroute_tolerance)
+    needed = _needed(model, baseline, tolerance, len(trials))
+    decision = replace(decision, verdict="insufficient_evidence", needed=needed)
+    if candidates.empty:
+        return replace(decision, reason="No trial with beta_kl > 0 completed.")
+    settings = _assess(candidates, model, baseline, confidence)
+    pick = settings[0] if settings[0].qualifies else None
+    near = pick.beta_kl if pick else None
+    rules = evaluate_rules(usable, near, model.outlook(0.3, 1.0), model.outlook(0.5, 1.0), confidence)
+    decision = replace(decision, settings=settings, seed_rules=rules)
+    if pick is not None:
+        return _chosen(decision, pick, baseline)
+    on_map = model.lost(_map_grid()).probability_below(reroute_tolerance)
+    if max(on_map.max(), settings[0].probability_feasible) < 1 - confidence:
+        return _none_qualifies(decision, baseline)
+    return replace(decision, reason=_why_insufficient(settings, needed, tolerance, confidence))
+
+
+def pick_candidates(decision: Decision) -> tuple[SettingAssessment, ...]:
+    """The settings that qualify, least drift first: the pick, then what to step down to."""
+    return tuple(setting for setting in decision.settings if setting.qualifies)
+
+
+def finite_trials(trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The trials that count: completed, with finite metrics; and a warning about completed ones without."""
+    completed = trials[trials["status"] == "completed"]
+    metrics = completed[["eval_loss_reroute", "eval_benign_kl"]].astype(float)
+    finite = np.isfinite(metrics).all(axis=1)
+    ignored = int((~finite).sum())
+    warnings = [f"{count(ignored, 'completed trial')} without finite metrics: ignored."] if ignored else []
+    return completed[finite].reset_index(drop=True), warnings
+
+
+@dataclass(frozen=True)
+class _Model:
+    """Both metrics' posteriors. Rerouting is in fractions of what the baseline achieved, drift in its logarithm."""
+
+    reroute: Posterior
+    drift: Posterior
+    limit: float
+
+    @classmethod
+    def of(cls, usable: pd.DataFrame, baseline: Baseline, reroute_tolerance: float) -> "_Model":
+        x = coordinates(usable["beta_kl"], usable["kl_temperature"])
+        lost = (usable["eval_loss_reroute"].to_numpy(float) - baseline.eval_loss_reroute) / baseline.achieved
+        log_drift = np.log(usable["eval_benign_kl"].to_numpy(float).clip(min=MIN_DRIFT))
+        seed = usable["seed"].to_numpy()
+        return cls(fit(x, seed, lost, REROUTE_PRIOR), fit(x, seed, log_drift, DRIFT_PRIOR), reroute_tolerance)
+
+    def lost(self, points: Array) -> Mixture:
+        """Rerouting lost against the baseline at `points` `[m, 2]`."""
+        return self.reroute.difference(points, coordinates(0.0, 1.0)[0])
+
+    def outlook(self, beta_kl: float, kl_temperature: float) -> Outlook:
+        point = coordinates(beta_kl, kl_temperature)
+        feasible = float(self.lost(point).probability_below(self.limit)[0])
+        return Outlook(beta_kl, feasible, math.exp(self.drift.value(point).expectation()[0]))
+
+
+def _check(trials: pd.DataFrame, reroute_tolerance: float, confidence: float) -> None:
+    missing = [name for name in _REQUIRED if name not in trials]
+    if missing:
+        raise ValueError(f"trials: no column {', '.join(missing)}")
+    if not 0 < reroute_tolerance < 1:
+        raise ValueError(f"reroute_tolerance {reroute_tolerance}: must lie between 0 and 1")
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence {confidence}: must lie in [0.5, 1)")
+
+
+def _mean(rows: pd.DataFrame, column: str) -> float | None:
+    """Mean of the finite values; None where there is none."""
+    values = rows[column].astype(float).to_numpy() if column in rows else np.empty(0)
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else None
+
+
+def _baseline(baselines: pd.DataFrame, usable: pd.DataFrame) -> Baseline:
+    losses = baselines["eval_loss_reroute"].astype(float)
+    return Baseline(
+        n_seeds=int(baselines["seed"].nunique()),
+        eval_loss_reroute=float(losses.mean()),
+        achieved=float(1 - losses.mean()),
+        reroute_sd=float(losses.std(ddof=1)) if len(losses) > 1 else None,
+        drift=float(np.exp(np.log(baselines["eval_benign_kl"].astype(float).clip(lower=MIN_DRIFT)).mean())),
+        harmful_nll=_mean(baselines, "eval_harmful_nll"),
+        base_harmful_nll=_mean(usable, "base_harmful_nll"),
+    )
+
+
+def _assess(
+    candidates: pd.DataFrame, model: _Model, baseline: Baseline, confidence: float
+) -> tuple[SettingAssessment, ...]:
+    """Every setting that ran: those that qualify first, by drift, then the others by probability."""
+    groups = list(candidates.groupby(["beta_kl", "kl_temperature"]))
+    points = np.concatenate([coordinates(beta_kl, heat) for (beta_kl, heat), _ in groups])
+    lost = model.lost(points)
+    delta, low, high = (baseline.achieved * x for x in (lost.expectation(), lost.quantile(0.025), lost.quantile(0.975)))
+    feasible = lost.probability_below(model.limit)
+    drift = np.exp(model.drift.value(points).expectation())
+    dominated = np.any((delta[:, None] > delta) & (drift[:, None] > drift), axis=1).tolist()
+    settings = []
+    for i, ((beta_kl, heat), rows) in enumerate(groups):
+        harmful_nll = _mean(rows, "eval_harmful_nll")
+        settings.append(
+            SettingAssessment(
+                beta_kl=float(beta_kl),
+                kl_temperature=float(heat),
+                n_seeds=int(rows["seed"].nunique()),
+                probability_feasible=float(feasible[i]),
+                qualifies=bool(feasible[i] >= confidence),
+                drift=float(drift[i]),
+                reroute_delta=float(delta[i]),
+                reroute_delta_interval=(float(low[i]), float(high[i])),
+                pareto=not dominated[i],
+                harmful_nll=harmful_nll,
+                behaviour_returns=_behaviour_returns(harmful_nll, baseline),
+            )
+        )
+    return tuple(sorted(settings, key=lambda s: (not s.qualifies, s.drift if s.qualifies else -s.probability_feasible)))
+
+
+def _behaviour_returns(harmful_nll: float | None, baseline: Baseline) -> bool:
+    """Whether harmful completions gained less than 1 nat over the base, and less than half what the baseline gained."""
+    if harmful_nll is None or baseline.harmful_nll is None or baseline.base_harmful_nll is None:
+        return False
+    gain = harmful_nll - baseline.base_harmful_nll
+    return gain < 1 and gain < (baseline.harmful_nll - baseline.base_harmful_nll) / 2
+
+
+def _chosen(decision: Decision, pick: SettingAssessment, baseline: Baseline) -> Decision:
+    behaviour, warnings = "", list(decision.warnings)
+    if pick.behaviour_returns:
+        behaviour = (
+            f"harmful completions are likely again although hidden states look rerouted "
+            f"(harmful NLL {number(pick.harmful_nll or 0)}; {number(baseline.harmful_nll or 0)} without KL, "
+            f"{number(baseline.base_harmful_nll or 0)} before training)"
+        )
+        warnings.append(f"At the pick {behaviour}.")
+    elif None in (pick.harmful_nll, baseline.harmful_nll, baseline.base_harmful_nll):
+        warnings.append("Harmful NLL was not recorded: nothing tells whether behaviour agrees with the cosine.")
+    if baseline.n_seeds == 1:
+        warnings.append("The baseline ran on one seed: how noisy the comparison is comes from the model's prior alone.")
+    kept = pick.drift / baseline.drift
+    qualified = len(pick_candidates(decision))
+    return replace(
+        decision,
+        verdict="choose",
+        reason=f"Of {count(len(decision.settings), 'setting')} that ran, {qualified} stayed within the limit at "
+        f"P ≥ {number(decision.confidence)}; this one has the least benign drift.",
+        beta_kl=pick.beta_kl,
+        kl_temperature=pick.kl_temperature,
+        probability_feasible=pick.probability_feasible,
+        eval_benign_kl=pick.drift,
+        drift_kept=kept,
+        drift_reduction_vs_baseline=1 - kept,
+        reroute_delta=pick.reroute_delta,
+        reroute_delta_interval=pick.reroute_delta_interval,
+        n_seeds=pick.n_seeds,
+        confirmed=pick.n_seeds >= 3,
+        behaviour_warning=behaviour,
+        warnings=tuple(warnings),
+        needed=None,
+    )
+
+
+def _none_qualifies(decision: Decision, baseline: Baseline) -> Decision:
+    return replace(
+        decision,
+        verdict="no_candidate_qualifies",
+        reason="Every beta_kl above 0 costs more rerouting than the limit allows, over the whole map.",
+        beta_kl=0.0,
+        kl_temperature=1.0,
+        probability_feasible=1.0,
+        eval_benign_kl=baseline.drift,
+        drift_kept=1.0,
+        drift_reduction_vs_baseline=0.0,
+        reroute_delta=0.0,
+        reroute_delta_interval=(0.0, 0.0),
+        n_seeds=baseline.n_seeds,
+        confirmed=baseline.n_seeds >= 3,
+        needed=None,
+    )
+
+
+def _why_no_baseline(trials: pd.DataFrame) -> str:
+    status = trials.loc[trials["beta_kl"] == 0, "status"]
+    if status.empty:
+        return "There is no trial at beta_kl = 0 to compare with."
+    states = ", ".join(f"{amount} {state}" for state, amount in status.value_counts().items())
+    return f"No baseline trial (beta_kl = 0) ended with finite metrics: {states}."
+
+
+def _why_insufficient(
+    settings: tuple[SettingAssessment, ...], needed: Needed, tolerance: float, confidence: float
+) -> str:
+    best = settings[0]
+    if best.probability_feasible < 1 - confidence:
+        return "Every setting that ran costs more rerouting than the limit allows, but the map holds untried ones."
+    if needed.sigma > tolerance / 2.5:
+        return (
+            f"No setting reaches P ≥ {number(confidence)}: seed noise (σ {number(needed.sigma, 2)}) is "
+            f"{percent(needed.sigma / tolerance)} of the limit ({number(tolerance, 2)})."
+        )
+    low, high = best.reroute_delta_interval
+    return (
+        f"No setting reaches P ≥ {number(confidence)}: beta_kl {number(best.beta_kl)} at T "
+        f"{temperature(best.kl_temperature)} comes nearest with {with_relation('P', best.probability_feasible)}, "
+        f"{signed(best.reroute_delta)} [{signed(low)}, {signed(high)}] of {number(tolerance, 2)} allowed."
+    )
+
+
+def _needed(model: _Model, baseline: Baseline, tolerance: float, n_trials: int) -> Needed:
+    """Seeds for a paired comparison at 5 % error and 80 % power, and a fresh sweep that has room for them."""
+    shared, own = model.reroute.seed_and_noise_variance()
+    correlation = shared / (shared + own)
+    measured = baseline.reroute_sd if baseline.n_seeds >= 3 else None
+    sigma = measured or math.sqrt(shared + own) * baseline.achieved
+    seeds = max(3, math.ceil(12.4 * (1 - correlation) * (sigma / tolerance) ** 2))
+    num_samples = max(2 * n_trials, 10 * math.ceil((2 * seeds + 14) / 10))
+    return Needed(seeds, num_samples, sigma, correlation)
+
+
+def _map_grid() -> Array:
+    """`[65, 2]` model coordinates over the whole search space."""
+    betas, heats = np.meshgrid(np.geomspace(*BETA_KL_RANGE, 13), np.linspace(*KL_TEMPERATURE_RANGE, 5))
+    return coordinates(betas.ravel(), heats.ravel())

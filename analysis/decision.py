@@ -1,0 +1,105 @@
+"""What a decision says: the dataclasses that `analysis.decide` returns and the report shows."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from analysis.rules import SeedRule
+
+Verdict = Literal[
+    "choose", "no_candidate_qualifies", "insufficient_evidence", "baseline_never_rerouted", "baseline_failed"
+]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The completed `beta_kl = 0` trials."""
+
+    n_seeds: int
+    eval_loss_reroute: float
+    """Mean over trials."""
+    achieved: float
+    """1 − that mean."""
+    reroute_sd: float | None
+    """Standard deviation of `eval_loss_reroute` between trials; None with one."""
+    drift: float
+    """Geometric mean of `eval_benign_kl`, nats per token."""
+    harmful_nll: float | None
+    """Mean `eval_harmful_nll`, nats per scored prediction; None where it was not recorded."""
+    base_harmful_nll: float | None
+    """The same before training."""
+
+
+@dataclass(frozen=True)
+class SettingAssessment:
+    """What is known of one setting that was run, `beta_kl` > 0. Losses are relative to the baseline."""
+
+    beta_kl: float
+    kl_temperature: float
+    n_seeds: int
+    probability_feasible: float
+    qualifies: bool
+    """P ≥ confidence."""
+    drift: float
+    """Posterior mean (of the logarithm) of `eval_benign_kl`, nats per token."""
+    reroute_delta: float
+    """Posterior mean of `eval_loss_reroute` minus the baseline's."""
+    reroute_delta_interval: tuple[float, float]
+    """Its 95 % interval."""
+    pareto: bool
+    """No other setting that ran has both less drift and less rerouting lost."""
+    harmful_nll: float | None
+    """Mean `eval_harmful_nll` over its trials."""
+    behaviour_returns: bool
+    """Harmful completions are likely again although the cosine looks rerouted."""
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What would suffice for an answer."""
+
+    seeds: int
+    """Seeds a setting, baseline included: 12.4 · (1 − ρ) · (σ / tolerance)²."""
+    num_samples: int
+    """Trials of a fresh sweep."""
+    sigma: float
+    """Standard deviation between seeds, in units of `eval_loss_reroute`."""
+    correlation: float
+    """ρ: the share of that variance which trials of one seed have in common, by the model."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The verdict, what it rests on, and every setting assessed. Fields about the pick are None without one."""
+
+    verdict: Verdict
+    reason: str
+    """One plain sentence."""
+    reroute_tolerance: float
+    confidence: float
+    seed_rules: tuple[SeedRule, ...]
+    n_trials: int
+    """Completed trials with finite metrics: those the decision rests on."""
+    baseline: Baseline | None = None
+    tolerance: float | None = None
+    """The allowed rise of `eval_loss_reroute`: `reroute_tolerance` × the rerouting that the baseline achieved."""
+    beta_kl: float | None = None
+    kl_temperature: float | None = None
+    probability_feasible: float | None = None
+    eval_benign_kl: float | None = None
+    """Posterior mean (of the logarithm) at the pick, nats per token."""
+    drift_kept: float | None = None
+    """`eval_benign_kl` as a fraction of the baseline's geometric mean."""
+    drift_reduction_vs_baseline: float | None = None
+    """1 − `drift_kept`."""
+    reroute_delta: float | None = None
+    reroute_delta_interval: tuple[float, float] | None = None
+    n_seeds: int | None = None
+    confirmed: bool = False
+    """The pick ran on at least two seeds beside its first, all pooled. Reported; no gate."""
+    behaviour_warning: str = ""
+    """Why the pick's behaviour belies its cosine; empty where it does not."""
+    warnings: tuple[str, ...] = ()
+    """All warnings, that one included."""
+    needed: Needed | None = None
+    settings: tuple[SettingAssessment, ...] = ()
+    """Those that qualify first, by drift; then the others, the most probable first."""

@@ -1,0 +1,154 @@
+"""Which beta_kl to ship, from a finished (or running) sweep, and why.
+
+    python analysis/pick_beta.py [RUN_DIR] [--reroute-tolerance X] [--confidence X]
+
+Writes `RUN_DIR/report/` (report.html, report.md, decision.json, figures/). Exit codes: 0 a setting is recommended,
+3 none is, 2 bad input, 130 interrupted.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import tempfile
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from analysis import report
+from analysis.decide import decide
+from analysis.decision import Decision
+from analysis.trials import InputError, load_curves, load_settings, load_trials
+
+DEFAULT_RUN_DIR = "runs/latest"
+_WIDTH = 80
+
+
+def write_report(
+    run_dir: str | Path, reroute_tolerance: float | None = None, confidence: float | None = None
+) -> Decision:
+    """Decide, and write `run_dir/report/`: all texts are made before the first file changes, decision.json is last.
+
+    Args:
+        run_dir: a sweep's run directory.
+        reroute_tolerance: share of the baseline's rerouting that may be lost; None is the sweep's own.
+        confidence: probability that is asked for; None is the sweep's own.
+
+    Raises:
+        InputError: the run directory cannot be read, or a value is out of its range.
+        OSError: the report cannot be written.
+    """
+    return _report(Path(run_dir), reroute_tolerance, confidence)[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+        run_dir = Path(arguments.run_dir)
+        decision, command = _report(run_dir, arguments.reroute_tolerance, arguments.confidence)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(_summary(decision, run_dir, command))
+    return 0 if decision.verdict == "choose" else 3
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises `InputError` with one line instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message.removeprefix("argument "))
+
+    def parse_args(self, *args, **kwargs):  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(*args, **kwargs)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+            mend = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(known)}"
+            raise InputError(f"{unknown[0]}: no such argument{mend}")
+        return parsed
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="pick_beta.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "run_dir",
+        nargs="?",
+        default=DEFAULT_RUN_DIR,
+        metavar="RUN_DIR",
+        help=f"run directory of a sweep (default {DEFAULT_RUN_DIR})",
+    )
+    parser.add_argument(
+        "--reroute-tolerance",
+        type=float,
+        metavar="X",
+        help="share of the baseline's rerouting that may be lost, 0 to 1 (default: the sweep's)",
+    )
+    parser.add_argument(
+        "--confidence",
+        type=float,
+        metavar="X",
+        help="probability of keeping that limit, 0.5 to 1 (default: the sweep's)",
+    )
+    return parser
+
+
+def _report(run_dir: Path, reroute_tolerance: float | None, confidence: float | None) -> tuple[Decision, str]:
+    """The decision and the command to run next, the report written."""
+    sweep = load_settings(run_dir)
+    trials = load_trials(run_dir)
+    curves = load_curves(run_dir)
+    settings = sweep["settings"]
+    tolerance = settings.get("reroute_tolerance", 0.05) if reroute_tolerance is None else reroute_tolerance
+    confidence = settings.get("confidence", 0.95) if confidence is None else confidence
+    if not 0 < tolerance < 1:
+        raise InputError(f"--reroute-tolerance {tolerance}: must lie between 0 and 1")
+    if not 0.5 <= confidence < 1:
+        raise InputError(f"--confidence {confidence}: must be at least 0.5 and below 1")
+    decision = decide(trials, reroute_tolerance=tolerance, confidence=confidence)
+    _write_all(run_dir / "report", report.render(decision, sweep, trials, curves))
+    command = report.train_command(decision, sweep) or report.sweep_command(decision, sweep, len(trials)) or ""
+    return decision, command
+
+
+def _write_all(directory: Path, files: dict[str, str]) -> None:
+    """Write every file beside its place, then rename them all in order; no reader sees half a file."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as staging:
+        for name, text in files.items():
+            staged = Path(staging, name)
+            staged.parent.mkdir(parents=True, exist_ok=True)
+            staged.write_text(text, encoding="utf-8")
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            os.replace(Path(staging, name), directory / name)
+
+
+def _summary(decision: Decision, run_dir: Path, command: str) -> str:
+    """What the terminal shows: at most 80 columns, the last line is the next command."""
+    lines = textwrap.wrap(report.headline(decision), _WIDTH) + textwrap.wrap(report.explanation(decision), _WIDTH)
+    page = run_dir / "report" / "report.html"
+    if decision.verdict not in ("choose", "no_candidate_qualifies"):
+        return "\n".join([*lines, report.folded(command), "", f"report  {page}"])
+    for warning in decision.warnings:
+        if not decision.behaviour_warning or decision.behaviour_warning not in warning:
+            lines += textwrap.wrap(f"warning: {warning}", _WIDTH)
+    lines += ["", f"  {'your rule':<38}  {'says':<7}  on"]
+    for rule in decision.seed_rules:
+        lines.append(f"  {rule.rule:<38}  {report.SAYS[rule.fired]:<7}  {rule.evidence}")
+    lines += ["", f"report  {page}", "train   " + report.folded(command, _WIDTH - 10).replace("\n", "\n        ")]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""The decision in words: sentences, numbers and commands for the terminal, decision.json, report.html and report.md.
+
+Pure: the texts of all files come back as strings; `analysis.pick_beta` writes them.
+"""
+
+import dataclasses
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from analysis import plots, wording
+from analysis.decision import Decision, Verdict
+from analysis.wording import count, number, percent, signed, temperature, with_relation
+
+SCHEMA_VERSION = 1
+"""Of decision.json; rises when a key changes its meaning or goes."""
+_SWEPT = ("beta_kl", "kl_temperature", "seed")
+SAYS = {True: "yes", False: "no", None: "unknown"}
+"""How a rule's `fired` reads."""
+_HEADLINES: dict[Verdict, str] = {
+    "no_candidate_qualifies": "Use beta_kl = 0: no KL weight keeps rerouting within the limit.",
+    "insufficient_evidence": "Not enough evidence to choose beta_kl.",
+    "baseline_never_rerouted": "Cannot choose beta_kl: the baseline never rerouted.",
+    "baseline_failed": "Cannot choose beta_kl: no baseline trial completed.",
+}
+
+
+@dataclass(frozen=True)
+class Trap:
+    """A widespread reading of a sweep that misleads, and what this sweep shows instead."""
+
+    title: str
+    text: str
+
+
+def headline(decision: Decision) -> str:
+    """The first line: what to use, or that nothing can be said; a warning about behaviour stands in it."""
+    if decision.verdict != "choose":
+        return _HEADLINES[decision.verdict]
+    beta_kl, heat = number(decision.beta_kl or 0), temperature(decision.kl_temperature or 1)
+    but = f", but {decision.behaviour_warning}" if decision.behaviour_warning else ""
+    return f"Use beta_kl = {beta_kl} at kl_temperature = {heat}{but}."
+
+
+def explanation(decision: Decision) -> str:
+    """Why, in one or two sentences with the numbers."""
+    if decision.verdict == "baseline_never_rerouted":
+        return f"{decision.reason} More steps, a higher lr or a higher alpha would change that."
+    if decision.verdict == "insufficient_evidence" and decision.needed is not None:
+        needed = decision.needed
+        return (
+            f"{decision.reason} About {count(needed.seeds, 'seed')} a setting would suffice "
+            f"(σ {number(needed.sigma, 2)}, paired correlation {number(needed.correlation, 2)})."
+        )
+    if decision.verdict != "choose":
+        return decision.reason
+    low, high = decision.reroute_delta_interval or (0.0, 0.0)
+    seeds = count(decision.n_seeds or 0, "seed")
+    confirmed = seeds if decision.confirmed else f"{seeds}, not yet confirmed"
+    return (
+        f"Benign drift is {number(decision.eval_benign_kl or 0)} nats/token, {percent(decision.drift_kept or 0)} of "
+        f"what it is without KL, and rerouting stays within the limit: {signed(decision.reroute_delta or 0)} "
+        f"[{signed(low)}, {signed(high)}] of {number(decision.tolerance or 0, 2)} allowed, "
+        f"{with_relation('P', decision.probability_feasible or 0)}, {confirmed}."
+    )
+
+
+def train_command(decision: Decision, sweep: Mapping[str, Any]) -> str | None:
+    """The command that trains the recommended setting as the sweep did; None where nothing is recommended."""
+    if decision.beta_kl is None or decision.kl_temperature is None:
+        return None
+    swept = {"beta_kl": decision.beta_kl, "kl_temperature": decision.kl_temperature}
+    values = {name: float(f"{value:.6g}") for name, value in swept.items()}
+    flags = _flags({"preset": sweep.get("preset", "tiny"), **values, "output_dir": "outputs/cb", **_overrides(sweep)})
+    return f"python -m cbtrain.train {flags}"
+
+
+def sweep_command(decision: Decision, sweep: Mapping[str, Any], n_trials: int) -> str | None:
+    """The sweep that would help where the verdict is none to ship; None where there is one."""
+    if decision.beta_kl is not None:
+        return None
+    values: dict[str, Any] = {"preset": sweep.get("preset", "tiny")}
+    overrides = _overrides(sweep)
+    values["num_samples"] = sweep["settings"].get("num_samples", n_trials)
+    if decision.verdict == "baseline_never_rerouted":
+        overrides["steps"] = 2 * int(sweep.get("config", {}).get("steps", 50))
+    if decision.needed is not None:
+        values["num_samples"] = decision.needed.num_samples
+        if decision.needed.seeds > min(8, decision.needed.num_samples // 5):
+            values["baseline_seeds"] = decision.needed.seeds
+    return f"python sweeps/kl_ablation.py {_flags({**values, **overrides})}"
+
+
+def decision_json(decision: Decision, sweep: Mapping[str, Any], trials: pd.DataFrame) -> str:
+    """decision.json: every field of `Decision`, the sentence, the commands and where it comes from; all finite."""
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "sentence": headline(decision),
+        "explanation": explanation(decision),
+        **dataclasses.asdict(decision),
+        "train_command": train_command(decision, sweep),
+        "sweep_command": sweep_command(decision, sweep, len(trials)),
+        "trials": {str(status): int(amount) for status, amount in trials["status"].value_counts().items()},
+        "preset": sweep.get("preset"),
+        "versions": sweep.get("versions"),
+        "git_commit": sweep.get("git_commit"),
+    }
+    return json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def render(decision: Decision, sweep: Mapping[str, Any], trials: pd.DataFrame, curves: pd.DataFrame) -> dict[str, str]:
+    """Texts of all files of the report by their path under `report/`; decision.json is the last."""
+    figures = {
+        "tradeoff": plots.draw_tradeoff(plots.prepare_tradeoff(trials, decision)),
+        "by_setting": plots.draw_by_setting(plots.prepare_by_setting(trials, decision)),
+        "curves": plots.draw_curves(plots.prepare_curves(curves, trials)),
+    }
+    context = {
+        "decision": decision,
+        "headline": headline(decision),
+        "explanation": explanation(decision),
+        "numbers": _four_numbers(decision),
+        "command": folded(train_command(decision, sweep) or sweep_command(decision, sweep, len(trials)) or ""),
+        "says": SAYS,
+        "traps": _traps(trials, curves),
+        "trial_states": ", ".join(f"{amount} {state}" for state, amount in trials["status"].value_counts().items()),
+        "sweep": sweep,
+        "wording": wording,
+    }
+    inline = {name: Markup(_inlined(svg, name)) for name, svg in figures.items()}
+    html = _template("report.html.j2", autoescape=True).render(**context, figures=inline)
+    markdown = _template("report.md.j2", autoescape=False).render(**context)
+    return {
+        **{f"figures/{name}.svg": svg for name, svg in figures.items()},
+        "report.md": markdown,
+        "report.html": html,
+        "decision.json": decision_json(decision, sweep, trials),
+    }
+
+
+def _flags(values: Mapping[str, Any]) -> str:
+    words = []
+    for name, value in values.items():
+        items = value if isinstance(value, list | tuple) else [value]
+        words += ["--" + name.replace("_", "-"), *(shlex.quote(str(item)) for item in items)]
+    return " ".join(words)
+
+
+def _overrides(sweep: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in sweep.get("config_overrides", {}).items() if name not in _SWEPT}
+
+
+def folded(command: str, width: int = 78) -> str:
+    """The command over lines of at most `width` columns, broken before flags, as a shell takes it."""
+    lines: list[str] = []
+    for part in command.replace(" --", "\0--").split("\0"):
+        if lines and len(lines[-1]) + len(part) + 3 <= width:
+            lines[-1] += " " + part
+        else:
+            lines.append(part if not lines else "  " + part)
+    return " \\\n".join(lines)
+
+
+def _four_numbers(decision: Decision) -> list[tuple[str, str]]:
+    if decision.verdict != "choose":
+        return []
+    lost, limit = signed(decision.reroute_delta or 0), number(decision.tolerance or 0, 2)
+    return [
+        ("drift kept", percent(decision.drift_kept or 0)),
+        ("rerouting lost", f"{lost} of {limit}"),
+        ("P(within the limit)", wording.probability(decision.probability_feasible or 0)),
+        ("seeds", f"{decision.n_seeds}, {'confirmed' if decision.confirmed else 'not confirmed'}"),
+    ]
+
+
+def _traps(trials: pd.DataFrame, curves: pd.DataFrame) -> list[Trap]:
+    return [
+        Trap(
+            "“A larger beta_kl logs a larger loss_kl.”",
+            "It logs a smaller one: loss_kl is logged without its weight, and more weight presses it down. "
+            f"{_loss_kl_falls(trials)}",
+        ),
+        Trap(
+            "“A short, gentle run left reroute unchanged, so KL does no harm.”",
+            "Nothing had moved yet. At LoRA's start all gradients vanish: the rerouting loss stays flat, then "
+            f"collapses; a run that ends before (such as 50 steps at a low lr) compares nothing. "
+            f"{_when_collapsed(trials, curves)}",
+        ),
+    ]
+
+
+def _loss_kl_falls(trials: pd.DataFrame) -> str:
+    rows = trials[(trials["status"] == "completed") & (trials["beta_kl"] > 0) & (trials["kl_temperature"] == 1.0)]
+    rows = rows[np.isfinite(rows["loss_kl"].astype(float))]
+    if rows["beta_kl"].nunique() < 2:
+        return "This sweep has too few trials at T 1 to show it."
+    by_beta = rows.groupby("beta_kl")["loss_kl"].mean()
+    low, high = by_beta.index[0], by_beta.index[-1]
+    return (
+        f"Here, at T 1: {number(by_beta[low])} at beta_kl {number(low)}, {number(by_beta[high])} at {number(high)}. "
+        "Values at different temperatures cannot be compared at all."
+    )
+
+
+def _when_collapsed(trials: pd.DataFrame, curves: pd.DataFrame) -> str:
+    baselines = set(trials.loc[trials["beta_kl"] == 0, "trial_id"])
+    if "loss_reroute" not in curves:
+        return ""
+    rows = curves[curves["trial_id"].isin(baselines) & (curves["loss_reroute"].astype(float) < 0.5)]
+    if rows.empty:
+        return "Here the baseline's training loss never fell below 0.5."
+    last = int(rows.groupby("trial_id")["step"].min().max())
+    return f"Here every baseline that collapsed had fallen below 0.5 by step {last} of {int(curves['step'].max())}."
+
+
+def _finite(value: Any) -> Any:
+    """`value` with every number that JSON cannot hold replaced by null."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _inlined(svg: str, name: str) -> str:
+    """The `<svg>` element alone, its ids made unique within the page, scaling to the page's width."""
+    svg = svg[svg.index("<svg") :].replace('id="', f'id="{name}-').replace("url(#", f"url(#{name}-")
+    return svg.replace('href="#', f'href="#{name}-').replace("<svg ", '<svg class="figure" ', 1)
+
+
+def _template(name: str, autoescape: bool) -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=autoescape, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(name)

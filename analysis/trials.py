@@ -1,0 +1,151 @@
+"""Read a sweep's run directory (DESIGN §6) into tidy tables. Every error names the file, and the line where one is."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+TEXT_COLUMNS = ("trial_id", "phase", "status", "feasible", "error")
+NUMBER_COLUMNS = (
+    "beta_kl",
+    "kl_temperature",
+    "seed",
+    "steps",
+    "loss_reroute",
+    "loss_retain",
+    "loss_kl",
+    "eval_loss_reroute",
+    "eval_loss_retain",
+    "eval_benign_kl",
+    "eval_benign_nll",
+    "eval_harmful_nll",
+    "base_harmful_nll",
+    "base_benign_nll",
+    "reroute_regression",
+    "train_s",
+    "wall_s",
+)
+STATUSES = ("running", "completed", "stopped", "failed")
+
+
+class InputError(ValueError):
+    """Something that was given to read is wrong. Its text is one line: where, what, and the mend."""
+
+
+def load_trials(run_dir: str | Path) -> pd.DataFrame:
+    """`trials.csv`, a row a trial: numbers as floats (blank is NaN), `seed` as int, text as it stands.
+
+    Raises:
+        InputError: no such directory or file, a column missing, a line that is half there or not a number.
+    """
+    path = _sweep_file(run_dir, "trials.csv", "the sweep writes it when its first trial ends")
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            lines = [(reader.line_num, fields) for fields in reader if fields]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not CSV ({error}): restore the file, or run the sweep again") from None
+    missing = [name for name in (*TEXT_COLUMNS, *NUMBER_COLUMNS) if name not in header]
+    if missing:
+        raise InputError(f"{path}:1: no column {', '.join(missing)}: not the trials.csv of a KL ablation")
+    rows = [_parse_row(f"{path}:{line}", header, fields) for line, fields in lines]
+    seen: dict[str, int] = {}
+    for (line, _), row in zip(lines, rows, strict=True):
+        first = seen.setdefault(row["trial_id"], line)
+        if first != line:
+            raise InputError(f"{path}:{line}: trial {row['trial_id']} is also on line {first}: keep one of them")
+    return pd.DataFrame(rows, columns=header)
+
+
+def load_curves(run_dir: str | Path) -> pd.DataFrame:
+    """Every line of every `trials/<id>/metrics.jsonl`: `trial_id`, `step` and the metrics logged there.
+
+    A last line that is half written (a run that is still going, or was killed) is left out. Without any curve the
+    table is empty, with those two columns.
+
+    Raises:
+        InputError: a broken line elsewhere, or a line without a step.
+    """
+    rows = []
+    for path in sorted(Path(run_dir).glob("trials/*/metrics.jsonl")):
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, text in enumerate(lines, start=1):
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+            except json.JSONDecodeError as error:
+                if number == len(lines):
+                    break
+                raise InputError(f"{path}:{number}: not JSON ({error.msg}): remove the line") from None
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int | float):
+                raise InputError(f"{path}:{number}: no step: a line of metrics has a number under step")
+            rows.append({"trial_id": path.parent.name, **record})
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["trial_id", "step"])
+
+
+def load_settings(run_dir: str | Path) -> dict[str, Any]:
+    """`sweep.json`: `settings`, `preset`, `config`, `config_overrides`, `plan`, `tolerance`, `status`, `versions`, …
+
+    Raises:
+        InputError: no such directory or file, not JSON, or no `settings` in it.
+    """
+    path = _sweep_file(run_dir, "sweep.json", "name the directory of a sweep, such as runs/latest")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}): restore the file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason}): restore the file") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("settings"), dict):
+        raise InputError(f"{path}: no settings in it: not the sweep.json of a KL ablation")
+    return settings
+
+
+def _sweep_file(run_dir: str | Path, name: str, mend: str) -> Path:
+    directory = Path(run_dir)
+    if not directory.exists():
+        raise InputError(f"{directory}: no such directory: run `python sweeps/kl_ablation.py` first, or name another")
+    if not directory.is_dir():
+        raise InputError(f"{directory}: not a directory: name the directory of a sweep, such as runs/latest")
+    path = directory / name
+    if not path.is_file():
+        raise InputError(f"{path}: no such file: {mend}")
+    return path
+
+
+def _parse_row(where: str, header: list[str], fields: list[str]) -> dict[str, Any]:
+    if len(fields) != len(header):
+        raise InputError(f"{where}: {len(fields)} of {len(header)} fields: half a line; remove it, or restore the file")
+    row: dict[str, Any] = dict(zip(header, fields, strict=True))
+    for name, text in row.items():
+        if name in NUMBER_COLUMNS:
+            row[name] = _number(where, name, text)
+        elif name not in TEXT_COLUMNS:
+            row[name] = _number_or_text(text)
+    if row["status"] not in STATUSES:
+        raise InputError(f"{where}: status {row['status']!r}: must be one of {', '.join(STATUSES)}")
+    if not row["beta_kl"] >= 0 or not row["kl_temperature"] > 0:
+        raise InputError(f"{where}: beta_kl must be 0 or more and kl_temperature more than 0")
+    if not float(row["seed"]).is_integer():
+        raise InputError(f"{where}: seed {fields[header.index('seed')]!r}: must be a whole number")
+    row["seed"] = int(row["seed"])
+    return row
+
+
+def _number(where: str, name: str, text: str) -> float:
+    try:
+        return float(text) if text.strip() else math.nan
+    except ValueError:
+        raise InputError(f"{where}: {name} {text!r}: must be a number") from None
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text) if text.strip() else math.nan
+    except ValueError:
+        return text

@@ -1,0 +1,307 @@
+"""The command: what it prints and writes, its exit codes, and one line for each bad input."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic import BASE_HARMFUL_NLL, Surface, make_trials
+
+from analysis import pick_beta, report
+from analysis.pick_beta import main, write_report
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MakeRun = Callable[..., Path]
+KEYS = {
+    "schema_version",
+    "verdict",
+    "beta_kl",
+    "kl_temperature",
+    "probability_feasible",
+    "eval_benign_kl",
+    "drift_reduction_vs_baseline",
+    "reroute_delta",
+    "reroute_delta_interval",
+    "n_seeds",
+    "confirmed",
+    "warnings",
+    "seed_rules",
+    "train_command",
+}
+
+
+def decision_of(run: Path) -> dict:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} in decision.json")
+
+    return json.loads((run / "report" / "decision.json").read_text(), parse_constant=refuse)
+
+
+def one_error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_a_choice_exits_0_and_prints_the_setting_and_the_command(
+    make_run: MakeRun, trials: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(trials)
+    assert main([str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"Use beta_kl = 0\.3 at kl_temperature = 1\.0\.", lines[0]), lines[0]
+    assert any(line.startswith("train   python -m cbtrain.train --preset tiny --beta-kl 0.3") for line in lines)
+    assert sum("→" in line for line in lines) == 4
+    assert max(len(line) for line in lines if not line.startswith("report")) <= 80
+
+
+def test_decision_json_is_complete_and_finite(make_run: MakeRun, trials: pd.DataFrame) -> None:
+    trials.loc[0, "eval_harmful_nll"] = np.nan
+    run = make_run(trials)
+    decision = write_report(run)
+    written = decision_of(run)
+    assert set(written) >= KEYS
+    assert written["schema_version"] == 1
+    assert written["verdict"] == decision.verdict == "choose"
+    assert len(written["reroute_delta_interval"]) == 2
+    assert len(written["seed_rules"]) == 4
+    assert set(written["seed_rules"][0]) == {"rule", "fired", "evidence"}
+    assert written["trials"] == {"completed": len(trials)}
+
+
+def never_rerouted() -> pd.DataFrame:
+    return make_trials(Surface()).assign(eval_loss_reroute=0.95)
+
+
+def baseline_failed() -> pd.DataFrame:
+    trials = make_trials(Surface())
+    return trials.assign(status=np.where(trials["beta_kl"] == 0, "failed", "completed"))
+
+
+@pytest.mark.parametrize(
+    ("trials", "verdict", "first"),
+    [
+        (make_trials(Surface(always_lost=0.2), searched=14), "no_candidate_qualifies", "Use beta_kl = 0: "),
+        (make_trials(Surface(), noise=0.08, searched=0, rng_seed=2), "insufficient_evidence", "Not enough evidence"),
+        (never_rerouted(), "baseline_never_rerouted", "Cannot choose"),
+        (baseline_failed(), "baseline_failed", "Cannot choose"),
+    ],
+)
+def test_every_other_verdict_exits_3_and_says_so_first(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str], trials: pd.DataFrame, verdict: str, first: str
+) -> None:
+    run = make_run(trials)
+    assert main([str(run)]) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(first)
+    written = decision_of(run)
+    assert written["verdict"] == verdict
+    if verdict == "no_candidate_qualifies":
+        assert "--beta-kl 0.0" in written["train_command"]
+    else:
+        assert written["train_command"] is None
+        assert not any("cbtrain.train" in line for line in lines)
+        assert any(line.startswith("python sweeps/kl_ablation.py --preset tiny --num-samples") for line in lines)
+    assert (run / "report" / "report.html").stat().st_size > 5000
+
+
+def test_a_baseline_that_never_rerouted_is_told_to_train_longer(make_run: MakeRun) -> None:
+    run = make_run(never_rerouted())
+    write_report(run)
+    assert "--steps 140" in decision_of(run)["sweep_command"]
+
+
+def test_the_train_command_repeats_what_the_sweep_was_told(make_run: MakeRun, trials: pd.DataFrame) -> None:
+    overrides = {"model": "my model", "harmful": ["a.jsonl", "b.jsonl"], "steps": 90, "beta_kl": 9.0, "seed": 3}
+    run = make_run(trials, preset="llama-3.1-8b-instruct", config_overrides=overrides)
+    write_report(run)
+    assert decision_of(run)["train_command"] == (
+        "python -m cbtrain.train --preset llama-3.1-8b-instruct --beta-kl 0.3 --kl-temperature 1.0 "
+        "--output-dir outputs/cb --model 'my model' --harmful a.jsonl b.jsonl --steps 90"
+    )
+
+
+def test_the_behaviour_warning_stands_in_the_first_sentence(make_run: MakeRun, trials: pd.DataFrame) -> None:
+    trials.loc[trials["beta_kl"] > 0, "eval_harmful_nll"] = BASE_HARMFUL_NLL + 0.4
+    run = make_run(trials)
+    decision = write_report(run)
+    assert "harmful completions are likely again" in report.headline(decision)
+    assert "harmful completions are likely again" in decision_of(run)["sentence"]
+
+
+def test_tolerance_and_confidence_default_to_the_sweeps_own(make_run: MakeRun, trials: pd.DataFrame) -> None:
+    run = make_run(trials, settings={"num_samples": 18, "reroute_tolerance": 0.02, "confidence": 0.9})
+    own = write_report(run)
+    assert (own.reroute_tolerance, own.confidence) == (0.02, 0.9)
+    loose = write_report(run, reroute_tolerance=0.2, confidence=0.8)
+    assert (loose.reroute_tolerance, loose.confidence) == (0.2, 0.8)
+    assert loose.eval_benign_kl < own.eval_benign_kl
+
+
+def test_a_sweep_in_progress_is_decided_on_what_is_there(make_run: MakeRun, trials: pd.DataFrame) -> None:
+    trials.loc[[12, 13], "status"] = ["running", "failed"]
+    trials.loc[[12, 13], ["eval_loss_reroute", "eval_benign_kl"]] = np.nan
+    run = make_run(trials)
+    write_report(run)
+    assert decision_of(run)["trials"] == {"completed": 16, "running": 1, "failed": 1}
+    assert "16 completed, 1 running, 1 failed" in (run / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{run}/nowhere"], "no such directory"),
+        (["{run}", "--confidance", "0.9"], "--confidance: no such argument; did you mean --confidence?"),
+        (["{run}", "--zzz"], "--zzz: no such argument; one of"),
+        (["{run}", "another"], "another: no such argument"),
+        (["{run}", "--confidence", "x"], "--confidence: invalid float value: 'x'"),
+        (["{run}", "--confidence", "1.5"], "--confidence 1.5: must be"),
+        (["{run}", "--reroute-tolerance", "nan"], "--reroute-tolerance nan: must lie"),
+    ],
+)
+def test_bad_arguments_exit_2_with_one_line(
+    make_run: MakeRun,
+    trials: pd.DataFrame,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    run = make_run(trials)
+    assert main([argument.format(run=run) for argument in arguments]) == 2
+    assert message in one_error_line(capsys)
+    assert not (run / "report").exists()
+
+
+@pytest.mark.parametrize("damage", ["no trials.csv", "corrupt csv", "no sweep.json", "report is a file"])
+def test_a_broken_run_directory_exits_2_with_one_line(
+    make_run: MakeRun, trials: pd.DataFrame, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    run = make_run(trials)
+    if damage == "no trials.csv":
+        (run / "trials.csv").unlink()
+    elif damage == "corrupt csv":
+        (run / "trials.csv").write_text((run / "trials.csv").read_text()[:-40])
+    elif damage == "no sweep.json":
+        (run / "sweep.json").unlink()
+    else:
+        (run / "report").write_text("mine")
+    assert main([str(run)]) == 2
+    assert str(run) in one_error_line(capsys)
+
+
+def test_ctrl_c_exits_130(make_run: MakeRun, trials: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pick_beta, "decide", interrupted)
+    assert main([str(make_run(trials))]) == 130
+
+
+@pytest.mark.parametrize("stage", ["rendering", "writing"])
+def test_a_failure_leaves_the_former_report_untouched(
+    make_run: MakeRun, trials: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    run = make_run(trials)
+    write_report(run)
+    files = {path: path.read_bytes() for path in (run / "report").rglob("*") if path.is_file()}
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("disk on fire")
+
+    if stage == "rendering":
+        monkeypatch.setattr(report, "decision_json", broken)
+    else:
+        monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        write_report(run, reroute_tolerance=0.5)
+    assert {path: path.read_bytes() for path in (run / "report").rglob("*") if path.is_file()} == files
+
+
+def test_the_same_sweep_gives_the_same_report(make_run: MakeRun, trials: pd.DataFrame) -> None:
+    run = make_run(trials)
+    write_report(run)
+    once = {path: path.read_bytes() for path in (run / "report").rglob("*") if path.is_file()}
+    write_report(run)
+    assert {path: path.read_bytes() for path in (run / "report").rglob("*") if path.is_file()} == once
+    names = {str(path.relative_to(run / "report")) for path in once}
+    assert names == {"report.html", "report.md", "decision.json"} | {
+        f"figures/{name}.svg" for name in ("tradeoff", "by_setting", "curves")
+    }
+
+
+class Page(HTMLParser):
+    """Collects ids and the addresses that a page points to."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href"):
+                self.addresses.append(value or "")
+
+
+def test_the_page_stands_alone_and_escapes_what_it_shows(make_run: MakeRun, trials: pd.DataFrame) -> None:
+    run = make_run(trials, config_overrides={"model": "<script>alert(1)</script>"}, git_commit="<b>")
+    write_report(run)
+    html = (run / "report" / "report.html").read_text()
+    page = Page(html)
+    assert page.tags.count("svg") == 3
+    assert "script" not in page.tags
+    assert "b" not in page.tags
+    outside = [address for address in page.addresses if not address.startswith(("#", "data:image/png;base64,"))]
+    assert outside == []
+    assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert "@import" not in html
+    assert set(re.findall(r"https?://[^\"' ]+", html)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+
+
+def test_the_command_runs_uninstalled_from_anywhere(make_run: MakeRun, trials: pd.DataFrame, tmp_path: Path) -> None:
+    run = make_run(trials)
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "analysis" / "pick_beta.py"), str(run)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Use beta_kl")
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine to look at the page with")
+def test_a_browser_shows_the_page(make_run: MakeRun, trials: pd.DataFrame, tmp_path: Path) -> None:
+    run = make_run(trials)
+    decision = write_report(run)
+    page = (run / "report" / "report.html").resolve().as_uri()
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    shot = tmp_path / "report.png"
+    dom = subprocess.run([*browser, "--dump-dom", page], capture_output=True, text=True, timeout=120, check=True)
+    assert report.headline(decision) in dom.stdout
+    subprocess.run(
+        [*browser, f"--screenshot={shot}", "--window-size=1000,1400", page],
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    assert shot.stat().st_size > 10_000
