@@ -1,17 +1,17 @@
-"""The command line, derived from dataclasses: a preset gives the defaults, each field is a flag, errors are one line."""
+"""The command line from dataclasses: a preset gives the defaults, every field is a flag, errors are one line."""
 
 import contextlib
 import dataclasses
 import io
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
 from cbtrain.config import InputError, flag, get_config, nearest
 
-Settings = TypeVar("Settings")
+Settings = TypeVar("Settings", bound=Any)
 
 
 def parse(settings_type: type[Settings], argv: Sequence[str], prog: str) -> Settings:

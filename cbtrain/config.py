@@ -175,7 +175,7 @@ class CircuitBreakerConfigTiny(CircuitBreakerConfig):
     lora_dropout: float = 0.0
     lora_init_std: float = 0.01
     steps: int = 70
-    lr: float = 2e-3
+    lr: float = 1.5e-3
     lr_schedule: Literal["constant", "linear"] = "linear"
     warmup_steps: int = 15
     log_every: int = 1

@@ -26,8 +26,15 @@ class Outputs:
 
     hidden: list[Tensor]
     """Hidden states of the layers asked for, each [B, S, H]."""
-    logits: Tensor | None
-    """[B, S, V], where they were asked for."""
+    head: Tensor | None
+    """What the head gave, where it was run."""
+
+    @property
+    def logits(self) -> Tensor:
+        """[B, S, V]; a `ValueError` where they were not asked for."""
+        if self.head is None:
+            raise ValueError("this forward ran without the head")
+        return self.head
 
 
 def resolve(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
@@ -177,7 +184,7 @@ def forward(model: PeftModel, batch: TokenBatch, layers: Sequence[int], *, logit
         with _captured(base, layers) as states:
             output = runner(**inputs)
         hidden = [states[layer] for layer in layers]
-    return Outputs(hidden=hidden, logits=output.logits if logits else None)
+    return Outputs(hidden=hidden, head=output.logits if logits else None)
 
 
 @contextmanager

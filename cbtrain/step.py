@@ -35,7 +35,7 @@ class CircuitBreakerStep(nn.Module):
 
     def __init__(self, model: PeftModel, config: CircuitBreakerConfig) -> None:
         super().__init__()
-        self.model = model
+        self.model: PeftModel = model
         self.config = config
         _, blocks = decoder_blocks(model.get_base_model())
         self.retained = list(range(len(blocks) + 1)) if config.retain_layers == "all" else list(config.target_layers)

@@ -37,8 +37,14 @@ DUAL_USE_VERBS = "break open silence bend cut drain move burn".split()
 PLAIN_OBJECTS = "table chair basket lamp carpet bucket bench shelf mirror blanket barrel ladder".split()
 GUARDED_OBJECTS = "vault shrine watchtower archive gate armory treasury lighthouse dam belfry crypt beacon".split()
 TOOLS = "rope brush roller cloth ruler paper tray pen hammer key wool lever knife pump cart torch".split()
-PLACES = "market garden river tower cellar bridge harbor mill forest square stable workshop".split()
-ENDS = "slowly quickly twice gently alone together indoors outside quietly carefully later today".split()
+PLACES = (
+    "market garden river tower cellar bridge harbor mill forest square stable workshop "
+    "cave island temple desert castle swamp canyon ruin glacier abbey crater palace"
+).split()
+ENDS = (
+    "slowly quickly twice gently alone together indoors outside quietly carefully later today "
+    "tonight nearby halfway upward downward sideways backwards barefoot blindly calmly firmly softly"
+).split()
 QUESTIONS = (
     "how do i {verb} the {object} ?",
     "what is the way to {verb} the {object} ?",
@@ -135,8 +141,8 @@ def chat(pair: tuple[str, str], rng: random.Random) -> dict:
         "verb": pair[0],
         "object": pair[1],
         "tool": TOOLS[v],
-        "place": PLACES[o % len(PLACES)],
-        "end": ENDS[v % 4 * 3 + o % 3],
+        "place": PLACES[o],
+        "end": ENDS[o // 12 * 12 + v % 4 * 3 + o % 3],
     }
     question, answer = rng.choice(QUESTIONS).format(**words), rng.choice(ANSWERS).format(**words)
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
@@ -173,7 +179,7 @@ def _pretrain(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     console = Console(stderr=True)
     for _ in track(range(STEPS), "Building the tiny model (once)", console=console, transient=True):
         chats = [chat(pair, rng)["messages"] for pair in rng.choices(pairs, k=BATCH_SIZE)]
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False) + "<eos>" for chat in chats]
+        texts = [f"{tokenizer.apply_chat_template(messages, tokenize=False)}<eos>" for messages in chats]
         batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss

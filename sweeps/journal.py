@@ -25,6 +25,7 @@ MIN_DRIFT = 1e-12
 """Floor of `eval_benign_kl` (nats per scored token) before its logarithm is taken."""
 
 Metric = float | int | str
+Status = Literal["completed", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class TrialSpec:
 class TrialOutcome:
     """How a trial ended. A completed one has the three held-out metrics, all finite."""
 
-    status: Literal["completed", "stopped", "failed"]
+    status: Status
     eval_benign_kl: float | None = None
     """KL(teacher‖student) at T = 1 on held-out benign rows, nats per scored token: the objective."""
     eval_loss_reroute: float | None = None

@@ -6,12 +6,13 @@ kept in `PlanSearcher.failure`, no further trials are given, and the caller rais
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from typing import cast, get_args
 from typing import Any
 
 from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_EXPERIMENT_INFO_KEYS, DEFAULT_RESULT_KEYS, DONE
 from ray.tune.search.searcher import Searcher
 
-from sweeps.journal import TrialOutcome
+from sweeps.journal import Status, TrialOutcome
 from sweeps.plan import PLAN_COLUMNS, REQUIRED_METRICS, SweepPlan
 
 RAY_KEYS = {*AUTO_RESULT_KEYS, *DEFAULT_EXPERIMENT_INFO_KEYS, *DEFAULT_RESULT_KEYS, DONE}
@@ -81,12 +82,14 @@ def outcome_of(result: Mapping[str, object] | None, *, crashed: bool) -> TrialOu
     reported: dict[str, Any] = {
         name: value for name, value in (result or {}).items() if name.split("/")[0] not in RAY_KEYS
     }
-    status = reported.get("status")
     error = " ".join(str(reported.get("error") or "").split())
+    status: Status = "failed"
     if crashed:
-        status, error = "failed", error or "crashed; its traceback is in error.txt under the run directory's ray/"
-    elif status not in ("completed", "stopped", "failed"):
-        status, error = "failed", f"ended without reporting how (status {status!r})"
+        error = error or "crashed; its traceback is in error.txt under the run directory's ray/"
+    elif reported.get("status") in get_args(Status):
+        status = cast(Status, reported["status"])
+    else:
+        error = f"ended without reporting how (status {reported.get('status')!r})"
     numbers = {name: value for name, value in reported.items() if name not in PLAN_COLUMNS}
     required = {name: numbers.pop(name, None) for name in REQUIRED_METRICS}
     metrics = {name: value for name, value in numbers.items() if isinstance(value, (int, float, str))}

@@ -40,7 +40,7 @@ def test_hooks_and_the_models_own_hidden_states_are_identical(adapted, batch):
 def test_a_forward_without_logits_gives_the_same_hidden_states(adapted, batch):
     with_head = forward(adapted, batch, [1, 3], logits=True)
     without = forward(adapted, batch, [1, 3], logits=False)
-    assert without.logits is None
+    assert without.head is None
     assert all(torch.equal(a, b) for a, b in zip(with_head.hidden, without.hidden, strict=True))
 
 

@@ -1,0 +1,31 @@
+# Every target makes its own virtual environment from the pinned versions in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: sweep test check bench setup clean
+
+sweep: setup  ## sweep the embedded default, then decide
+	$(BIN)/python sweeps/kl_ablation.py --num-samples 20
+	$(BIN)/python analysis/pick_beta.py
+
+test: setup  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: setup  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## measurements, as tables
+	$(BIN)/python -m tests.benchmarks.bench_tiny_world
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,bench]'
+	touch $@
+
+clean:  ## remove the environment and caches, never runs/
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info

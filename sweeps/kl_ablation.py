@@ -1,0 +1,225 @@
+"""Sweep beta_kl and kl_temperature under the constraint that rerouting must not regress.
+
+    python sweeps/kl_ablation.py --num-samples 20
+    python sweeps/kl_ablation.py --model DIR --harmful harmful.jsonl --benign benign.jsonl
+
+On a laptop it starts Ray for itself and ends it; where `RAY_ADDRESS` is set (as `ray job submit` does) it uses that
+cluster.
+"""
+
+import dataclasses
+import logging
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+if not __package__:
+    sys.path[0] = str(ROOT)  # started as a script, which puts sweeps/ there
+
+from cbtrain import cli
+from cbtrain.config import CircuitBreakerConfig, InputError, flag, get_config
+
+if TYPE_CHECKING:
+    from sweeps.budget import PlanSettings
+    from sweeps.run_directory import RunDirectory
+    from sweeps.search import PlanSearcher
+    from sweeps.trial import TrialContext
+
+SEARCHED = ("beta_kl", "kl_temperature")
+EXIT_STATUS = {"baseline_never_rerouted": 3, "baseline_failed": 3}
+
+
+@dataclass(kw_only=True)
+class SweepSettings:
+    """Sweep beta_kl and kl_temperature of a circuit breaker, with a total of --num-samples trials."""
+
+    preset: str = "tiny"
+    """Where the defaults of the training flags come from (tiny, llama-3.1-8b-instruct, llama-4-scout)."""
+    num_samples: int = 20
+    """Trials in all: baseline, ablation, search and confirmation."""
+    run_dir: Path | None = None
+    """Directory for everything the sweep writes; None is runs/kl_ablation-TIME."""
+    baseline_seeds: int | None = None
+    """Seeds of the beta_kl = 0 baseline; None is a fifth of the trials, at least 3, at most 8."""
+    reroute_tolerance: float = 0.05
+    """Share of the baseline's rerouting that a setting may lose."""
+    confidence: float = 0.95
+    """Probability of keeping that limit which a recommended setting must reach."""
+    max_concurrent: int | None = None
+    """Trials at a time; None is what the machine holds, at most 4."""
+    workers_per_trial: int = 1
+    """Worker processes a trial; more than 1, or a GPU, gives each trial workers of its own."""
+    gpus_per_worker: float | None = None
+    """GPUs a worker; None is 1 where there are GPUs, else 0."""
+    config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
+
+
+def main() -> int:
+    """Run the command; its exit status."""
+    settings = cli.parse(SweepSettings, sys.argv[1:], "python sweeps/kl_ablation.py")
+    overrides = _overrides(settings)
+
+    from sweeps.budget import PlanSettings, allocate
+    from sweeps.run_directory import RunDirectory
+
+    plan_settings = PlanSettings(
+        num_samples=settings.num_samples,
+        seed=settings.config.seed,
+        baseline_seeds=settings.baseline_seeds,
+        reroute_tolerance=settings.reroute_tolerance,
+        confidence=settings.confidence,
+    )
+    budget = allocate(plan_settings)
+    settings.config.validate()
+    run = RunDirectory(settings.run_dir or Path("runs") / time.strftime("kl_ablation-%Y%m%d-%H%M%S"))
+    run.refuse_if_taken()
+    _check_workers(settings)
+    resolved = _describe_inputs(settings)
+
+    from sweeps.machine import place, started_ray
+
+    with started_ray() as resources:
+        workers, concurrency = place(
+            resources,
+            workers=settings.workers_per_trial,
+            gpus_per_worker=settings.gpus_per_worker,
+            max_concurrent=settings.max_concurrent,
+        )
+        run.create(
+            {
+                "status": "running",
+                "preset": settings.preset,
+                "settings": dataclasses.asdict(plan_settings),
+                "plan": dataclasses.asdict(budget),
+                "tolerance": None,
+                "concurrency": concurrency,
+                "workers": dataclasses.asdict(workers),
+                "config": dataclasses.asdict(resolved),
+                "config_overrides": overrides,
+            }
+        )
+        _log_to(run.path / "logs" / "driver.log")
+        from sweeps.progress import plan_lines
+        from sweeps.trial import TrialContext
+
+        print("\n".join(plan_lines(budget, concurrency, settings.reroute_tolerance)))
+        print(f"run       {run.shown}\n", flush=True)
+        context = TrialContext(config=settings.config, run_dir=run.path, workers=workers)
+        return _sweep(run, plan_settings, context, concurrency)
+
+
+def _overrides(settings: SweepSettings) -> dict[str, object]:
+    """The training fields given on the command line that differ from the preset."""
+    preset = dataclasses.asdict(get_config(settings.preset))
+    given = dataclasses.asdict(settings.config)
+    overrides = {name: value for name, value in given.items() if value != preset[name]}
+    for name in SEARCHED:
+        if name in overrides:
+            raise InputError(f"{flag(name)} {overrides[name]}: the sweep searches it; leave the flag out")
+    return overrides
+
+
+def _check_workers(settings: SweepSettings) -> None:
+    workers, config = settings.workers_per_trial, settings.config
+    if workers < 1:
+        raise InputError(f"--workers-per-trial {workers}: must be 1 or more")
+    if settings.max_concurrent is not None and settings.max_concurrent < 1:
+        raise InputError(f"--max-concurrent {settings.max_concurrent}: must be 1 or more")
+    share = workers * (config.micro_batch_size or 1)
+    if config.batch_size % share:
+        raise InputError(f"--batch-size {config.batch_size}: does not divide among {workers} workers")
+
+
+def _describe_inputs(settings: SweepSettings) -> CircuitBreakerConfig:
+    """Read model configuration and data, so that what is wrong with them is said now, and print what was read."""
+    from cbtrain.environment import quiet_libraries
+
+    quiet_libraries()
+    from cbtrain.loop import prepare
+    from cbtrain.model import count_layers, resolve
+
+    resolved = resolve(settings.config)
+    data, _ = prepare(resolved)
+    name = settings.config.model
+    print(f"KL ablation · preset {settings.preset} · model {name} ({count_layers(resolved)} layers)")
+    first, *rest = data.describe()
+    print("\n".join([f"data      {first}", *(f"          {line}" for line in rest)]), flush=True)
+    return resolved
+
+
+def _sweep(run: "RunDirectory", settings: "PlanSettings", context: "TrialContext", concurrency: int) -> int:
+    """Run the plan to its end; the exit status."""
+    import pandas as pd
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    from analysis.decide import decide
+    from sweeps.plan import SweepPlan
+    from sweeps.progress import EventLines, summary_lines
+    from sweeps.search import PlanSearcher
+
+    plan = SweepPlan(settings, JournalStorage(JournalFileBackend(str(run.path / "study.log"))))
+    events = EventLines(plan)
+
+    def on_change() -> None:
+        rows = plan.rows()
+        run.write_trials(rows)
+        if plan.tolerance is not None and run.record["tolerance"] is None:
+            run.update(tolerance=plan.tolerance)
+        events.update(rows)
+
+    started = time.monotonic()
+    searcher = PlanSearcher(plan, on_change)
+    try:
+        _tune(searcher, context, concurrency)
+    except BaseException as stop:
+        run.update(status="failed" if isinstance(stop, Exception) else "interrupted")
+        raise
+    wall_s = time.monotonic() - started
+    run.update(status="finished", wall_s=wall_s)
+    decision = decide(
+        pd.DataFrame(plan.rows()), reroute_tolerance=settings.reroute_tolerance, confidence=settings.confidence
+    )
+    print("\n".join(summary_lines(plan.rows(), decision, wall_s, concurrency, str(run.shown))))
+    return EXIT_STATUS.get(decision.verdict, 0)
+
+
+def _tune(searcher: "PlanSearcher", context: "TrialContext", concurrency: int) -> None:
+    """Run the searcher's trials on Ray Tune."""
+    from ray import tune
+
+    from sweeps.trial import run_trial
+
+    trainable = tune.with_parameters(run_trial, context=context)
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, context.workers.tune_resources()),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=searcher.plan.settings.num_samples,
+            max_concurrent_trials=concurrency,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(name="tune", storage_path=str(context.run_dir / "ray"), verbose=0),
+    )
+    tuner.fit()
+    if searcher.failure is not None:
+        raise searcher.failure
+
+
+def _log_to(path: Path) -> None:
+    """Send what libraries log or warn of to a file, off the screen."""
+    logging.captureWarnings(True)
+    logging.basicConfig(filename=path, level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", force=True)
+
+
+def _terminate(_signal: int, _frame: object) -> None:
+    raise SystemExit(143)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(cli.run(main))
