@@ -76,7 +76,7 @@ class Mixture:
 
     def probability_below(self, limit: ArrayLike) -> Array:
         """`[m]` probabilities of lying at or below `limit` (a number, or one a point)."""
-        return self.weights @ ndtr((np.asarray(limit) - self.mean) / self.sd)
+        return np.clip(self.weights @ ndtr((np.asarray(limit) - self.mean) / self.sd), 0, 1)
 
     def quantile(self, probability: float) -> Array:
         """`[m]` quantiles, by bisection to about 1e-9 of the mixtures' spread."""

@@ -79,10 +79,12 @@ def main() -> int:
     run.refuse_if_taken()
     _check_workers(settings)
     resolved = _describe_inputs(settings)
+    config = _with_absolute_paths(settings.config)
 
     from sweeps.machine import place, started_ray
 
     with started_ray() as resources:
+        signal.signal(signal.SIGTERM, _terminate)  # Ray has put a handler of its own there
         workers, concurrency = place(
             resources,
             workers=settings.workers_per_trial,
@@ -98,7 +100,7 @@ def main() -> int:
                 "tolerance": None,
                 "concurrency": concurrency,
                 "workers": dataclasses.asdict(workers),
-                "config": dataclasses.asdict(resolved),
+                "config": dataclasses.asdict(_with_absolute_paths(resolved)),
                 "config_overrides": overrides,
             }
         )
@@ -106,9 +108,9 @@ def main() -> int:
         from sweeps.progress import plan_lines
         from sweeps.trial import TrialContext
 
-        print("\n".join(plan_lines(budget, concurrency, settings.reroute_tolerance)))
+        print("\n".join(plan_lines(plan_settings, budget, concurrency)))
         print(f"run       {run.shown}\n", flush=True)
-        context = TrialContext(config=settings.config, run_dir=run.path, workers=workers)
+        context = TrialContext(config=config, run_dir=run.path, workers=workers)
         return _sweep(run, plan_settings, context, concurrency)
 
 
@@ -149,6 +151,21 @@ def _describe_inputs(settings: SweepSettings) -> CircuitBreakerConfig:
     first, *rest = data.describe()
     print("\n".join([f"data      {first}", *(f"          {line}" for line in rest)]), flush=True)
     return resolved
+
+
+def _with_absolute_paths(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
+    """The same files wherever a trial's process starts; names that are no directory here are the hub's."""
+
+    def absolute(name: str) -> str:
+        return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+    return dataclasses.replace(
+        config,
+        model=absolute(config.model),
+        tokenizer=config.tokenizer and absolute(config.tokenizer),
+        harmful=tuple(str(Path(file).absolute()) for file in config.harmful),
+        benign=tuple(str(Path(file).absolute()) for file in config.benign),
+    )
 
 
 def _sweep(run: "RunDirectory", settings: "PlanSettings", context: "TrialContext", concurrency: int) -> int:

@@ -1,27 +1,33 @@
 """What a sweep prints: the plan before it starts, a line for each trial event, the summary at the end."""
 
+import textwrap
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from analysis.decision import Decision
-from sweeps.budget import Budget
+from sweeps.budget import Budget, PlanSettings
 from sweeps.plan import SweepPlan
 
 Row = dict[str, Any]
+WIDTH = 80
+INDENT = " " * 10
+HEADER = " time       phase    beta_kl    T seed"
 
 
-def plan_lines(budget: Budget, concurrency: int, reroute_tolerance: float) -> list[str]:
+def plan_lines(settings: PlanSettings, budget: Budget, concurrency: int) -> list[str]:
     """The plan, in the order in which it will run."""
+    (low, high), (cold, hot) = settings.beta_kl_range, settings.kl_temperature_range
     phases = ("baseline", "ablation", "search", "confirm")
     parts = " + ".join(f"{getattr(budget, phase)} {phase}" for phase in phases if getattr(budget, phase))
     lines = [f"plan      {budget.total} trials = {parts} · {concurrency} at a time"]
     if budget.dropped:
-        lines.append(f"          left out for want of trials: {', '.join(budget.dropped)}")
+        left_out = f"left out for want of trials: {', '.join(budget.dropped)}"
+        lines += textwrap.wrap(left_out, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
     return [
         *lines,
-        "search    beta_kl 0.001–2 (log) × kl_temperature 1–4 · minimise benign drift",
-        f"subject   rerouting lost ≤ {reroute_tolerance:.0%} of what the baseline achieves",
+        f"search    beta_kl {low:g}–{high:g} (log) × kl_temperature {cold:g}–{hot:g} · minimise benign drift",
+        f"subject   rerouting lost ≤ {100 * settings.reroute_tolerance:g} % of what the baseline achieves",
     ]
 
 
@@ -32,6 +38,7 @@ class EventLines:
         self._plan = plan
         self._printed: dict[str, str] = {}
         self._started = time.monotonic()
+        print(HEADER)
 
     def update(self, rows: Sequence[Row]) -> None:
         """Print what is new in the plan's rows."""
@@ -40,13 +47,15 @@ class EventLines:
             trial_id, status = str(row["trial_id"]), str(row["status"])
             if self._printed.get(trial_id) != status:
                 self._printed[trial_id] = status
-                print(f"{minutes:3d}:{seconds:02d}  {_event(row, self._plan.tolerance)}", flush=True)
+                print(f"{minutes:2d}:{seconds:02d}  {_event(row, self._plan.tolerance)}".rstrip(), flush=True)
 
 
 def _event(row: Row, tolerance: float | None) -> str:
-    setting = "beta_kl 0    " if row["beta_kl"] == 0 else f"beta_kl {row['beta_kl']:<5.3g}"
-    temperature = "T –   " if row["beta_kl"] == 0 else f"T {row['kl_temperature']:<4.3g}"
-    return f"{row['trial_id']} {row['phase']:<8} {setting} {temperature} seed {row['seed']}  {_result(row, tolerance)}"
+    beta_kl, temperature = (
+        ("0", "–") if row["beta_kl"] == 0 else (f"{row['beta_kl']:.3g}", f"{row['kl_temperature']:.3g}")
+    )
+    setting = f"{row['trial_id']} {row['phase']:<8} {beta_kl:>7} {temperature:>4} {row['seed']:>4}"
+    return f"{setting}  {_result(row, tolerance)}"
 
 
 def _result(row: Row, tolerance: float | None) -> str:
@@ -54,7 +63,7 @@ def _result(row: Row, tolerance: float | None) -> str:
         return "started"
     if row["status"] != "completed":
         return f"{row['status']}: {row['error']}"
-    text = f"reroute {row['eval_loss_reroute']:.4f}  drift {row['eval_benign_kl']:.3g}"
+    text = f"reroute {row['eval_loss_reroute']:.4f}  drift {row['eval_benign_kl']:<7.3g}"
     if row["phase"] == "baseline" or tolerance is None:
         return text
     lost = row["reroute_regression"] + tolerance
@@ -69,8 +78,9 @@ def summary_lines(rows: Sequence[Row], decision: Decision, wall_s: float, concur
     lines = [
         "",
         f"{len(rows)} trials in {wall_s:.0f} s · {len(ended)} done, {failed} failed",
-        f"cost      training {training:.0f} s = {training / (wall_s * concurrency):.0%} of {wall_s:.0f} s × "
-        f"{concurrency}{_overhead(ended)}",
+        f"cost      training {training:.0f} s = {training / (wall_s * concurrency):.0%} of "
+        f"{wall_s:.0f} s × {concurrency} at a time",
+        *_overhead(ended),
     ]
     baseline = decision.baseline
     if baseline is not None:
@@ -86,7 +96,8 @@ def summary_lines(rows: Sequence[Row], decision: Decision, wall_s: float, concur
             f"P {decision.probability_feasible:.2f}"
         )
     else:
-        lines.append(f"verdict   {decision.verdict}: {decision.reason}")
+        verdict = f"verdict   {decision.verdict}: {decision.reason}"
+        lines += textwrap.wrap(verdict, WIDTH, subsequent_indent=INDENT)
     return [
         *lines,
         f"next      python analysis/pick_beta.py {run_dir}",
@@ -96,7 +107,7 @@ def summary_lines(rows: Sequence[Row], decision: Decision, wall_s: float, concur
     ]
 
 
-def _overhead(ended: Sequence[Row]) -> str:
+def _overhead(ended: Sequence[Row]) -> list[str]:
     """Mean seconds of a trial that went neither into training nor evaluation, first trials of a process left out."""
     seen: set[object] = set()
     later = []
@@ -105,5 +116,5 @@ def _overhead(ended: Sequence[Row]) -> str:
             later.append(row["wall_s"] - row["train_s"] - row["eval_s"])
         seen.add(row["process"])
     if not later:
-        return ""
-    return f" · overhead {sum(later) / len(later):.2f} s a trial after the first in a process"
+        return []
+    return [f"{INDENT}overhead {sum(later) / len(later):.2f} s a trial, after the first in its process"]

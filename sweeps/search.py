@@ -6,8 +6,7 @@ kept in `PlanSearcher.failure`, no further trials are given, and the caller rais
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import cast, get_args
-from typing import Any
+from typing import Any, cast, get_args
 
 from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_EXPERIMENT_INFO_KEYS, DEFAULT_RESULT_KEYS, DONE
 from ray.tune.search.searcher import Searcher
