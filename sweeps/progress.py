@@ -12,7 +12,7 @@ from sweeps.plan import SweepPlan
 Row = dict[str, Any]
 WIDTH = 80
 INDENT = " " * 10
-HEADER = " time       phase    beta_kl    T seed"
+HEADER = " time      phase    beta_kl    T seed"
 
 
 def plan_lines(settings: PlanSettings, budget: Budget, concurrency: int) -> list[str]:
@@ -47,7 +47,7 @@ class EventLines:
             trial_id, status = str(row["trial_id"]), str(row["status"])
             if self._printed.get(trial_id) != status:
                 self._printed[trial_id] = status
-                print(f"{minutes:2d}:{seconds:02d}  {_event(row, self._plan.tolerance)}".rstrip(), flush=True)
+                print(f"{minutes:2d}:{seconds:02d} {_event(row, self._plan.tolerance)}".rstrip(), flush=True)
 
 
 def _event(row: Row, tolerance: float | None) -> str:
@@ -63,11 +63,11 @@ def _result(row: Row, tolerance: float | None) -> str:
         return "started"
     if row["status"] != "completed":
         return f"{row['status']}: {row['error']}"
-    text = f"reroute {row['eval_loss_reroute']:.4f}  drift {row['eval_benign_kl']:<7.3g}"
+    text = f"reroute {row['eval_loss_reroute']:.4f} drift {row['eval_benign_kl']:<7.3g}"
     if row["phase"] == "baseline" or tolerance is None:
         return text
     lost = row["reroute_regression"] + tolerance
-    return f"{text}  {lost:+.3f} {'ok' if row['feasible'] else 'over'}"
+    return f"{text} {lost:+.3f} {'ok' if row['feasible'] else 'over'}"
 
 
 def summary_lines(rows: Sequence[Row], decision: Decision, wall_s: float, concurrency: int, run_dir: str) -> list[str]:
