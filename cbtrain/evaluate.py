@@ -16,7 +16,7 @@ from cbtrain import distributed
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.data import CircuitBreakerData, TokenBatch, TokenRow, held_out_batches
 from cbtrain.losses import nll, upcast
-from cbtrain.model import forward, student_mode, teacher_view
+from cbtrain.model import Outputs, forward, student_mode, teacher_view
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,17 @@ def _share(batches: list[TokenBatch]) -> Iterator[tuple[TokenBatch, int]]:
         yield batch.to(distributed.device()), int(mine < len(batches))
 
 
+def _both_views(model: PeftModel, batch: TokenBatch, config: CircuitBreakerConfig) -> tuple[Outputs, Outputs]:
+    """Student and teacher on one batch, with logits."""
+    student = forward(model, batch, config.target_layers, logits=True, via=config.hidden_states)
+    with teacher_view(model):
+        return student, forward(model, batch, config.target_layers, logits=True, via=config.hidden_states)
+
+
 def _harmful_metrics(
     model: PeftModel, batch: TokenBatch, config: CircuitBreakerConfig, means: Means, weight: int
 ) -> None:
-    with teacher_view(model):
-        teacher = forward(model, batch, config.target_layers, logits=True, via=config.hidden_states)
-    student = forward(model, batch, config.target_layers, logits=True, via=config.hidden_states)
+    student, teacher = _both_views(model, batch, config)
     mask = batch.loss_mask
     for layer, ours, theirs in zip(config.target_layers, student.hidden, teacher.hidden, strict=True):
         cosine = F.cosine_similarity(upcast(ours[mask]), upcast(theirs[mask]), dim=-1)
@@ -103,9 +108,7 @@ def _harmful_metrics(
 def _benign_metrics(
     model: PeftModel, batch: TokenBatch, config: CircuitBreakerConfig, means: Means, weight: int
 ) -> None:
-    with teacher_view(model):
-        teacher = forward(model, batch, config.target_layers, logits=True, via=config.hidden_states)
-    student = forward(model, batch, config.target_layers, logits=True, via=config.hidden_states)
+    student, teacher = _both_views(model, batch, config)
     for ours, theirs in zip(student.hidden, teacher.hidden, strict=True):
         difference = upcast(ours[batch.loss_mask]) - upcast(theirs[batch.loss_mask])
         means.add("eval_loss_retain", torch.linalg.vector_norm(difference, dim=-1), weight)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis.decision import Decision
+from analysis.report import explanation
+from analysis.wording import with_relation
 from sweeps.budget import Budget, PlanSettings
 from sweeps.plan import SweepPlan
 
@@ -93,10 +95,12 @@ def summary_lines(rows: Sequence[Row], decision: Decision, wall_s: float, concur
         lines.append(
             f"best      beta_kl {decision.beta_kl:.3g}, T {decision.kl_temperature:.3g}: drift "
             f"{decision.eval_benign_kl:.3g} nats/token ({decision.drift_kept:.0%} of baseline), "
-            f"P {decision.probability_feasible:.2f}"
+            f"{with_relation('P', decision.probability_feasible or 0)}{', confirmed' if decision.confirmed else ''}"
         )
+        if decision.behaviour_warning:
+            lines += textwrap.wrap(f"but       {decision.behaviour_warning}", WIDTH, subsequent_indent=INDENT)
     else:
-        verdict = f"verdict   {decision.verdict}: {decision.reason}"
+        verdict = f"verdict   {decision.verdict}: {explanation(decision)}"
         lines += textwrap.wrap(verdict, WIDTH, subsequent_indent=INDENT)
     return [
         *lines,
