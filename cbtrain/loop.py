@@ -263,7 +263,7 @@ def _require_finite(losses: list[float], step: int) -> None:
         named = ", ".join(
             f"{name} {value:g}" for name, value in zip(("loss", "reroute", "retain", "kl"), losses, strict=True)
         )
-        raise NonFiniteLossError(f"step {step}: a loss is not finite ({named}); lower --lr or --alpha")
+        raise NonFiniteLossError(f"step {step}: a loss is not finite ({named}); lower --lr")
 
 
 def _unclipped_norm(engine: deepspeed.DeepSpeedEngine) -> float:
