@@ -123,8 +123,8 @@ def _check(trials: pd.DataFrame, reroute_tolerance: float, confidence: float) ->
         raise ValueError(f"trials: no column {', '.join(missing)}")
     if not 0 < reroute_tolerance < 1:
         raise ValueError(f"reroute_tolerance {reroute_tolerance}: must lie between 0 and 1")
-    if not 0.5 <= confidence < 1:
-        raise ValueError(f"confidence {confidence}: must lie in [0.5, 1)")
+    if not 0.5 < confidence < 1:
+        raise ValueError(f"confidence {confidence}: must lie between 0.5 and 1")
 
 
 def _mean(rows: pd.DataFrame, column: str) -> float | None:
@@ -256,6 +256,10 @@ def _why_insufficient(
     best = settings[0]
     if best.probability_feasible < 1 - confidence:
         return "Every setting that ran costs more rerouting than the limit allows, but the map holds untried ones."
+    if not needed.measured:
+        return (
+            f"No setting reaches P ≥ {number(confidence)}: under 3 baseline seeds completed, too few to tell the noise."
+        )
     if needed.sigma > tolerance / 2.5:
         return (
             f"No setting reaches P ≥ {number(confidence)}: seed noise (σ {number(needed.sigma, 2)}) is "
@@ -277,7 +281,7 @@ def _needed(model: _Model, baseline: Baseline, tolerance: float, n_trials: int) 
     sigma = measured or math.sqrt(shared + own) * baseline.achieved
     seeds = max(3, math.ceil(12.4 * (1 - correlation) * (sigma / tolerance) ** 2))
     num_samples = max(2 * n_trials, 10 * math.ceil((2 * seeds + 14) / 10))
-    return Needed(seeds, num_samples, sigma, correlation)
+    return Needed(seeds, num_samples, sigma, correlation, measured is not None)
 
 
 def _map_grid() -> Array:

@@ -65,6 +65,8 @@ class Needed:
     """Standard deviation between seeds, in units of `eval_loss_reroute`."""
     correlation: float
     """ρ: the share of that variance which trials of one seed have in common, by the model."""
+    measured: bool
+    """Whether σ is the baseline seeds' own; below 3 seeds it is the model's, which rests on its prior."""
 
 
 @dataclass(frozen=True)

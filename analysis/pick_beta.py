@@ -28,29 +28,12 @@ DEFAULT_RUN_DIR = "runs/latest"
 _WIDTH = 80
 
 
-def write_report(
-    run_dir: str | Path, reroute_tolerance: float | None = None, confidence: float | None = None
-) -> Decision:
-    """Decide, and write `run_dir/report/`: all texts are made before the first file changes, decision.json is last.
-
-    Args:
-        run_dir: a sweep's run directory.
-        reroute_tolerance: share of the baseline's rerouting that may be lost; None is the sweep's own.
-        confidence: probability that is asked for; None is the sweep's own.
-
-    Raises:
-        InputError: the run directory cannot be read, or a value is out of its range.
-        OSError: the report cannot be written.
-    """
-    return _report(Path(run_dir), reroute_tolerance, confidence)[0]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     try:
         arguments = _parser().parse_args(argv)
         run_dir = Path(arguments.run_dir)
-        decision, command = _report(run_dir, arguments.reroute_tolerance, arguments.confidence)
+        decision, command = write_report(run_dir, arguments.reroute_tolerance, arguments.confidence)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -103,8 +86,24 @@ def _parser() -> _Parser:
     return parser
 
 
-def _report(run_dir: Path, reroute_tolerance: float | None, confidence: float | None) -> tuple[Decision, str]:
-    """The decision and the command to run next, the report written."""
+def write_report(
+    run_dir: str | Path, reroute_tolerance: float | None = None, confidence: float | None = None
+) -> tuple[Decision, str]:
+    """Decide, and write `run_dir/report/`: all texts are made before the first file changes, decision.json is last.
+
+    Args:
+        run_dir: a sweep's run directory.
+        reroute_tolerance: share of the baseline's rerouting that may be lost; None is the sweep's own.
+        confidence: probability that is asked for; None is the sweep's own.
+
+    Returns:
+        The decision, and the command to run next.
+
+    Raises:
+        InputError: the run directory cannot be read, or a value is out of its range.
+        OSError: the report cannot be written.
+    """
+    run_dir = Path(run_dir)
     sweep = load_settings(run_dir)
     trials = load_trials(run_dir)
     curves = load_curves(run_dir)
@@ -113,8 +112,8 @@ def _report(run_dir: Path, reroute_tolerance: float | None, confidence: float | 
     confidence = settings.get("confidence", 0.95) if confidence is None else confidence
     if not 0 < tolerance < 1:
         raise InputError(f"--reroute-tolerance {tolerance}: must lie between 0 and 1")
-    if not 0.5 <= confidence < 1:
-        raise InputError(f"--confidence {confidence}: must be at least 0.5 and below 1")
+    if not 0.5 < confidence < 1:
+        raise InputError(f"--confidence {confidence}: must lie between 0.5 and 1")
     decision = decide(trials, reroute_tolerance=tolerance, confidence=confidence)
     _write_all(run_dir / "report", report.render(decision, sweep, trials, curves))
     command = report.train_command(decision, sweep) or report.sweep_command(decision, sweep, len(trials)) or ""

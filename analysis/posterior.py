@@ -115,19 +115,10 @@ class Posterior:
         prior_variance = 2 * (np.exp(2 * self.theta[:, 2:3]) - at_reference)
         return self._condition(self._cross_difference(points, reference), prior_variance, 0.0)
 
-    def difference_covariance(self, points: Array, reference: Array) -> Array:
-        """`[D, m, m]` covariances, a draw each, of the differences at `points` from `reference`."""
-        pair = _matern(points, points, self.theta)
-        at_reference = _matern(points, reference[None], self.theta)
-        signal = np.exp(2 * self.theta[:, 2])[:, None, None]
-        prior = pair - at_reference - at_reference.transpose(0, 2, 1) + signal
-        explained = self._cross_difference(points, reference) @ self.whitening.transpose(0, 2, 1)
-        return prior - explained @ explained.transpose(0, 2, 1)
-
     def seed_and_noise_variance(self) -> tuple[float, float]:
-        """Posterior means of the variance that trials of a seed share and of what is left, in units of y²."""
-        shared, own = self.weights @ np.exp(2 * self.theta[:, 3:5])
-        return float(shared), float(own)
+        """Posterior medians of the variance that trials of a seed share and of what is left, in units of y²."""
+        medians = [_weighted_median(self.theta[:, column], self.weights) for column in (3, 4)]
+        return math.exp(2 * medians[0]), math.exp(2 * medians[1])
 
     def _cross_difference(self, points: Array, reference: Array) -> Array:
         return _matern(points, self.x, self.theta) - _matern(reference[None], self.x, self.theta)
@@ -249,3 +240,8 @@ def _proposal(z: Array, log_weights: Array) -> tuple[Array, Array]:
 def _normalised(log_weights: Array) -> Array:
     weights = np.exp(log_weights - log_weights.max())
     return weights / weights.sum()
+
+
+def _weighted_median(values: Array, weights: Array) -> float:
+    order = np.argsort(values)
+    return float(values[order][np.searchsorted(np.cumsum(weights[order]), 0.5)])

@@ -58,9 +58,10 @@ def explanation(decision: Decision) -> str:
         return f"{decision.reason} Give rerouting more room: more --steps, a higher --lr, a larger --schedule-horizon."
     if decision.verdict == "insufficient_evidence" and decision.needed is not None:
         needed = decision.needed
+        noise = f"σ {number(needed.sigma, 2)}{'' if needed.measured else ' assumed'}"
         return (
-            f"{decision.reason} About {count(needed.seeds, 'seed')} a setting would suffice "
-            f"(σ {number(needed.sigma, 2)}, paired correlation {number(needed.correlation, 2)})."
+            f"{decision.reason} About {count(needed.seeds, 'seed')} of baseline and setting would suffice "
+            f"({noise}, paired correlation {number(needed.correlation, 2)})."
         )
     if decision.verdict != "choose":
         return decision.reason
@@ -98,7 +99,20 @@ def sweep_command(decision: Decision, sweep: Mapping[str, Any], n_trials: int) -
         values["num_samples"] = decision.needed.num_samples
         if decision.needed.seeds > min(8, decision.needed.num_samples // 5):
             values["baseline_seeds"] = decision.needed.seeds
+    values |= _asked_otherwise(sweep)
     return f"python sweeps/kl_ablation.py {_flags({**values, **overrides})}"
+
+
+def _asked_otherwise(sweep: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags without which another sweep would answer another question."""
+    settings, workers = sweep["settings"], sweep.get("workers", {})
+    given = {
+        "reroute_tolerance": (settings.get("reroute_tolerance", 0.05), 0.05),
+        "confidence": (settings.get("confidence", 0.95), 0.95),
+        "seed": (settings.get("seed", 0), 0),
+        "workers_per_trial": (workers.get("count", 1), 1),
+    }
+    return {name: value for name, (value, default) in given.items() if value != default}
 
 
 def decision_json(decision: Decision, sweep: Mapping[str, Any], trials: pd.DataFrame) -> str:
@@ -187,7 +201,7 @@ def _traps(trials: pd.DataFrame, curves: pd.DataFrame) -> list[Trap]:
     return [
         Trap(
             "“A larger beta_kl logs a larger loss_kl.”",
-            "It logs a smaller one: loss_kl is logged without its weight, and more weight presses it down. "
+            "As a rule it logs a smaller one: loss_kl is logged without its weight, and more weight presses it down. "
             f"{_loss_kl_falls(trials)}",
         ),
         Trap(
@@ -206,9 +220,10 @@ def _loss_kl_falls(trials: pd.DataFrame) -> str:
         return "This sweep has too few trials at T 1 to show it."
     by_beta = rows.groupby("beta_kl")["loss_kl"].mean()
     low, high = by_beta.index[0], by_beta.index[-1]
+    exception = "" if by_beta[high] < by_beta[low] else "an exception: "
     return (
-        f"Here, at T 1: {number(by_beta[low])} at beta_kl {number(low)}, {number(by_beta[high])} at {number(high)}. "
-        "Values at different temperatures cannot be compared at all."
+        f"Here, at T 1, {exception}{number(by_beta[low])} at beta_kl {number(low)}, "
+        f"{number(by_beta[high])} at {number(high)}. Values at different temperatures cannot be compared at all."
     )
 
 

@@ -50,7 +50,7 @@ def evaluate_rules(
     at_one = trials[(trials["kl_temperature"] == 1.0) | (trials["beta_kl"] == 0)]
     strong = _kl_too_strong(at_one, pick_beta_kl or 0.3)
     rising = _reroute_rises(at_one)
-    return strong, rising, _all_good(strong, rising, at_03), _stronger(at_05, confidence)
+    return strong, rising, _all_good(strong, rising, at_03, confidence), _stronger(at_05, confidence)
 
 
 def _kl_too_strong(at_one: pd.DataFrame, near: float) -> SeedRule:
@@ -80,13 +80,15 @@ def _reroute_rises(at_one: pd.DataFrame) -> SeedRule:
     return SeedRule(rule, True, f"{signed(rise)} from {number(low)} to {number(high)}")
 
 
-def _all_good(strong: SeedRule, rising: SeedRule, at_03: Outlook | None) -> SeedRule:
+def _all_good(strong: SeedRule, rising: SeedRule, at_03: Outlook | None, confidence: float) -> SeedRule:
     rule = "all looks good → 0.3"
     if at_03 is None or strong.fired is None or rising.fired is None:
         return SeedRule(rule, None, "not enough trials")
     outlook = with_relation("P(0.3)", at_03.probability_feasible)
-    good = not strong.fired and not rising.fired
-    return SeedRule(rule, good, outlook if good else f"see above; {outlook}")
+    quiet = not strong.fired and not rising.fired
+    return SeedRule(
+        rule, quiet and at_03.probability_feasible >= confidence, outlook if quiet else f"see above; {outlook}"
+    )
 
 
 def _stronger(at_05: Outlook | None, confidence: float) -> SeedRule:

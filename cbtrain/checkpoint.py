@@ -40,7 +40,7 @@ def save(engine, directory: Path, step: int, config: CircuitBreakerConfig) -> No
     # One file a rank: dropout draws differ between ranks.
     random_state = directory / tag / f"random_state_{distributed.rank()}.pt"
     engine.save_checkpoint(str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=True)
-    torch.save(torch.get_rng_state(), random_state)
+    torch.save(_random_state(), random_state)
     dist.barrier()
     if distributed.rank() == 0:
         files = {p.name: _checksum(p) for p in sorted((directory / tag).iterdir())}
@@ -53,14 +53,14 @@ def save(engine, directory: Path, step: int, config: CircuitBreakerConfig) -> No
 
 
 def load(engine, directory: Path, config: CircuitBreakerConfig) -> int:
-    """Restore the newest checkpoint; the number of updates it had done, 0 where there is none.
+    """Restore the newest checkpoint; the number of updates it had done.
 
     Raises:
-        InputError: the checkpoint is of another configuration, or a file was changed since it was written.
+        InputError: there is none, it is of another configuration, or a file was changed since it was written.
     """
     path = directory / MANIFEST
     if not path.is_file():
-        return 0
+        raise InputError(f"{directory}: no checkpoint to resume from (--checkpoint-every writes them)")
     manifest = json.loads(path.read_text())
     if manifest["config"] != fingerprint(config):
         raise InputError(f"{path}: written by a run with other settings; start in another directory")
@@ -69,8 +69,20 @@ def load(engine, directory: Path, config: CircuitBreakerConfig) -> int:
         if not (tag / name).is_file() or _checksum(tag / name) != checksum:
             raise InputError(f"{tag / name}: missing or changed since it was written; remove {directory} to start anew")
     engine.load_checkpoint(str(directory), tag=manifest["tag"], load_module_strict=False)
-    torch.set_rng_state(torch.load(tag / f"random_state_{distributed.rank()}.pt", weights_only=True))
+    _set_random_state(torch.load(tag / f"random_state_{distributed.rank()}.pt", weights_only=True))
     return manifest["step"]
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """What dropout draws from."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _checksum(path: Path) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -46,16 +47,30 @@ def parse(settings_type: type[Settings], argv: Sequence[str], prog: str) -> Sett
     return settings
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, treated as Ctrl-C is; a `SystemExit` would be caught by libraries that parse arguments."""
+
+
+def catch_sigterm() -> None:
+    """Have SIGTERM raise `Terminated` from now on; Ray puts a handler of its own in that place."""
+
+    def terminate(_signal: int, _frame: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+
+
 def run(main: Callable[[], int]) -> int:
-    """The exit status of a command: 2 for bad input, in one line, and 130 when interrupted."""
+    """The exit status of a command: 2 for bad input, in one line; 130 when interrupted, 143 when terminated."""
+    catch_sigterm()
     try:
         return main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130
 
 
 def _value_of(name: str, argv: Sequence[str]) -> str | None:

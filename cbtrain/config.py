@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 MaskPolicy = Literal["completion_only", "assistant_only", "full_sequence"]
 
@@ -27,6 +27,30 @@ def nearest(word: str, known: list[str]) -> str:
     """`"; did you mean X?"` for the known word closest to `word`, or an empty string."""
     match = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {match[0]}?" if match else ""
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a field's type; an int serves as a float, which must be finite."""
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if get_args(hint):
+        return any(_fits(value, alternative) for alternative in get_args(hint))
+    return isinstance(value, hint) and not isinstance(value, bool)
+
+
+def _described(hint: Any) -> str:
+    """A field's type in words."""
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"a list, each {_described(get_args(hint)[0])}"
+    if get_args(hint):
+        return " or ".join(_described(alternative) for alternative in get_args(hint))
+    return {int: "a whole number", float: "a finite number", str: "a text"}.get(hint, "None")
 
 
 @dataclass(kw_only=True)
@@ -118,7 +142,7 @@ class CircuitBreakerConfig:
         names = [field.name for field in dataclasses.fields(self)]
         if name not in names:
             raise InputError(f"{name}: no such configuration field{nearest(name, names)}")
-        object.__setattr__(self, name, value)
+        object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
 
     def validate(self) -> None:
         """Check every field by itself and against the others; raise `InputError` naming the flag."""
@@ -127,10 +151,8 @@ class CircuitBreakerConfig:
             if not ok:
                 raise InputError(f"{flag(name)} {getattr(self, name)}: {mend}")
 
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float):
-                require(math.isfinite(value), field.name, "must be a finite number")
+        for field_name, hint in get_type_hints(type(self)).items():
+            require(_fits(getattr(self, field_name), hint), field_name, f"must be {_described(hint)}")
         for name in ("beta_kl", "lora_init_std", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every"):
             require(getattr(self, name) >= 0, name, "must be 0 or more")
         require(self.checkpoint_every >= 0, "checkpoint_every", "must be 0 or more")
@@ -149,7 +171,6 @@ class CircuitBreakerConfig:
             min(self.target_layers) >= 1, "target_layers", "layers start at 1 (0 is the embedding, which cannot move)"
         )
         require(self.lora_layers is None or len(self.lora_layers) > 0, "lora_layers", "name at least one block")
-        require(self.zero_stage in (0, 1, 2, 3), "zero_stage", "must be 0, 1, 2 or 3")
         require(bool(self.model), "model", "name a model directory or Hugging Face id")
         if self.micro_batch_size is not None:
             require(

@@ -166,6 +166,17 @@ def collate(rows: Sequence[TokenRow], pad_token_id: int) -> TokenBatch:
     return TokenBatch(input_ids, attention_mask, loss_mask)
 
 
+def check_batch(config: CircuitBreakerConfig, world_size: int) -> int:
+    """Rows a side in one micro-step of one worker; an `InputError` where the batch does not divide into them."""
+    micro = config.micro_batch_size or max(1, config.batch_size // world_size)
+    if config.batch_size % (world_size * micro):
+        raise InputError(
+            f"{flag('batch_size')} {config.batch_size}: not divisible by {world_size} workers × "
+            f"{micro} rows a micro-step ({flag('micro_batch_size')})"
+        )
+    return micro
+
+
 def step_batches(
     data: CircuitBreakerData,
     config: CircuitBreakerConfig,
@@ -182,12 +193,7 @@ def step_batches(
     Raises:
         InputError: the batch does not divide into workers and micro-steps.
     """
-    micro = config.micro_batch_size or max(1, config.batch_size // world_size)
-    if config.batch_size % (world_size * micro):
-        raise InputError(
-            f"{flag('batch_size')} {config.batch_size}: not divisible by {world_size} workers × "
-            f"{micro} rows a micro-step ({flag('micro_batch_size')})"
-        )
+    micro = check_batch(config, world_size)
     harmful = _global_batch(data.harmful.train, "harmful", config, step)
     benign = _global_batch(data.benign.train, "benign", config, step)
     counts = ScoredCounts(

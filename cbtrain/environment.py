@@ -2,19 +2,17 @@
 
 import logging
 import os
-import warnings
 
 
 def quiet_libraries() -> None:
-    """Keep libraries' banners and progress bars off the screen; their errors still come through."""
+    """Keep libraries' banners, warnings and progress bars off the screen; their errors still come through."""
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
+    logging.captureWarnings(True)  # to the log, where there is one
 
     import huggingface_hub
     import transformers

@@ -4,7 +4,7 @@ Every metric is a mean over all scored positions of the held-out rows, summed in
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from cbtrain import distributed
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.data import CircuitBreakerData, TokenBatch, TokenRow, held_out_batches
 from cbtrain.losses import nll, upcast
-from cbtrain.model import Outputs, forward, student_mode, teacher_view
+from cbtrain.model import Outputs, forward, retained_layers, student_mode, teacher_view
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,17 @@ def _share(batches: list[TokenBatch]) -> Iterator[tuple[TokenBatch, int]]:
         yield batch.to(distributed.device()), int(mine < len(batches))
 
 
-def _both_views(model: PeftModel, batch: TokenBatch, config: CircuitBreakerConfig) -> tuple[Outputs, Outputs]:
+def _both_views(model: PeftModel, batch: TokenBatch, layers: Sequence[int], via: str) -> tuple[Outputs, Outputs]:
     """Student and teacher on one batch, with logits."""
-    student = forward(model, batch, config.target_layers, logits=True, via=config.hidden_states)
+    student = forward(model, batch, layers, logits=True, via=via)
     with teacher_view(model):
-        return student, forward(model, batch, config.target_layers, logits=True, via=config.hidden_states)
+        return student, forward(model, batch, layers, logits=True, via=via)
 
 
 def _harmful_metrics(
     model: PeftModel, batch: TokenBatch, config: CircuitBreakerConfig, means: Means, weight: int
 ) -> None:
-    student, teacher = _both_views(model, batch, config)
+    student, teacher = _both_views(model, batch, config.target_layers, config.hidden_states)
     mask = batch.loss_mask
     for layer, ours, theirs in zip(config.target_layers, student.hidden, teacher.hidden, strict=True):
         cosine = F.cosine_similarity(upcast(ours[mask]), upcast(theirs[mask]), dim=-1)
@@ -108,7 +108,8 @@ def _harmful_metrics(
 def _benign_metrics(
     model: PeftModel, batch: TokenBatch, config: CircuitBreakerConfig, means: Means, weight: int
 ) -> None:
-    student, teacher = _both_views(model, batch, config)
+    layers = retained_layers(model.get_base_model(), config)
+    student, teacher = _both_views(model, batch, layers, config.hidden_states)
     for ours, theirs in zip(student.hidden, teacher.hidden, strict=True):
         difference = upcast(ours[batch.loss_mask]) - upcast(theirs[batch.loss_mask])
         means.add("eval_loss_retain", torch.linalg.vector_norm(difference, dim=-1), weight)

@@ -21,13 +21,15 @@ from peft import PeftModel
 
 from cbtrain import checkpoint, distributed
 from cbtrain.config import CircuitBreakerConfig
-from cbtrain.data import CircuitBreakerData, load_data, pad_token_id, step_batches
+from cbtrain.data import CircuitBreakerData, check_batch, load_data, pad_token_id, step_batches
 from cbtrain.evaluate import evaluate, held_out
-from cbtrain.model import add_adapter, check_layers, count_layers, forget_base, load_base, load_tokenizer, student_mode
-from cbtrain.schedule import Coefficients, coefficients, learning_rate
+from cbtrain.model import add_adapter, check_fit, forget_base, load_base, load_tokenizer, student_mode
+from cbtrain.schedule import coefficients, learning_rate
 from cbtrain.step import CircuitBreakerStep
 
 Metrics = dict[str, float]
+LOSSES = ("loss", "loss_reroute", "loss_retain", "loss_kl")
+"""Names of `StepOutput.parts`, in its order."""
 Report = Callable[[Metrics], None]
 
 
@@ -72,6 +74,7 @@ def train(config: CircuitBreakerConfig, output_dir: Path, report: Report, *, res
                 report(metrics)
             if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
                 checkpoint.save(engine, output_dir / "checkpoint", done, config)
+            clock.lap("other")
         save_adapter(model, output_dir / "adapter", config)
     return metrics
 
@@ -99,31 +102,16 @@ def train_step(engine: deepspeed.DeepSpeedEngine, data: CircuitBreakerData, pad:
         tokens += batch.harmful.attention_mask.sum() + batch.benign.attention_mask.sum()
         if index == len(micro_batches) - 1:
             totals = distributed.reduce_sum(torch.cat([parts, tokens])).tolist()
-            _require_finite(totals[:4], step + 1)
+            _require_finite(totals, step + 1)
         engine.backward(output.loss * undo_average)
         grad_norm = _unclipped_norm(engine) if config.zero_stage == 0 else None
         engine.step()
     if grad_norm is None:
         grad_norm = float(engine.get_global_grad_norm())
-    return _step_metrics(config, step, weights, lr, totals, grad_norm, time.perf_counter() - started)
-
-
-def _step_metrics(
-    config: CircuitBreakerConfig,
-    step: int,
-    weights: Coefficients,
-    lr: float,
-    totals: list[float],
-    grad_norm: float,
-    seconds: float,
-) -> Metrics:
-    loss, reroute, retain, kl, tokens = totals
+    losses = dict(zip(LOSSES, totals, strict=False))
     return {
         "step": step + 1,
-        "loss": loss,
-        "loss_reroute": reroute,
-        "loss_retain": retain,
-        "loss_kl": kl,
+        **losses,
         "cs": weights.cs,
         "cr": weights.cr,
         "alpha": config.alpha,
@@ -132,7 +120,9 @@ def _step_metrics(
         "kl_weight": weights.kl_weight,
         "grad_norm_total": grad_norm,
         "lr": lr,
-        "tokens_per_s": tokens / seconds,
+        "scored_tokens_harmful": counts.harmful_tokens,
+        "scored_tokens_benign": counts.benign_tokens,
+        "tokens_per_s": totals[-1] / (time.perf_counter() - started),
     }
 
 
@@ -154,7 +144,7 @@ class Clock:
     """Seconds spent in each kind of work."""
 
     def __init__(self) -> None:
-        self.seconds = {"train": 0.0, "eval": 0.0}
+        self.seconds = {"train": 0.0, "eval": 0.0, "other": 0.0}
         self._since = time.perf_counter()
 
     def lap(self, kind: str) -> None:
@@ -203,7 +193,8 @@ def prepare(config: CircuitBreakerConfig) -> tuple[CircuitBreakerData, int]:
         The tokenised rows, read once in a process for the same unchanged files, and the padding token's id.
     """
     config.validate()
-    check_layers(config, count_layers(config))
+    check_batch(config, distributed.world_size())
+    check_fit(config)
     files = [Path(file) for file in (*config.harmful, *config.benign)]
     stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
     return _tokenised(tuple(getattr(config, name) for name in DATA_FIELDS), stamps)
@@ -232,12 +223,10 @@ def adapted_model(config: CircuitBreakerConfig) -> Iterator[PeftModel]:
 @contextlib.contextmanager
 def _engine(model: PeftModel, config: CircuitBreakerConfig) -> Iterator[deepspeed.DeepSpeedEngine]:
     """A DeepSpeed engine around the step, with AdamW over the adapter's parameters."""
-    world = distributed.world_size()
-    micro = config.micro_batch_size or config.batch_size // world
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings = {
         "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": micro,
+        "train_micro_batch_size_per_gpu": check_batch(config, distributed.world_size()),
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.dtype == "bfloat16"},
@@ -258,11 +247,9 @@ def _engine(model: PeftModel, config: CircuitBreakerConfig) -> Iterator[deepspee
         engine.destroy()
 
 
-def _require_finite(losses: list[float], step: int) -> None:
-    if not all(math.isfinite(value) for value in losses):
-        named = ", ".join(
-            f"{name} {value:g}" for name, value in zip(("loss", "reroute", "retain", "kl"), losses, strict=True)
-        )
+def _require_finite(totals: list[float], step: int) -> None:
+    if not all(math.isfinite(value) for value in totals):
+        named = ", ".join(f"{name} {value:g}" for name, value in zip(LOSSES, totals, strict=False))
         raise NonFiniteLossError(f"step {step}: a loss is not finite ({named}); lower --lr")
 
 

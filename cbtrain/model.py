@@ -49,10 +49,28 @@ def load_tokenizer(config: CircuitBreakerConfig) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
 
 
-def count_layers(config: CircuitBreakerConfig) -> int:
-    """Number N of decoder blocks (hidden states are indexed 0 … N), from the model's configuration alone."""
+def check_fit(config: CircuitBreakerConfig) -> int:
+    """Check the layers and LoRA targets against the model's structure, without its weights.
+
+    Returns:
+        Number N of decoder blocks; hidden states are indexed 0 … N.
+
+    Raises:
+        InputError: the model cannot be found, or a field names a layer or module that it does not have.
+    """
     with _loading("model", config.model):
-        return AutoConfig.from_pretrained(config.model).get_text_config().num_hidden_layers
+        _, blocks = decoder_blocks(_skeleton(config.model))
+    check_layers(config, len(blocks))
+    lora_targets(blocks, config)
+    return len(blocks)
+
+
+@functools.lru_cache(maxsize=1)
+def _skeleton(name: str) -> PreTrainedModel:
+    """The model's modules with neither weights nor memory."""
+    structure = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(structure)
 
 
 @contextmanager
@@ -61,6 +79,8 @@ def _loading(field: str, name: str) -> Iterator[None]:
         raise InputError(f"--{field} {name}: no such directory")
     try:
         yield
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"--{field} {name}: cannot be loaded from a directory or the hub ({reason})") from error
@@ -105,7 +125,7 @@ def check_layers(config: CircuitBreakerConfig, layers: int) -> None:
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks and its name within the model.
+    """The name of the list of decoder blocks within the model, and the list.
 
     Raises:
         InputError: no `ModuleList` of the configured length is found.
@@ -117,6 +137,28 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     raise InputError(f"--model: found no list of {count} decoder blocks in {type(model).__name__}")
 
 
+def lora_targets(blocks: nn.ModuleList, config: CircuitBreakerConfig) -> list[str]:
+    """Names of the linear modules of a block that the adapter goes on.
+
+    Raises:
+        InputError: a name in `lora_targets` is no linear module of the blocks.
+    """
+    linear = sorted({n.rsplit(".", 1)[-1] for n, m in blocks.named_modules() if isinstance(m, nn.Linear)})
+    if isinstance(config.lora_targets, str):
+        return linear
+    for name in config.lora_targets:
+        if name not in linear:
+            raise InputError(f"--lora-targets {name}: not a linear module of the blocks; they have {', '.join(linear)}")
+    return list(config.lora_targets)
+
+
+def retained_layers(model: PreTrainedModel, config: CircuitBreakerConfig) -> list[int]:
+    """Hidden states that the retain loss compares."""
+    if config.retain_layers == "target":
+        return list(config.target_layers)
+    return list(range(len(decoder_blocks(model)[1]) + 1))
+
+
 def add_adapter(base: PreTrainedModel, config: CircuitBreakerConfig) -> PeftModel:
     """Put a LoRA adapter on the linear modules of the chosen decoder blocks, seeded by `config.seed`.
 
@@ -124,17 +166,12 @@ def add_adapter(base: PreTrainedModel, config: CircuitBreakerConfig) -> PeftMode
         InputError: a name in `lora_targets` is no linear module of the blocks.
     """
     path, blocks = decoder_blocks(base)
-    linear = sorted({n.rsplit(".", 1)[-1] for n, m in blocks.named_modules() if isinstance(m, nn.Linear)})
-    targets = linear if config.lora_targets == "all-linear" else list(config.lora_targets)
-    for name in targets:
-        if name not in linear:
-            raise InputError(f"--lora-targets {name}: not a linear module of the blocks; they have {', '.join(linear)}")
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=targets,
+        target_modules=lora_targets(blocks, config),
         layers_to_transform=None if config.lora_layers is None else list(config.lora_layers),
         layers_pattern=None if config.lora_layers is None else path.rsplit(".", 1)[-1],
         bias="none",

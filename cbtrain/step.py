@@ -14,7 +14,7 @@ from cbtrain import distributed
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.data import PairedBatch, ScoredCounts
 from cbtrain.losses import kl_divergence_loss, reroute_loss, retain_loss
-from cbtrain.model import decoder_blocks, forward, teacher_view
+from cbtrain.model import forward, retained_layers, teacher_view
 from cbtrain.schedule import Coefficients
 
 
@@ -37,8 +37,7 @@ class CircuitBreakerStep(nn.Module):
         super().__init__()
         self.model: PeftModel = model
         self.config = config
-        _, blocks = decoder_blocks(model.get_base_model())
-        self.retained = list(range(len(blocks) + 1)) if config.retain_layers == "all" else list(config.target_layers)
+        self.retained = retained_layers(model.get_base_model(), config)
 
     def forward(self, batch: PairedBatch, counts: ScoredCounts, weights: Coefficients) -> StepOutput:
         """Losses of one micro-batch.

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from analysis.posterior import BETA_KL_RANGE, KL_TEMPERATURE_RANGE
 from cbtrain.config import InputError
 
 Phase = Literal["baseline", "ablation", "search", "confirm"]
@@ -32,9 +33,9 @@ class PlanSettings:
     """Share of the baseline's rerouting that a trial may lose."""
     confidence: float = 0.95
     """Probability of keeping that limit which a recommended setting must reach."""
-    beta_kl_range: tuple[float, float] = (1e-3, 2.0)
+    beta_kl_range: tuple[float, float] = BETA_KL_RANGE
     """Searched on a logarithmic scale."""
-    kl_temperature_range: tuple[float, float] = (1.0, 4.0)
+    kl_temperature_range: tuple[float, float] = KL_TEMPERATURE_RANGE
     """Searched on a linear scale."""
 
     def __post_init__(self) -> None:

@@ -15,14 +15,13 @@ from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 
+from analysis.decide import MIN_DRIFT
 from sweeps.budget import Phase
 from sweeps.sampler import BETA_KL, KL_TEMPERATURE
 
 STUDY_NAME = "kl_ablation"
 BASELINE_STUDY_NAME = "kl_ablation_baseline"
 CONSTRAINT = "reroute_regression"
-MIN_DRIFT = 1e-12
-"""Floor of `eval_benign_kl` (nats per scored token) before its logarithm is taken."""
 
 Metric = float | int | str
 Status = Literal["completed", "stopped", "failed"]

@@ -9,7 +9,6 @@ cluster.
 
 import dataclasses
 import logging
-import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -78,13 +77,12 @@ def main() -> int:
     run = RunDirectory(settings.run_dir or Path("runs") / time.strftime("kl_ablation-%Y%m%d-%H%M%S"))
     run.refuse_if_taken()
     _check_workers(settings)
-    resolved = _describe_inputs(settings)
-    config = _with_absolute_paths(settings.config)
+    config = _read_inputs(settings)
 
     from sweeps.machine import place, started_ray
 
     with started_ray() as resources:
-        signal.signal(signal.SIGTERM, _terminate)  # Ray has put a handler of its own there
+        cli.catch_sigterm()
         workers, concurrency = place(
             resources,
             workers=settings.workers_per_trial,
@@ -100,7 +98,7 @@ def main() -> int:
                 "tolerance": None,
                 "concurrency": concurrency,
                 "workers": dataclasses.asdict(workers),
-                "config": dataclasses.asdict(_with_absolute_paths(resolved)),
+                "config": dataclasses.asdict(config),
                 "config_overrides": overrides,
             }
         )
@@ -108,8 +106,7 @@ def main() -> int:
         from sweeps.progress import plan_lines
         from sweeps.trial import TrialContext
 
-        print("\n".join(plan_lines(plan_settings, budget, concurrency)))
-        print(f"run       {run.shown}\n", flush=True)
+        print("\n".join(plan_lines(plan_settings, budget, concurrency, run.shown)) + "\n", flush=True)
         context = TrialContext(config=config, run_dir=run.path, workers=workers)
         return _sweep(run, plan_settings, context, concurrency)
 
@@ -126,31 +123,32 @@ def _overrides(settings: SweepSettings) -> dict[str, object]:
 
 
 def _check_workers(settings: SweepSettings) -> None:
-    workers, config = settings.workers_per_trial, settings.config
-    if workers < 1:
-        raise InputError(f"--workers-per-trial {workers}: must be 1 or more")
-    if settings.max_concurrent is not None and settings.max_concurrent < 1:
-        raise InputError(f"--max-concurrent {settings.max_concurrent}: must be 1 or more")
-    share = workers * (config.micro_batch_size or 1)
-    if config.batch_size % share:
-        raise InputError(f"--batch-size {config.batch_size}: does not divide among {workers} workers")
+    for name in ("workers_per_trial", "max_concurrent"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise InputError(f"{flag(name)} {value}: must be 1 or more")
 
 
-def _describe_inputs(settings: SweepSettings) -> CircuitBreakerConfig:
-    """Read model configuration and data, so that what is wrong with them is said now, and print what was read."""
+def _read_inputs(settings: SweepSettings) -> CircuitBreakerConfig:
+    """Read the model's structure and the data, so that what is wrong with them is said now, and print what was read.
+
+    Returns:
+        The configuration of every trial, with paths that hold wherever its process starts.
+    """
     from cbtrain.environment import quiet_libraries
 
     quiet_libraries()
+    from cbtrain.data import check_batch
     from cbtrain.loop import prepare
-    from cbtrain.model import count_layers, resolve
+    from cbtrain.model import check_fit, resolve
 
-    resolved = resolve(settings.config)
-    data, _ = prepare(resolved)
-    name = settings.config.model
-    print(f"KL ablation · preset {settings.preset} · model {name} ({count_layers(resolved)} layers)")
+    config = resolve(settings.config)
+    check_batch(config, settings.workers_per_trial)
+    data, _ = prepare(config)
+    print(f"KL ablation · preset {settings.preset} · model {settings.config.model} ({check_fit(config)} layers)")
     first, *rest = data.describe()
     print("\n".join([f"data      {first}", *(f"          {line}" for line in rest)]), flush=True)
-    return resolved
+    return _with_absolute_paths(config)
 
 
 def _with_absolute_paths(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
@@ -233,10 +231,5 @@ def _log_to(path: Path) -> None:
     logging.basicConfig(filename=path, level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", force=True)
 
 
-def _terminate(_signal: int, _frame: object) -> None:
-    raise SystemExit(143)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(cli.run(main))

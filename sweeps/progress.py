@@ -3,6 +3,8 @@
 import textwrap
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 from analysis.decision import Decision
@@ -17,12 +19,12 @@ INDENT = " " * 10
 HEADER = " time      phase    beta_kl    T seed"
 
 
-def plan_lines(settings: PlanSettings, budget: Budget, concurrency: int) -> list[str]:
+def plan_lines(settings: PlanSettings, budget: Budget, concurrency: int, run_dir: Path) -> list[str]:
     """The plan, in the order in which it will run."""
     (low, high), (cold, hot) = settings.beta_kl_range, settings.kl_temperature_range
     phases = ("baseline", "ablation", "search", "confirm")
     parts = " + ".join(f"{getattr(budget, phase)} {phase}" for phase in phases if getattr(budget, phase))
-    lines = [f"plan      {budget.total} trials = {parts} · {concurrency} at a time"]
+    lines = [f"plan      {budget.total} trials = {parts}"]
     if budget.dropped:
         left_out = f"left out for want of trials: {', '.join(budget.dropped)}"
         lines += textwrap.wrap(left_out, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
@@ -30,6 +32,7 @@ def plan_lines(settings: PlanSettings, budget: Budget, concurrency: int) -> list
         *lines,
         f"search    beta_kl {low:g}–{high:g} (log) × kl_temperature {cold:g}–{hot:g} · minimise benign drift",
         f"subject   rerouting lost ≤ {100 * settings.reroute_tolerance:g} % of what the baseline achieves",
+        f"run       {concurrency} at a time · {run_dir}",
     ]
 
 
@@ -112,13 +115,18 @@ def summary_lines(rows: Sequence[Row], decision: Decision, wall_s: float, concur
 
 
 def _overhead(ended: Sequence[Row]) -> list[str]:
-    """Mean seconds of a trial that went neither into training nor evaluation, first trials of a process left out."""
-    seen: set[object] = set()
-    later = []
+    """Seconds of a trial that went neither into training nor evaluation, first trials of a process left out."""
+    last_end: dict[str, float] = {}
+    own, with_hand_over = [], []
     for row in sorted(ended, key=lambda row: row["ended_at"]):
-        if row["process"] in seen:
-            later.append(row["wall_s"] - row["train_s"] - row["eval_s"])
-        seen.add(row["process"])
-    if not later:
+        work = row["train_s"] + row["eval_s"]
+        if row["process"] in last_end:
+            own.append(row["wall_s"] - work)
+            with_hand_over.append(row["ended_at"] - last_end[row["process"]] - work)
+        last_end[row["process"]] = row["ended_at"]
+    if not own:
         return []
-    return [f"{INDENT}overhead {sum(later) / len(later):.2f} s a trial, after the first in its process"]
+    return [
+        f"{INDENT}overhead {fmean(own):.2f} s a trial, {median(with_hand_over):.2f} s with Ray's hand-over",
+        f"{INDENT}(after the first trial of each process)",
+    ]

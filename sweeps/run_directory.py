@@ -1,5 +1,6 @@
 """The run directory on disk: made once, every file in it written whole or not at all."""
 
+import contextlib
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ class RunDirectory:
         self.record: dict[str, object] = {}
 
     def create(self, record: dict[str, object]) -> None:
-        """Make the directory, write sweep.json and point `latest` beside it here.
+        """Make the directory, write sweep.json and point `runs/latest` here.
 
         Raises:
             InputError: it already holds a sweep, or cannot be written.
@@ -39,12 +40,7 @@ class RunDirectory:
             raise InputError(f"--run-dir {self.shown}: cannot be made ({error.strerror})") from error
         self.record = record | {"versions": _versions(), "git_commit": _git_commit()}
         self.update(status="running")
-        latest = self.path.parent / "latest"
-        if latest.is_symlink() or not latest.exists():
-            scratch = latest.with_name("latest.tmp")
-            scratch.unlink(missing_ok=True)
-            scratch.symlink_to(self.path.name)
-            os.replace(scratch, latest)
+        self._point_latest_here()
 
     def refuse_if_taken(self) -> None:
         """Raise `InputError` if there is a sweep here already."""
@@ -61,6 +57,16 @@ class RunDirectory:
     def write_trials(self, rows: Sequence[dict[str, object]]) -> None:
         """Rewrite trials.csv."""
         write_text_atomically(self.path / "trials.csv", pd.DataFrame(list(rows)).to_csv(index=False))
+
+    def _point_latest_here(self) -> None:
+        """A convenience: where `runs/latest` cannot be a link, the run directory's own path serves as well."""
+        latest = Path("runs", "latest")
+        scratch = latest.with_name(f"latest.{os.getpid()}")
+        with contextlib.suppress(OSError):
+            latest.parent.mkdir(exist_ok=True)
+            scratch.unlink(missing_ok=True)
+            scratch.symlink_to(os.path.relpath(self.path, latest.parent.resolve()))
+            os.replace(scratch, latest)
 
     def _progress(self) -> str:
         try:

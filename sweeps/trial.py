@@ -6,12 +6,13 @@ for the next trial: imports, base model and tokenised data are paid for once. Ot
 
 import contextlib
 import functools
+import logging
 import os
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def run_trial(spec_fields: dict, context: TrialContext) -> None:
     """
     started = time.perf_counter()
     spec = TrialSpec(**spec_fields)
-    with _output_to(context.run_dir / "logs" / f"{spec.trial_id}.log"):
+    with _output_to(context.run_dir, spec.trial_id):
         try:
             metrics = _fit(spec, context)
             outcome = {"status": "completed", "error": "", **_columns(metrics)}
@@ -109,11 +110,12 @@ def train_loop(spec: TrialSpec, context: TrialContext) -> dict[str, float]:
     quiet_libraries()
     import torch
 
-    from cbtrain import loop, model
+    from cbtrain import loop
 
     torch.set_num_threads(context.workers.cpus)
     config = replace(context.config, beta_kl=spec.beta_kl, kl_temperature=spec.kl_temperature, seed=spec.seed)
-    report: Callable = ray.tune.report if context.workers.in_process else ray.train.report
+    in_process = context.workers.in_process
+    report: Callable = ray.tune.report if in_process else ray.train.report
 
     def report_evaluations(metrics: dict[str, float]) -> None:
         print(loop.console_line(metrics), flush=True)
@@ -121,7 +123,10 @@ def train_loop(spec: TrialSpec, context: TrialContext) -> dict[str, float]:
             report(dict(metrics))
 
     directory = context.run_dir / "trials" / spec.trial_id
-    return loop.train(model.resolve(config), directory, report_evaluations)
+    rank = 0 if in_process else ray.train.get_context().get_world_rank()
+    log = contextlib.nullcontext() if in_process else _output_to(context.run_dir, f"{spec.trial_id}-rank{rank}")
+    with log:
+        return loop.train(config, directory, report_evaluations)
 
 
 def _columns(metrics: dict[str, float]) -> dict[str, float]:
@@ -141,9 +146,11 @@ def _root_cause(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _output_to(path: Path):
-    """Send everything this process prints, libraries written in C included, to a file for the body."""
+def _output_to(run_dir: Path, name: str) -> Iterator[None]:
+    """Send everything this process prints, libraries written in C included, to `logs/<name>.log` for the body."""
+    path = run_dir / "logs" / f"{name}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig()  # warnings that are captured as log records come out with the rest
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)

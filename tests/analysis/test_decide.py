@@ -122,7 +122,7 @@ def test_probability_rises_with_the_tolerance(trials: pd.DataFrame) -> None:
 
 
 def test_more_confidence_never_allows_more_settings(trials: pd.DataFrame) -> None:
-    counts = [len(pick_candidates(decide(trials, confidence=c))) for c in (0.5, 0.9, 0.99, 0.9999)]
+    counts = [len(pick_candidates(decide(trials, confidence=c))) for c in (0.6, 0.9, 0.99, 0.9999)]
     assert counts == sorted(counts, reverse=True), counts
 
 

@@ -69,7 +69,7 @@ def test_a_choice_exits_0_and_prints_the_setting_and_the_command(
 def test_decision_json_is_complete_and_finite(make_run: MakeRun, trials: pd.DataFrame) -> None:
     trials.loc[0, "eval_harmful_nll"] = np.nan
     run = make_run(trials)
-    decision = write_report(run)
+    decision, _ = write_report(run)
     written = decision_of(run)
     assert set(written) >= KEYS
     assert written["schema_version"] == 1
@@ -135,16 +135,16 @@ def test_the_train_command_repeats_what_the_sweep_was_told(make_run: MakeRun, tr
 def test_the_behaviour_warning_stands_in_the_first_sentence(make_run: MakeRun, trials: pd.DataFrame) -> None:
     trials.loc[trials["beta_kl"] > 0, "eval_harmful_nll"] = BASE_HARMFUL_NLL + 0.4
     run = make_run(trials)
-    decision = write_report(run)
+    decision, _ = write_report(run)
     assert "harmful completions are likely again" in report.headline(decision)
     assert "harmful completions are likely again" in decision_of(run)["sentence"]
 
 
 def test_tolerance_and_confidence_default_to_the_sweeps_own(make_run: MakeRun, trials: pd.DataFrame) -> None:
     run = make_run(trials, settings={"num_samples": 18, "reroute_tolerance": 0.02, "confidence": 0.9})
-    own = write_report(run)
+    own, _ = write_report(run)
     assert (own.reroute_tolerance, own.confidence) == (0.02, 0.9)
-    loose = write_report(run, reroute_tolerance=0.2, confidence=0.8)
+    loose, _ = write_report(run, reroute_tolerance=0.2, confidence=0.8)
     assert (loose.reroute_tolerance, loose.confidence) == (0.2, 0.8)
     assert loose.eval_benign_kl < own.eval_benign_kl
 
@@ -166,7 +166,7 @@ def test_a_sweep_in_progress_is_decided_on_what_is_there(make_run: MakeRun, tria
         (["{run}", "--zzz"], "--zzz: no such argument; one of"),
         (["{run}", "another"], "another: no such argument"),
         (["{run}", "--confidence", "x"], "--confidence: invalid float value: 'x'"),
-        (["{run}", "--confidence", "1.5"], "--confidence 1.5: must be"),
+        (["{run}", "--confidence", "1.5"], "--confidence 1.5: must lie"),
         (["{run}", "--reroute-tolerance", "nan"], "--reroute-tolerance nan: must lie"),
     ],
 )
@@ -292,7 +292,7 @@ def test_the_command_runs_uninstalled_from_anywhere(make_run: MakeRun, trials: p
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine to look at the page with")
 def test_a_browser_shows_the_page(make_run: MakeRun, trials: pd.DataFrame, tmp_path: Path) -> None:
     run = make_run(trials)
-    decision = write_report(run)
+    decision, _ = write_report(run)
     page = (run / "report" / "report.html").resolve().as_uri()
     browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     shot = tmp_path / "report.png"

@@ -53,12 +53,30 @@ def test_assigning_an_unknown_field_is_an_error_with_the_nearest():
         ("warmup_steps", 71),
         ("micro_batch_size", 5),
         ("model", ""),
+        ("steps", "10"),
+        ("steps", True),
+        ("lr", "fast"),
+        ("mask_policy", "completion"),
+        ("lr_schedule", "cosine"),
+        ("coefficient_schedule", "cosin"),
+        ("dtype", "float16"),
+        ("zero_stage", 4),
+        ("harmful", "harmful.jsonl"),
+        ("target_layers", ("1",)),
+        ("lora_layers", 3),
     ],
 )
 def test_a_bad_value_is_refused_when_used_and_named_by_its_flag(field, value):
     config = get_config("tiny", **{field: value})
     with pytest.raises(InputError, match="--" + field.replace("_", "-")):
         config.validate()
+
+
+def test_an_assigned_list_serves_as_the_tuple_that_it_stands_for():
+    config = get_config("tiny")
+    config.harmful, config.target_layers, config.lr = ["a.jsonl"], [1, 2], 1
+    config.validate()
+    assert (config.harmful, config.target_layers) == (("a.jsonl",), (1, 2))
 
 
 def test_configuration_needs_no_torch():

@@ -8,7 +8,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 
 from cbtrain.config import InputError, get_config
 from cbtrain.data import TokenBatch
-from cbtrain.model import add_adapter, check_layers, count_layers, forward, load_base, teacher_view
+from cbtrain.model import add_adapter, check_fit, check_layers, forward, load_base, teacher_view
 
 
 @pytest.fixture
@@ -100,9 +100,10 @@ def test_a_block_moves_only_the_hidden_states_above_it(small_config, batch):
     assert not torch.equal(student.hidden[1], teacher.hidden[1])
 
 
-def test_an_unknown_lora_target_is_named_with_the_known_ones(small_config):
+def test_an_unknown_lora_target_is_named_with_the_known_ones_before_weights_are_read(small_config):
     with pytest.raises(InputError, match=r"--lora-targets c_attn.*q_proj"):
-        add_adapter(load_base(small_config), replace(small_config, lora_targets=("c_attn",)))
+        check_fit(replace(small_config, lora_targets=("c_attn",)))
+    assert check_fit(replace(small_config, lora_targets=("q_proj",))) == 3
 
 
 @pytest.mark.parametrize(
@@ -124,14 +125,14 @@ def test_layers_that_do_not_exist_or_cannot_move_are_refused(fields, message):
 
 def test_a_missing_model_directory_is_one_line(tmp_path):
     with pytest.raises(InputError) as caught:
-        count_layers(get_config("tiny", model=str(tmp_path / "none")))
+        check_fit(get_config("tiny", model=str(tmp_path / "none")))
     assert "no such directory" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_directory_without_a_model_is_one_line(tmp_path):
     with pytest.raises(InputError) as caught:
-        count_layers(get_config("tiny", model=str(tmp_path)))
+        check_fit(get_config("tiny", model=str(tmp_path)))
     assert "\n" not in str(caught.value)
 
 

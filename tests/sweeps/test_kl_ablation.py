@@ -1,5 +1,6 @@
 """The command, whole: real Ray, Train, Tune, DeepSpeed and Optuna, on models of a few thousand parameters."""
 
+import html
 import json
 import os
 import signal
@@ -17,7 +18,11 @@ from optuna.storages.journal import JournalFileBackend
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from analysis.decide import decide
+from analysis.report import headline
 from cbtrain import cli
+from cbtrain.config import get_config
+from cbtrain.loop import train
 from sweeps import kl_ablation
 
 ROOT = Path(__file__).parents[2]
@@ -32,14 +37,14 @@ COLUMNS = {
 class Sweep:
     """The command as a process, and what of it is left when it has ended."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, cwd: Path, *arguments: str) -> None:
         self.mark = uuid.uuid4().hex
         self._shared_memory = set(os.listdir("/dev/shm"))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "SWEEP_TEST_MARK": self.mark}
         environment.pop("RAY_ADDRESS", None)
         self.process = subprocess.Popen(
-            [sys.executable, "sweeps/kl_ablation.py", *arguments],
-            cwd=ROOT,
+            [sys.executable, str(ROOT / "sweeps" / "kl_ablation.py"), *arguments],
+            cwd=cwd,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -68,9 +73,9 @@ class Sweep:
         return [str(process) for process in alive] + sorted(set(os.listdir("/dev/shm")) - self._shared_memory)
 
 
-def world(directory: Path) -> list[str]:
+def world(directory: Path, cwd: Path) -> list[str]:
     """Flags for model and data, relative to where the command starts."""
-    directory = Path(os.path.relpath(directory, ROOT))
+    directory = Path(os.path.relpath(directory, cwd))
     return [
         *("--model", str(directory)),
         *("--harmful", str(directory / "harmful.jsonl")),
@@ -79,78 +84,111 @@ def world(directory: Path) -> list[str]:
 
 
 def test_a_sweep_from_command_to_report(tmp_path):
-    run_dir = tmp_path / "runs" / "a"
     sweep = Sweep(
-        *("--num-samples", "6", "--baseline-seeds", "2", "--run-dir", str(run_dir)),
+        tmp_path,
+        *("--num-samples", "15", "--baseline-seeds", "3", "--run-dir", "elsewhere/a"),
         *("--steps", "30", "--warmup-steps", "5", "--eval-every", "15"),
     )
     status, output, errors = sweep.wait()
     assert status == 0, errors
     assert errors == ""
-    assert "plan      6 trials = 2 baseline + 4 ablation" in output
-    assert all(len(line) <= 80 for line in output.splitlines() if str(tmp_path) not in line), output
+    assert "plan      15 trials = 3 baseline + 4 ablation + 7 search + 1 confirm" in output
+    assert max(map(len, output.splitlines())) <= 80, output
     assert sweep.left_behind() == []
 
+    run_dir = tmp_path / "elsewhere" / "a"
+    assert (tmp_path / "runs" / "latest").resolve() == run_dir
     trials = pd.read_csv(run_dir / "trials.csv")
     assert set(trials.columns) >= COLUMNS
-    assert list(trials.status) == ["completed"] * 6, trials.error
-    assert list(trials.phase) == ["baseline"] * 2 + ["ablation"] * 4
+    assert list(trials.status) == ["completed"] * 15, trials.error
+    assert list(trials.phase) == ["baseline"] * 3 + ["ablation"] * 4 + ["search"] * 7 + ["confirm"]
     assert trials.trial_id.is_unique
-    later = trials[trials.process.duplicated()]
-    assert len(later) == 6 - trials.process.nunique() >= 2, "no process was kept for a second trial"
-    record = json.loads((run_dir / "sweep.json").read_text())
-    assert record["status"] == "finished"
-    baseline = trials[trials.phase == "baseline"]
-    assert record["tolerance"] == pytest.approx(0.05 * (1 - baseline.eval_loss_reroute.mean()))
-    pairs = trials[trials.phase == "ablation"]
-    expected = pairs.eval_loss_reroute - baseline.eval_loss_reroute.iloc[0] - record["tolerance"]
-    assert pairs.reroute_regression.tolist() == pytest.approx(expected.tolist())
-    assert (run_dir.parent / "latest").resolve() == run_dir
+    assert trials.process.nunique() <= 2, "no process was kept for a second trial"
+    check_constraint(trials, json.loads((run_dir / "sweep.json").read_text()))
+    check_journal(run_dir, trials)
+    check_trial_directories(run_dir, trials)
 
-    study = optuna.load_study(
-        study_name="kl_ablation", storage=JournalStorage(JournalFileBackend(str(run_dir / "study.log")))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "analysis" / "pick_beta.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert len(study.trials) == 4
+    decision = json.loads((run_dir / "report" / "decision.json").read_text())
+    expected = decide(trials)
+    assert (decision["verdict"], decision["beta_kl"]) == (expected.verdict, expected.beta_kl)
+    assert done.returncode == (0 if expected.verdict == "choose" else 3), done.stderr
+    assert headline(expected) in " ".join(done.stdout.split())
+    assert html.escape(headline(expected)) in (run_dir / "report" / "report.html").read_text()
+
+    again = Sweep(tmp_path, "--num-samples", "15", "--run-dir", "elsewhere/a")
+    status, _, errors = again.wait()
+    assert (status, errors.count("\n")) == (2, 1), errors
+    assert "elsewhere/a already holds a sweep (15 of 15 trials ended)" in errors
+
+
+def check_constraint(trials: pd.DataFrame, record: dict) -> None:
+    """sweep.json and trials.csv agree with the constraint written out, each trial against its own seed."""
+    assert record["status"] == "finished"
+    baseline = trials[trials.phase == "baseline"].set_index("seed").eval_loss_reroute
+    assert record["tolerance"] == pytest.approx(0.05 * (1 - baseline.mean()))
+    others = trials[trials.phase != "baseline"]
+    expected = others.eval_loss_reroute - others.seed.map(baseline) - record["tolerance"]
+    assert others.reroute_regression.tolist() == pytest.approx(expected.tolist())
+    assert others.feasible.tolist() == [value <= 0 for value in expected]
+
+
+def check_journal(run_dir: Path, trials: pd.DataFrame) -> None:
+    """The journal opens with plain Optuna and holds every searched trial, each with its constraint."""
+    storage = JournalStorage(JournalFileBackend(str(run_dir / "study.log")))
+    study = optuna.load_study(study_name="kl_ablation", storage=storage)
+    found = {trial.user_attrs["trial_id"]: trial for trial in study.trials}
+    others = trials[trials.phase != "baseline"]
+    assert set(found) == set(others.trial_id)
+    for row in others.itertuples():
+        assert found[row.trial_id].params["beta_kl"] == row.beta_kl
+        assert found[row.trial_id].constraints["reroute_regression"] == pytest.approx(row.reroute_regression)
+
+
+def check_trial_directories(run_dir: Path, trials: pd.DataFrame) -> None:
+    """Every trial left its settings, every step, and an adapter that plain PEFT loads."""
+    base = None
     for trial in trials.itertuples():
         directory = run_dir / "trials" / trial.trial_id
         steps = [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
         assert steps == list(range(1, 31))
         config = json.loads((directory / "config.json").read_text())
         assert (config["beta_kl"], config["seed"]) == (trial.beta_kl, trial.seed)
-    base = AutoModelForCausalLM.from_pretrained(record["config"]["model"])
-    assert PeftModel.from_pretrained(base, run_dir / "trials" / "t000" / "adapter").peft_config
-
-    done = subprocess.run(
-        [sys.executable, "analysis/pick_beta.py", str(run_dir)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    decision = json.loads((run_dir / "report" / "decision.json").read_text())
-    assert done.returncode == (0 if decision["verdict"] == "choose" else 3), done.stderr
-    assert (run_dir / "report" / "report.html").stat().st_size > 10_000
-
-    again = Sweep("--num-samples", "6", "--run-dir", str(run_dir))
-    status, _, errors = again.wait()
-    assert (status, errors.count("\n")) == (2, 1), errors
-    assert "already holds a sweep (6 of 6 trials ended)" in errors
+        assert "Step 30: loss=" in (run_dir / "logs" / f"{trial.trial_id}.log").read_text()
+        if base is None:
+            base = AutoModelForCausalLM.from_pretrained(config["model"])
+    loaded = PeftModel.from_pretrained(base, run_dir / "trials" / "t000" / "adapter")
+    assert any(parameter.abs().sum() > 0 for name, parameter in loaded.named_parameters() if "lora_B" in name)
 
 
 def test_workers_of_its_own_run_the_same_loop(small_world, tmp_path):
-    arguments = ["--num-samples", "2", "--baseline-seeds", "1", "--steps", "3", *QUICK, *world(small_world)]
-    two = Sweep(*arguments, "--workers-per-trial", "2", "--zero-stage", "2", "--run-dir", str(tmp_path / "two"))
+    arguments = ["--num-samples", "2", "--baseline-seeds", "1", "--steps", "3", *QUICK, *world(small_world, tmp_path)]
+    two = Sweep(
+        tmp_path, *arguments, "--workers-per-trial", "2", "--zero-stage", "2", "--run-dir", str(tmp_path / "two")
+    )
     status, output, errors = two.wait()
     assert status in (0, 3), errors
     assert two.left_behind() == []
-    one = Sweep(*arguments, "--max-concurrent", "1", "--run-dir", str(tmp_path / "one"))
-    assert one.wait()[0] == status
-    ours, theirs = (pd.read_csv(tmp_path / name / "trials.csv") for name in ("two", "one"))
-    assert list(ours.status) == ["completed"] * len(ours), (ours.error.tolist(), output)
-    assert len(ours) == len(theirs)
-    for name in ("loss_reroute", "loss_kl", "eval_loss_reroute", "eval_benign_kl"):
-        assert ours[name].tolist() == pytest.approx(theirs[name].tolist(), rel=1e-4), name
+    logged = (tmp_path / "two" / "logs" / "t000-rank1.log").read_text()
+    assert "Step 3: loss=" in logged
+    trials = pd.read_csv(tmp_path / "two" / "trials.csv")
+    assert list(trials.status) == ["completed"] * len(trials), (trials.error.tolist(), output)
+    for row in trials.itertuples():
+        fields = json.loads((tmp_path / "two" / "trials" / row.trial_id / "config.json").read_text())
+        alone = train(get_config("tiny", **fields), tmp_path / "alone" / row.trial_id, lambda _metrics: None)
+        for name in ("loss_reroute", "loss_kl", "eval_loss_reroute", "eval_benign_kl"):
+            assert getattr(row, name) == pytest.approx(alone[name], rel=1e-4), (row.trial_id, name)
 
 
 def test_a_baseline_that_never_reroutes_ends_the_sweep(small_world, tmp_path):
     arguments = ["--num-samples", "8", "--baseline-seeds", "2", "--steps", "3", "--lr", "1e-6", *QUICK]
-    sweep = Sweep(*arguments, *world(small_world), "--run-dir", str(tmp_path / "run"))
+    sweep = Sweep(tmp_path, *arguments, *world(small_world, tmp_path), "--run-dir", str(tmp_path / "run"))
     status, output, errors = sweep.wait()
     assert status == 3, errors
     assert "baseline_never_rerouted" in output
@@ -161,7 +199,7 @@ def test_a_baseline_that_never_reroutes_ends_the_sweep(small_world, tmp_path):
 
 def test_failed_trials_leave_their_reason_and_nothing_running(small_world, tmp_path):
     arguments = ["--num-samples", "3", "--baseline-seeds", "2", "--steps", "4", "--lr", "1e30", *QUICK]
-    sweep = Sweep(*arguments, *world(small_world), "--run-dir", str(tmp_path / "run"))
+    sweep = Sweep(tmp_path, *arguments, *world(small_world, tmp_path), "--run-dir", str(tmp_path / "run"))
     status, output, errors = sweep.wait()
     assert status == 3, errors
     assert "baseline_failed" in output
@@ -175,7 +213,16 @@ def test_failed_trials_leave_their_reason_and_nothing_running(small_world, tmp_p
 
 @pytest.mark.parametrize(("sent", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_sweep_leaves_no_process_and_a_readable_directory(small_world, tmp_path, sent, expected):
-    sweep = Sweep("--num-samples", "4", "--steps", "100000", *world(small_world), "--run-dir", str(tmp_path / "run"))
+    sweep = Sweep(
+        tmp_path,
+        "--num-samples",
+        "4",
+        "--steps",
+        "100000",
+        *world(small_world, tmp_path),
+        "--run-dir",
+        str(tmp_path / "run"),
+    )
     for line in sweep.process.stdout:
         if "started" in line:
             break
@@ -203,7 +250,8 @@ def test_an_interrupted_sweep_leaves_no_process_and_a_readable_directory(small_w
         (["--run-dir", "{taken}"], "already holds a sweep"),
         (["--beta-kl", "0.5"], "--beta-kl 0.5: the sweep searches it"),
         (["--model", "/nowhere/model"], "--model /nowhere/model: no such directory"),
-        (["--workers-per-trial", "3"], "--batch-size 16: does not divide among 3 workers"),
+        (["--workers-per-trial", "3"], "--batch-size 16: not divisible by 3 workers"),
+        (["--lora-targets", "c_attn"], "--lora-targets c_attn: not a linear module of the blocks"),
         (["--max-concurrent", "0"], "--max-concurrent 0"),
         (["--reroute-tolerance", "1.5"], "--reroute-tolerance 1.5"),
     ],
@@ -222,8 +270,8 @@ def test_bad_input_is_one_line_and_status_2_before_anything_is_written(
     places = {name: str(tmp_path / f"{name}.jsonl") for name in ("broken", "runs", "user_only")}
     arguments = [argument.format(**places, taken=tmp_path / "taken") for argument in arguments]
     run_dir = [] if "--run-dir" in arguments else ["--run-dir", str(tmp_path / "run")]
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["kl_ablation.py", *world(small_world), *run_dir, *arguments])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kl_ablation.py", *world(small_world, tmp_path), *run_dir, *arguments])
     status = cli.run(kl_ablation.main)
     captured = capsys.readouterr()
     assert status == 2, captured

@@ -1,5 +1,7 @@
 """What a sweep prints."""
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 from simulated import completed, drive, failed, next_trial, plan_of, use_quick_models, world
@@ -11,7 +13,7 @@ from sweeps.progress import EventLines, plan_lines, summary_lines
 def measured(spec, process="host:1"):
     """A simulated outcome with the times and the process that a real trial reports."""
     outcome = world(spec)
-    outcome.metrics.update(train_s=3.0, eval_s=0.5, wall_s=4.0, ended_at=float(spec.trial_id[1:]), process=process)
+    outcome.metrics.update(train_s=3.0, eval_s=0.5, wall_s=4.0, ended_at=5.0 * int(spec.trial_id[1:]), process=process)
     return outcome
 
 
@@ -25,12 +27,13 @@ def finished(monkeypatch):
 
 def test_the_plan_is_printed_with_what_was_dropped():
     plan = plan_of(4, reroute_tolerance=0.025)
-    lines = plan_lines(plan.settings, plan.budget, 2)
-    assert lines[0] == "plan      4 trials = 3 baseline + 1 ablation · 2 at a time"
+    lines = plan_lines(plan.settings, plan.budget, 2, Path("runs/a"))
+    assert lines[0] == "plan      4 trials = 3 baseline + 1 ablation"
     assert "left out for want of trials: confirmation, search, ablation (0.3, T 2)" in " ".join(
         line.strip() for line in lines[1:3]
     )
-    assert lines[-1] == "subject   rerouting lost ≤ 2.5 % of what the baseline achieves"
+    assert lines[-2] == "subject   rerouting lost ≤ 2.5 % of what the baseline achieves"
+    assert lines[-1] == "run       2 at a time · runs/a"
     assert max(map(len, lines)) <= 80, lines
 
 
@@ -69,7 +72,7 @@ def test_the_summary_counts_cost_and_names_the_next_command(finished):
     text = "\n".join(lines)
     assert "10 trials in 20 s · 10 done, 0 failed" in text
     assert "training 30 s = 75% of 20 s × 2 at a time" in text
-    assert "overhead 0.50 s a trial, after the first in its process" in text
+    assert "overhead 0.50 s a trial, 1.50 s with Ray's hand-over" in text
     assert "python analysis/pick_beta.py runs/a" in text
     assert max(map(len, lines)) <= 80, lines
 
