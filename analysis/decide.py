@@ -201,6 +201,8 @@ def _chosen(decision: Decision, pick: SettingAssessment, baseline: Baseline) -> 
     if baseline.n_seeds == 1:
         warnings.append("The baseline ran on one seed: how noisy the comparison is comes from the model's prior alone.")
     kept = pick.drift / baseline.drift
+    if kept >= 1:
+        warnings.append("KL does not lower benign drift here: beta_kl = 0 serves as well.")
     qualified = len(pick_candidates(decision))
     return replace(
         decision,
@@ -247,7 +249,9 @@ def _why_no_baseline(trials: pd.DataFrame) -> str:
     if status.empty:
         return "There is no trial at beta_kl = 0 to compare with."
     states = ", ".join(f"{amount} {state}" for state, amount in status.value_counts().items())
-    return f"No baseline trial (beta_kl = 0) ended with finite metrics: {states}."
+    errors = trials.loc[(trials["beta_kl"] == 0) & (trials["status"] == "failed"), "error"] if "error" in trials else []
+    first = next((f" ({error})" for error in errors if isinstance(error, str) and error), "")
+    return f"No baseline trial (beta_kl = 0) ended with finite metrics: {states}{first}."
 
 
 def _why_insufficient(

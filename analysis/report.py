@@ -47,7 +47,10 @@ def headline(decision: Decision) -> str:
     if decision.verdict != "choose":
         return _HEADLINES[decision.verdict]
     beta_kl, heat = number(decision.beta_kl or 0), temperature(decision.kl_temperature or 1)
-    but = f", but {decision.behaviour_warning}" if decision.behaviour_warning else ""
+    reservations = [decision.behaviour_warning] if decision.behaviour_warning else []
+    if (decision.drift_kept or 0) >= 1:
+        reservations.append("benign drift is no less than at beta_kl = 0")
+    but = f", but {' and '.join(reservations)}" if reservations else ""
     return f"Use beta_kl = {beta_kl} at kl_temperature = {heat}{but}."
 
 
@@ -99,7 +102,7 @@ def sweep_command(decision: Decision, sweep: Mapping[str, Any], n_trials: int) -
         values["num_samples"] = decision.needed.num_samples
         if decision.needed.seeds > min(8, decision.needed.num_samples // 5):
             values["baseline_seeds"] = decision.needed.seeds
-    values |= _asked_otherwise(sweep)
+    values = _asked_otherwise(sweep) | values
     return f"python sweeps/kl_ablation.py {_flags({**values, **overrides})}"
 
 
@@ -110,6 +113,7 @@ def _asked_otherwise(sweep: Mapping[str, Any]) -> dict[str, Any]:
         "reroute_tolerance": (settings.get("reroute_tolerance", 0.05), 0.05),
         "confidence": (settings.get("confidence", 0.95), 0.95),
         "seed": (settings.get("seed", 0), 0),
+        "baseline_seeds": (settings.get("baseline_seeds"), None),
         "workers_per_trial": (workers.get("count", 1), 1),
     }
     return {name: value for name, (value, default) in given.items() if value != default}

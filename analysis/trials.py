@@ -82,8 +82,10 @@ def load_curves(run_dir: str | Path) -> pd.DataFrame:
                 if number == len(lines):
                     break
                 raise InputError(f"{path}:{number}: not JSON ({error.msg}): remove the line") from None
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int | float):
+            if not isinstance(record, dict) or "step" not in record:
                 raise InputError(f"{path}:{number}: no step: a line of metrics has a number under step")
+            if not all(isinstance(value, int | float) for value in record.values()):
+                raise InputError(f"{path}:{number}: holds something that is no number: remove the line")
             rows.append({"trial_id": path.parent.name, **record})
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["trial_id", "step"])
 
@@ -103,7 +105,20 @@ def load_settings(run_dir: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: not UTF-8 ({error.reason}): restore the file") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("settings"), dict):
         raise InputError(f"{path}: no settings in it: not the sweep.json of a KL ablation")
-    return settings
+    for name in ("reroute_tolerance", "confidence"):
+        if not isinstance(settings["settings"].get(name, 0.0), int | float):
+            raise InputError(f"{path}: settings.{name} is not a number: restore the file")
+    defaults: dict[str, Any] = {
+        "preset": "tiny",
+        "git_commit": None,
+        "versions": {},
+        "config": {},
+        "config_overrides": {},
+    }
+    for name, default in defaults.items():
+        if isinstance(default, dict) and not isinstance(settings.get(name, default), dict):
+            raise InputError(f"{path}: {name} is not an object: restore the file")
+    return defaults | settings
 
 
 def _sweep_file(run_dir: str | Path, name: str, mend: str) -> Path:
@@ -129,8 +144,8 @@ def _parse_row(where: str, header: list[str], fields: list[str]) -> dict[str, An
             row[name] = _number_or_text(text)
     if row["status"] not in STATUSES:
         raise InputError(f"{where}: status {row['status']!r}: must be one of {', '.join(STATUSES)}")
-    if not row["beta_kl"] >= 0 or not row["kl_temperature"] > 0:
-        raise InputError(f"{where}: beta_kl must be 0 or more and kl_temperature more than 0")
+    if not 0 <= row["beta_kl"] < math.inf or not 0 < row["kl_temperature"] < math.inf:
+        raise InputError(f"{where}: beta_kl must be finite and 0 or more, kl_temperature finite and more than 0")
     if not float(row["seed"]).is_integer():
         raise InputError(f"{where}: seed {fields[header.index('seed')]!r}: must be a whole number")
     row["seed"] = int(row["seed"])

@@ -25,8 +25,12 @@ def write_text_atomically(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text)
-    os.replace(scratch, path)
+    try:
+        scratch.write_text(text)
+        os.replace(scratch, path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def fingerprint(config: CircuitBreakerConfig) -> str:
@@ -61,16 +65,20 @@ def load(engine, directory: Path, config: CircuitBreakerConfig) -> int:
     path = directory / MANIFEST
     if not path.is_file():
         raise InputError(f"{directory}: no checkpoint to resume from (--checkpoint-every writes them)")
-    manifest = json.loads(path.read_text())
-    if manifest["config"] != fingerprint(config):
+    try:
+        manifest = json.loads(path.read_text())
+        tag, step, written_by, files = (manifest[name] for name in ("tag", "step", "config", "files"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged; remove {directory} to start anew") from error
+    if written_by != fingerprint(config):
         raise InputError(f"{path}: written by a run with other settings; start in another directory")
-    tag = directory / manifest["tag"]
-    for name, checksum in manifest["files"].items():
-        if not (tag / name).is_file() or _checksum(tag / name) != checksum:
-            raise InputError(f"{tag / name}: missing or changed since it was written; remove {directory} to start anew")
-    engine.load_checkpoint(str(directory), tag=manifest["tag"], load_module_strict=False)
-    _set_random_state(torch.load(tag / f"random_state_{distributed.rank()}.pt", weights_only=True))
-    return manifest["step"]
+    for name, checksum in files.items():
+        file = directory / tag / name
+        if not file.is_file() or _checksum(file) != checksum:
+            raise InputError(f"{file}: missing or changed since it was written; remove {directory} to start anew")
+    engine.load_checkpoint(str(directory), tag=tag, load_module_strict=False)
+    _set_random_state(torch.load(directory / tag / f"random_state_{distributed.rank()}.pt", weights_only=True))
+    return step
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -44,42 +45,57 @@ def parse(settings_type: type[Settings], argv: Sequence[str], prog: str) -> Sett
         known = [flag(field.name) for field in fields if field.name != "config"]
         word = unknown[0].split("=")[0]
         raise InputError(f"{word}: no such flag{nearest(word, known)}; --help lists them")
+    for field in dataclasses.fields(settings.config):
+        if getattr(settings.config, field.name) == () and flag(field.name) in argv:
+            raise InputError(f"{flag(field.name)}: name at least one")
     return settings
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, treated as Ctrl-C is; a `SystemExit` would be caught by libraries that parse arguments."""
+    """SIGTERM, or a closed terminal, treated as Ctrl-C is; some libraries would catch a `SystemExit`."""
 
 
 def catch_sigterm() -> None:
-    """Have SIGTERM raise `Terminated` from now on; Ray puts a handler of its own in that place."""
+    """Have SIGTERM and SIGHUP raise `Terminated` from now on; Ray puts a handler of its own in that place."""
 
     def terminate(_signal: int, _frame: object) -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup asks for that
+        signal.signal(signal.SIGHUP, terminate)
 
 
 def run(main: Callable[[], int]) -> int:
-    """The exit status of a command: 2 for bad input, in one line; 130 when interrupted, 143 when terminated."""
+    """The exit status of a command: 2 for bad input and 1 for a full disk, in one line; 130 or 143 when stopped."""
     catch_sigterm()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "β" is no reason to stop
     try:
         return main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130
 
 
 def _value_of(name: str, argv: Sequence[str]) -> str | None:
+    value = None
     for index, arg in enumerate(argv):
         if arg.startswith(name + "="):
-            return arg.split("=", 1)[1]
+            value = arg.split("=", 1)[1]
         if arg == name and index + 1 < len(argv):
-            return argv[index + 1]
-    return None
+            value = argv[index + 1]
+    return value  # of several the last, as the parser takes it
 
 
 def _unboxed(message: str) -> str:

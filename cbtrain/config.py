@@ -170,6 +170,8 @@ class CircuitBreakerConfig:
         require(
             min(self.target_layers) >= 1, "target_layers", "layers start at 1 (0 is the embedding, which cannot move)"
         )
+        require(len(self.lora_targets) > 0, "lora_targets", "name at least one module")
+        require(0 <= self.seed < 2**63, "seed", "must be 0 or more, and below 2^63")
         require(self.lora_layers is None or len(self.lora_layers) > 0, "lora_layers", "name at least one block")
         require(bool(self.model), "model", "name a model directory or Hugging Face id")
         if self.micro_batch_size is not None:

@@ -23,7 +23,7 @@ from cbtrain import checkpoint, distributed
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.data import CircuitBreakerData, check_batch, load_data, pad_token_id, step_batches
 from cbtrain.evaluate import evaluate, held_out
-from cbtrain.model import add_adapter, check_fit, forget_base, load_base, load_tokenizer, student_mode
+from cbtrain.model import add_adapter, check_fit, check_rows, forget_base, load_base, load_tokenizer, student_mode
 from cbtrain.schedule import coefficients, learning_rate
 from cbtrain.step import CircuitBreakerStep
 
@@ -204,7 +204,10 @@ def prepare(config: CircuitBreakerConfig) -> tuple[CircuitBreakerData, int]:
 def _tokenised(fields: tuple, _stamps: tuple) -> tuple[CircuitBreakerData, int]:
     config = CircuitBreakerConfig(**dict(zip(DATA_FIELDS, fields, strict=True)))
     tokenizer = load_tokenizer(config)
-    return load_data(config, tokenizer), pad_token_id(tokenizer)
+    data = load_data(config, tokenizer)
+    rows = [row for side in (data.harmful, data.benign) for row in (*side.train, *side.held_out)]
+    check_rows(config, max(len(row.input_ids) for row in rows), max(max(row.input_ids) for row in rows))
+    return data, pad_token_id(tokenizer)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,6 +43,24 @@ def resolve(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
     return tiny.resolve(config) if config.model == "tiny" else config
 
 
+def check_rows(config: CircuitBreakerConfig, longest: int, largest_id: int) -> None:
+    """Refuse rows that the model has no positions or embeddings for.
+
+    Args:
+        longest: tokens of the longest row.
+        largest_id: the largest token id in any row.
+    """
+    text = _skeleton(config.model).config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise InputError(f"--max-length {config.max_length}: the model has {positions} positions")
+    if largest_id >= text.vocab_size:
+        raise InputError(
+            f"--tokenizer {config.tokenizer or config.model}: gives token id {largest_id}, the model's vocabulary "
+            f"ends at {text.vocab_size - 1}; name the model's own tokenizer"
+        )
+
+
 def load_tokenizer(config: CircuitBreakerConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of `config.tokenizer`, or the one beside the model."""
     name = config.tokenizer or config.model
@@ -60,6 +79,9 @@ def check_fit(config: CircuitBreakerConfig) -> int:
     """
     with _loading("model", config.model):
         _, blocks = decoder_blocks(_skeleton(config.model))
+        for file in sorted(Path(config.model).glob("*.safetensors")):
+            with safe_open(file, framework="pt"):
+                pass  # reading the header tells a file that was cut short
     check_layers(config, len(blocks))
     lora_targets(blocks, config)
     return len(blocks)
@@ -81,14 +103,17 @@ def _loading(field: str, name: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever a broken file makes the libraries raise
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise InputError(f"--{field} {name}: cannot be loaded from a directory or the hub ({reason})") from error
 
 
 @functools.lru_cache(maxsize=1)
 def _load_base(name: str, dtype: str) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    model, report = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
+    lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if lacking:  # the library would fill them with random numbers, others in each process
+        raise InputError(f"--model {name}: no weights of the right shape for {lacking[0]} ({len(lacking)} in all)")
     return model.requires_grad_(False).eval()
 
 
@@ -144,6 +169,8 @@ def lora_targets(blocks: nn.ModuleList, config: CircuitBreakerConfig) -> list[st
         InputError: a name in `lora_targets` is no linear module of the blocks.
     """
     linear = sorted({n.rsplit(".", 1)[-1] for n, m in blocks.named_modules() if isinstance(m, nn.Linear)})
+    if not linear:
+        raise InputError(f"--model {config.model}: its blocks have no torch.nn.Linear for LoRA to go on")
     if isinstance(config.lora_targets, str):
         return linear
     for name in config.lora_targets:

@@ -34,6 +34,10 @@ def main() -> int:
         raise InputError(
             f"{settings.output_dir} already holds a run: --resume True to continue it, or another --output-dir"
         )
+    try:
+        settings.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output-dir {settings.output_dir}: {error.strerror}") from error
 
     from cbtrain.environment import quiet_libraries
 

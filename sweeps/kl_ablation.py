@@ -7,6 +7,7 @@ On a laptop it starts Ray for itself and ends it; where `RAY_ADDRESS` is set (as
 cluster.
 """
 
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -74,6 +75,8 @@ def main() -> int:
     )
     budget = allocate(plan_settings)
     settings.config.validate()
+    if settings.run_dir == Path():
+        raise InputError("--run-dir: name a directory")
     run = RunDirectory(settings.run_dir or Path("runs") / time.strftime("kl_ablation-%Y%m%d-%H%M%S"))
     run.refuse_if_taken()
     _check_workers(settings)
@@ -178,28 +181,30 @@ def _sweep(run: "RunDirectory", settings: "PlanSettings", context: "TrialContext
     from sweeps.search import PlanSearcher
 
     plan = SweepPlan(settings, JournalStorage(JournalFileBackend(str(run.path / "study.log"))))
-    events = EventLines(plan)
-
-    def on_change() -> None:
-        rows = plan.rows()
-        run.write_trials(rows)
-        if plan.tolerance is not None and run.record["tolerance"] is None:
-            run.update(tolerance=plan.tolerance)
-        events.update(rows)
-
     started = time.monotonic()
-    searcher = PlanSearcher(plan, on_change)
     try:
-        _tune(searcher, context, concurrency)
+        events = EventLines(plan)
+
+        def on_change() -> None:
+            rows = plan.rows()
+            run.write_trials(rows)
+            if plan.tolerance is not None and run.record["tolerance"] is None:
+                run.update(tolerance=plan.tolerance)
+            events.update(rows)
+
+        _tune(PlanSearcher(plan, on_change), context, concurrency)
     except BaseException as stop:
-        run.update(status="failed" if isinstance(stop, Exception) else "interrupted")
+        with contextlib.suppress(OSError):  # a full disk must not hide what happened
+            run.update(status="failed" if isinstance(stop, Exception) else "interrupted")
+        if isinstance(stop, KeyboardInterrupt):
+            print(f"\nthe trials that ended are in {run.shown}/trials.csv", file=sys.stderr)
         raise
     wall_s = time.monotonic() - started
     run.update(status="finished", wall_s=wall_s)
     decision = decide(
         pd.DataFrame(plan.rows()), reroute_tolerance=settings.reroute_tolerance, confidence=settings.confidence
     )
-    print("\n".join(summary_lines(plan.rows(), decision, wall_s, concurrency, str(run.shown))))
+    print("\n".join(summary_lines(plan.rows(), decision, wall_s, concurrency, run.shown)))
     return EXIT_STATUS.get(decision.verdict, 0)
 
 

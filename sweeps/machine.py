@@ -1,8 +1,9 @@
 """Where trials run: Ray for one sweep, and how many trials its cluster holds at a time."""
 
 import contextlib
-import logging
+import math
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -36,18 +37,33 @@ def started_ray() -> Iterator[Mapping[str, float]]:
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     address = os.environ.get("RAY_ADDRESS")
     own = {} if address else {"include_dashboard": False, "object_store_memory": 256 * 2**20}
-    ray.init(
-        address=address or "local",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        # One malloc arena keeps a kept process's memory flat over many trials.
-        runtime_env={"env_vars": {"PYTHONPATH": python_path, "MALLOC_ARENA_MAX": "1"}},
-        **own,
-    )
+    if address and ":" in address and "://" not in address:
+        _require_listening(address)
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            configure_logging=False,  # Ray's own handlers write on the screen
+            # One malloc arena keeps a kept process's memory flat over many trials.
+            runtime_env={"env_vars": {"PYTHONPATH": python_path, "MALLOC_ARENA_MAX": "1"}},
+            **own,
+        )
+    except (ConnectionError, RuntimeError, OSError) as error:
+        where = f"RAY_ADDRESS {address}" if address else "starting Ray on this machine"
+        raise InputError(f"{where}: {str(error).strip().splitlines()[0]}") from error
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def _require_listening(address: str) -> None:
+    """Refuse an address where nothing answers, which Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise InputError(f"RAY_ADDRESS {address}: no Ray cluster answers; unset it to use this machine") from error
 
 
 def place(
@@ -64,6 +80,8 @@ def place(
     Raises:
         InputError: not even one trial fits, with the arithmetic.
     """
+    if gpus_per_worker is not None and not 0 <= gpus_per_worker < math.inf:
+        raise InputError(f"--gpus-per-worker {gpus_per_worker}: must be 0 or more")
     cpus, gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0)
     gpus_per_worker = gpus_per_worker if gpus_per_worker is not None else float(gpus > 0)
     if workers > cpus:

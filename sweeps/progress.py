@@ -1,5 +1,6 @@
 """What a sweep prints: the plan before it starts, a line for each trial event, the summary at the end."""
 
+import shlex
 import textwrap
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 from analysis.decision import Decision
 from analysis.report import explanation
-from analysis.wording import with_relation
+from analysis.wording import count, with_relation
 from sweeps.budget import Budget, PlanSettings
 from sweeps.plan import SweepPlan
 
@@ -52,7 +53,10 @@ class EventLines:
             trial_id, status = str(row["trial_id"]), str(row["status"])
             if self._printed.get(trial_id) != status:
                 self._printed[trial_id] = status
-                print(f"{minutes:2d}:{seconds:02d} {_event(row, self._plan.tolerance)}".rstrip(), flush=True)
+                line = f"{minutes:2d}:{seconds:02d} {_event(row, self._plan.tolerance)}".rstrip()
+                if len(line) > WIDTH:
+                    line = f"{line[: WIDTH - 18]}… (logs/{trial_id}.log)"
+                print(line, flush=True)
 
 
 def _event(row: Row, tolerance: float | None) -> str:
@@ -75,8 +79,9 @@ def _result(row: Row, tolerance: float | None) -> str:
     return f"{text} {lost:+.3f} {'ok' if row['feasible'] else 'over'}"
 
 
-def summary_lines(rows: Sequence[Row], decision: Decision, wall_s: float, concurrency: int, run_dir: str) -> list[str]:
+def summary_lines(rows: Sequence[Row], decision: Decision, wall_s: float, concurrency: int, run_dir: Path) -> list[str]:
     """What the sweep did, what it cost and what to do next."""
+    quoted = shlex.quote(str(run_dir))
     ended = [row for row in rows if row["status"] == "completed"]
     failed = sum(row["status"] == "failed" for row in rows)
     training = sum(row["train_s"] for row in ended)
@@ -91,7 +96,7 @@ def summary_lines(rows: Sequence[Row], decision: Decision, wall_s: float, concur
     if baseline is not None:
         spread = "" if baseline.reroute_sd is None else f" ± {baseline.reroute_sd:.4f}"
         lines.append(
-            f"baseline  reroute {baseline.eval_loss_reroute:.4f}{spread} over {baseline.n_seeds} seeds · "
+            f"baseline  reroute {baseline.eval_loss_reroute:.4f}{spread} over {count(baseline.n_seeds, 'seed')} · "
             f"drift {baseline.drift:.3g} nats/token"
         )
     if decision.verdict == "choose":
@@ -107,9 +112,9 @@ def summary_lines(rows: Sequence[Row], decision: Decision, wall_s: float, concur
         lines += textwrap.wrap(verdict, WIDTH, subsequent_indent=INDENT)
     return [
         *lines,
-        f"next      python analysis/pick_beta.py {run_dir}",
+        f"next      python analysis/pick_beta.py {quoted}",
         "          the decision, with its evidence",
-        f"          optuna-dashboard {run_dir}/study.log",
+        f"          optuna-dashboard {quoted}/study.log",
         "          explore the trials",
     ]
 

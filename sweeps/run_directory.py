@@ -43,11 +43,12 @@ class RunDirectory:
         self._point_latest_here()
 
     def refuse_if_taken(self) -> None:
-        """Raise `InputError` if there is a sweep here already."""
+        """Raise `InputError` if there is a sweep here already, or none can be."""
         if (self.path / "sweep.json").exists() or (self.path / "study.log").exists():
             raise InputError(f"{self.shown} already holds a sweep{self._progress()}: give another --run-dir")
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"--run-dir {self.shown}: is a file")
+        existing = next(place for place in (self.path, *self.path.parents) if place.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise InputError(f"--run-dir {self.shown}: {existing} is not a directory that can be written to")
 
     def update(self, **fields: object) -> None:
         """Replace fields of sweep.json."""

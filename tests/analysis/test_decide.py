@@ -1,7 +1,6 @@
 """The decision: every verdict from surfaces whose truth is known, and what must not change it."""
 
 import dataclasses
-import time
 
 import numpy as np
 import pandas as pd
@@ -10,6 +9,7 @@ from synthetic import BASE_HARMFUL_NLL, BASELINE_DRIFT, BASELINE_LOSS, Surface, 
 
 from analysis.decide import decide, pick_candidates
 from analysis.decision import Decision
+from analysis.report import headline
 
 
 def truly_lost(surface: Surface, decision: Decision) -> float:
@@ -167,6 +167,14 @@ def test_warns_when_harmful_completions_become_likely_again(
     assert any("likely again" in warning for warning in decision.warnings) is warned
 
 
+def test_a_pick_that_does_not_lower_drift_says_so_in_the_first_sentence(trials: pd.DataFrame) -> None:
+    worse = trials.assign(eval_benign_kl=np.where(trials["beta_kl"] > 0, 0.02, 0.015))
+    decision = decide(worse)
+    assert (decision.verdict, decision.drift_kept >= 1) == ("choose", True)
+    assert "benign drift is no less than at beta_kl = 0" in headline(decision)
+    assert "no less than" not in headline(decide(trials))
+
+
 def test_unrecorded_harmful_nll_is_said(trials: pd.DataFrame) -> None:
     decision = decide(trials.drop(columns=["eval_harmful_nll", "base_harmful_nll"]))
     assert decision.verdict == "choose"
@@ -192,14 +200,6 @@ def test_recommendations_are_truly_feasible_over_random_surfaces(noise: float) -
                 infeasible.append(index)
     assert chosen >= 34, chosen
     assert len(infeasible) <= 1, (chosen, infeasible)
-
-
-def test_a_decision_on_forty_trials_takes_a_fraction_of_a_second() -> None:
-    trials = make_trials(Surface(), baselines=8, searched=28)
-    decide(trials)
-    start = time.process_time()
-    decide(trials)
-    assert time.process_time() - start < 1.0, time.process_time() - start
 
 
 def test_a_perfectly_quiet_sweep_is_decided_too() -> None:

@@ -64,8 +64,10 @@ def test_every_logged_step_has_all_metrics_and_evaluations_come_when_due(small_c
 
 
 def test_time_spent_in_reporting_is_not_counted_as_training(small_config, tmp_path):
+    started = time.perf_counter()
     final = train(small_config, tmp_path, lambda _metrics: time.sleep(0.5))
-    assert final["train_s"] + final["eval_s"] < 2.0, final
+    # The last report comes after the clock was read.
+    assert final["train_s"] + final["eval_s"] <= time.perf_counter() - started - 4 * 0.5, final
 
 
 def test_kl_is_logged_without_a_kl_weight(small_config, tmp_path):

@@ -1,13 +1,25 @@
 """Two views of one copy of weights, and the hidden states that the losses read."""
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from cbtrain.config import InputError, get_config
 from cbtrain.data import TokenBatch
+from cbtrain.loop import prepare
 from cbtrain.model import add_adapter, check_fit, check_layers, forward, load_base, teacher_view
 
 
@@ -157,3 +169,56 @@ def test_the_last_hidden_state_comes_after_the_final_norm(batch):
     last = forward(model, batch, [2], logits=False).hidden[0]
     norms = last.pow(2).mean(-1).sqrt()
     assert torch.allclose(norms, torch.ones_like(norms), atol=1e-2)
+
+
+@pytest.fixture
+def damaged(small_world, tmp_path):
+    """A copy of the model directory to damage."""
+    return Path(shutil.copytree(small_world, tmp_path / "damaged"))
+
+
+def test_missing_weights_are_refused_and_not_made_up(small_config, damaged):
+    weights = load_file(damaged / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "layers.1." not in name}
+    save_file(kept, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"no weights of the right shape for model\.layers\.1\..* \(9 in all\)"):
+        load_base(replace(small_config, model=str(damaged)))
+
+
+def test_a_weight_file_cut_short_is_refused_before_training(small_config, damaged):
+    content = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        check_fit(replace(small_config, model=str(damaged)))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(small_config, damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
+    with pytest.raises(InputError, match="vocabulary ends at 49"):
+        prepare(replace(small_config, model=str(damaged)))
+
+
+def test_rows_longer_than_the_models_positions_are_refused(small_config, damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    with pytest.raises(InputError, match="--max-length 256: the model has 20 positions"):
+        prepare(replace(small_config, model=str(damaged)))
+    prepare(replace(small_config, model=str(damaged), max_length=20))
+
+
+def test_a_model_without_sdpa_trains_with_what_it_has(batch):
+    shape = Gemma2Config(
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    adapted = add_adapter(Gemma2ForCausalLM(shape).eval(), get_config("tiny", lora_init_std=0.1))
+    hooks = forward(adapted, batch, [1, 2], logits=True, via="hooks")
+    own = forward(adapted, batch, [1, 2], logits=True, via="output_hidden_states")
+    assert all(torch.equal(a, b) for a, b in zip(hooks.hidden, own.hidden, strict=True))
+    assert hooks.logits.abs().max() <= shape.final_logit_softcapping

@@ -253,6 +253,9 @@ def test_an_interrupted_sweep_leaves_no_process_and_a_readable_directory(small_w
         (["--workers-per-trial", "3"], "--batch-size 16: not divisible by 3 workers"),
         (["--lora-targets", "c_attn"], "--lora-targets c_attn: not a linear module of the blocks"),
         (["--max-concurrent", "0"], "--max-concurrent 0"),
+        (["--harmful"], "--harmful: name at least one"),
+        (["--lora-targets"], "--lora-targets: name at least one"),
+        (["--run-dir", "{taken}/sweep.json/x"], "is not a directory that can be written to"),
         (["--reroute-tolerance", "1.5"], "--reroute-tolerance 1.5"),
     ],
 )

@@ -1,9 +1,11 @@
 """How many trials a cluster holds at a time."""
 
+import socket
+
 import pytest
 
 from cbtrain.config import InputError
-from sweeps.machine import place
+from sweeps.machine import place, started_ray
 from sweeps.trial import Workers
 
 NONE = {"workers": 1, "gpus_per_worker": None, "max_concurrent": None}
@@ -32,12 +34,22 @@ def test_trials_at_a_time_are_what_fits(resources, asked, workers, concurrency):
     [
         ({"CPU": 2}, {"workers": 3}, "--workers-per-trial 3: the cluster has 2 CPUs"),
         ({"CPU": 2}, {"gpus_per_worker": 1.0}, "1 workers × 1 GPUs = 1, the cluster has 0"),
+        ({"CPU": 2}, {"gpus_per_worker": -1.0}, "--gpus-per-worker -1.0: must be 0 or more"),
+        ({"CPU": 2}, {"gpus_per_worker": float("nan")}, "--gpus-per-worker nan"),
         ({"CPU": 9, "GPU": 2}, {"workers": 3}, "3 workers × 1 GPUs = 3, the cluster has 2"),
     ],
 )
 def test_what_cannot_be_placed_is_refused_with_the_arithmetic(resources, asked, message):
     with pytest.raises(InputError, match=message):
         place(resources, **NONE | asked)
+
+
+def test_an_address_where_nothing_answers_is_refused_at_once(monkeypatch):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(InputError, match="no Ray cluster answers; unset it"), started_ray():
+            pass
 
 
 def test_only_a_single_cpu_worker_runs_in_the_trainables_process():

@@ -48,12 +48,14 @@ def test_each_event_is_printed_once(monkeypatch, capsys):
         events.update(plan.rows())
         events.update(plan.rows())
     spec = next_trial(plan)
-    plan.tell(spec.trial_id, failed("CUDA out of memory"))
+    plan.tell(spec.trial_id, failed("CUDA out of memory: " + "so many GiB, " * 9))
     events.update(plan.rows())
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) == 7, lines
     assert [line.split()[1] for line in lines] == ["t000", "t000", "t001", "t001", "t002", "t002", "t003"]
-    assert lines[-1].endswith("failed: CUDA out of memory")
+    assert "failed: CUDA out of mem" in lines[-1]
+    assert lines[-1].endswith("… (logs/t003.log)")
+    assert len(lines[-1]) <= 80
 
 
 def test_a_trial_over_the_limit_says_so(finished, capsys):
@@ -68,12 +70,12 @@ def test_a_trial_over_the_limit_says_so(finished, capsys):
 
 def test_the_summary_counts_cost_and_names_the_next_command(finished):
     decision = decide(pd.DataFrame(finished.rows()))
-    lines = summary_lines(finished.rows(), decision, 20.0, 2, "runs/a")
+    lines = summary_lines(finished.rows(), decision, 20.0, 2, Path("runs/a b"))
     text = "\n".join(lines)
     assert "10 trials in 20 s · 10 done, 0 failed" in text
     assert "training 30 s = 75% of 20 s × 2 at a time" in text
     assert "overhead 0.50 s a trial, 1.50 s with Ray's hand-over" in text
-    assert "python analysis/pick_beta.py runs/a" in text
+    assert "python analysis/pick_beta.py 'runs/a b'" in text
     assert max(map(len, lines)) <= 80, lines
 
 
@@ -88,5 +90,5 @@ def test_overhead_leaves_out_the_first_trial_of_every_process(monkeypatch):
         return made
 
     drive(plan, outcome)
-    text = "\n".join(summary_lines(plan.rows(), decide(pd.DataFrame(plan.rows())), 60.0, 1, "runs/a"))
+    text = "\n".join(summary_lines(plan.rows(), decide(pd.DataFrame(plan.rows())), 60.0, 1, Path("runs/a")))
     assert "overhead 0.50 s a trial" in text
