@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import heed_interrupts
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -314,11 +315,15 @@ def test_interrupting_the_command_ends_with_status_130(small_config, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
-    for line in process.stdout:
-        if line.startswith("Step"):
-            break
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        for line in process.stdout:
+            if line.startswith("Step"):
+                break
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors

@@ -13,6 +13,7 @@ import optuna
 import pandas as pd
 import psutil
 import pytest
+from children import heed_interrupts
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from peft import PeftModel
@@ -49,6 +50,7 @@ class Sweep:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=heed_interrupts,
         )
 
     def wait(self) -> tuple[int, str, str]:
