@@ -1,6 +1,7 @@
 """Where trials run: Ray for one sweep, and how many trials its cluster holds at a time."""
 
 import contextlib
+import logging
 import math
 import os
 import socket
@@ -18,7 +19,6 @@ MAX_CONCURRENT_BY_DEFAULT = 4
 DRIVER_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep, not only the trial
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a trial's clean-up may take longer than Ray's 2 s
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run directory holds all that they would write
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -43,7 +43,7 @@ def started_ray() -> Iterator[Mapping[str, float]]:
         ray.init(
             address=address or "local",
             log_to_driver=False,
-            configure_logging=False,  # Ray's own handlers write on the screen
+            logging_level=logging.ERROR,
             # One malloc arena keeps a kept process's memory flat over many trials.
             runtime_env={"env_vars": {"PYTHONPATH": python_path, "MALLOC_ARENA_MAX": "1"}},
             **own,
@@ -51,6 +51,9 @@ def started_ray() -> Iterator[Mapping[str, float]]:
     except (ConnectionError, RuntimeError, OSError) as error:
         where = f"RAY_ADDRESS {address}" if address else "starting Ray on this machine"
         raise InputError(f"{where}: {str(error).strip().splitlines()[0]}") from error
+    # Ray's own handler writes on the screen; the root's, where there is one, is enough.
+    logging.getLogger("ray").handlers = [logging.NullHandler()]
+    logging.getLogger("ray").propagate = True
     try:
         yield ray.cluster_resources()
     finally:

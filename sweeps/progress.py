@@ -102,7 +102,7 @@ def summary_lines(rows: Sequence[Row], decision: Decision, wall_s: float, concur
     if decision.verdict == "choose":
         lines.append(
             f"best      beta_kl {decision.beta_kl:.3g}, T {decision.kl_temperature:.3g}: drift "
-            f"{decision.eval_benign_kl:.3g} nats/token ({decision.drift_kept:.0%} of baseline), "
+            f"{decision.eval_benign_kl:.3g} ({decision.drift_kept:.0%} of baseline), "
             f"{with_relation('P', decision.probability_feasible or 0)}{', confirmed' if decision.confirmed else ''}"
         )
         if decision.behaviour_warning:
