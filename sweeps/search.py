@@ -68,7 +68,7 @@ class PlanSearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Refused: a sweep is continued by a new Tuner over a plan rebuilt from its journal."""
-        raise NotImplementedError("a sweep is continued from its journal, not by Tuner.restore")
+        raise RuntimeError("a sweep is continued from its journal, not by Tuner.restore")
 
 
 def outcome_of(result: Mapping[str, object] | None, *, crashed: bool) -> TrialOutcome:

@@ -18,16 +18,10 @@ from simulated import (
     next_trial,
     plan_of,
     tell_baselines,
-    use_quick_models,
     world,
 )
 
 from sweeps.journal import CONSTRAINT, TrialOutcome, TrialSpec
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_quick_models(monkeypatch)
 
 
 @pytest.mark.usefixtures("quick")

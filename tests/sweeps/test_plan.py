@@ -20,7 +20,6 @@ from simulated import (
     quick_suggest,
     tell_baselines,
     true_reroute,
-    use_quick_models,
     world,
 )
 
@@ -28,11 +27,6 @@ import sweeps.plan
 from analysis.decide import decide
 from sweeps.budget import ABLATION_POINTS
 from sweeps.journal import TrialOutcome
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_quick_models(monkeypatch)
 
 
 @pytest.mark.usefixtures("quick")

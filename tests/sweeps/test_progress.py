@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from simulated import completed, drive, failed, next_trial, plan_of, use_quick_models, world
+from simulated import completed, drive, failed, next_trial, plan_of, world
 
 from analysis.decide import decide
 from sweeps.progress import EventLines, plan_lines, summary_lines
@@ -18,8 +18,7 @@ def measured(spec, process="host:1"):
 
 
 @pytest.fixture
-def finished(monkeypatch):
-    use_quick_models(monkeypatch)
+def finished(quick):
     plan = plan_of(10)
     drive(plan, measured)
     return plan
@@ -37,8 +36,7 @@ def test_the_plan_is_printed_with_what_was_dropped():
     assert max(map(len, lines)) <= 80, lines
 
 
-def test_each_event_is_printed_once(monkeypatch, capsys):
-    use_quick_models(monkeypatch)
+def test_each_event_is_printed_once(quick, capsys):
     plan = plan_of(4)
     events = EventLines(plan)
     for _ in range(3):
@@ -79,8 +77,7 @@ def test_the_summary_counts_cost_and_names_the_next_command(finished):
     assert max(map(len, lines)) <= 80, lines
 
 
-def test_overhead_leaves_out_the_first_trial_of_every_process(monkeypatch):
-    use_quick_models(monkeypatch)
+def test_overhead_leaves_out_the_first_trial_of_every_process(quick):
     plan = plan_of(4)
 
     def outcome(spec):

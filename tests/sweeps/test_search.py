@@ -95,7 +95,7 @@ def test_a_failure_is_kept_and_ends_the_sweep_instead_of_being_swallowed() -> No
 
 
 def test_tune_cannot_restore_it() -> None:
-    with pytest.raises(NotImplementedError, match="journal"):
+    with pytest.raises(RuntimeError, match="journal"):
         PlanSearcher(plan_of(10)).restore("anywhere")
 
 
