@@ -84,7 +84,7 @@ def outcome_of(result: Mapping[str, object] | None, *, crashed: bool) -> TrialOu
     error = " ".join(str(reported.get("error") or "").split())
     status: Status = "failed"
     if crashed:
-        error = error or "crashed; its traceback is in error.txt under the run directory's ray/"
+        error = error or "its process was lost (killed, or out of memory)"
     elif reported.get("status") in get_args(Status):
         status = cast(Status, reported["status"])
     else:

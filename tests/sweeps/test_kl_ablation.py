@@ -1,11 +1,13 @@
 """The command, whole: real Ray, Train, Tune, DeepSpeed and Optuna, on models of a few thousand parameters."""
 
+import contextlib
 import html
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -62,16 +64,18 @@ class Sweep:
             raise
         return self.process.returncode, output, errors
 
-    def left_behind(self) -> list[str]:
-        """Processes that inherited this command's environment, and new files in shared memory."""
-        gone = []
+    def processes(self) -> list[psutil.Process]:
+        """Processes that inherited this command's environment."""
+        found = []
         for process in psutil.process_iter(["name"]):
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
                 if process.environ().get("SWEEP_TEST_MARK") == self.mark:
-                    gone.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-                continue
-        _, alive = psutil.wait_procs(gone, timeout=10)
+                    found.append(process)
+        return found
+
+    def left_behind(self) -> list[str]:
+        """What is still there of them a little later, and new files in shared memory."""
+        _, alive = psutil.wait_procs(self.processes(), timeout=10)
         return [str(process) for process in alive] + sorted(set(os.listdir("/dev/shm")) - self._shared_memory)
 
 
@@ -211,6 +215,26 @@ def test_failed_trials_leave_their_reason_and_nothing_running(small_world, tmp_p
     trials = pd.read_csv(tmp_path / "run" / "trials.csv")
     assert set(trials[trials.phase == "baseline"].status) == {"failed"}
     assert "NonFiniteLossError" in (tmp_path / "run" / "logs" / "t000.log").read_text()
+
+
+def test_a_trial_whose_process_is_killed_fails_alone(small_world, tmp_path):
+    arguments = ["--num-samples", "4", "--baseline-seeds", "3", "--steps", "60", *QUICK, "--max-concurrent", "1"]
+    sweep = Sweep(tmp_path, *arguments, *world(small_world, tmp_path), "--run-dir", "run")
+    log, victim = tmp_path / "run" / "logs" / "t000.log", None
+    deadline = time.monotonic() + 120
+    while victim is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+        if log.exists() and "Step" in log.read_text():
+            victim = next(process for process in sweep.processes() if process.name().startswith("ray::Implicit"))
+    assert victim is not None, "no trial began"
+    victim.kill()
+    status, output, errors = sweep.wait()
+    assert status in (0, 3), errors
+    assert "Traceback" not in output + errors
+    trials = pd.read_csv(tmp_path / "run" / "trials.csv")
+    assert trials.status.tolist() == ["failed", "completed", "completed", "completed"][: len(trials)]
+    assert trials.error[0] == "its process was lost (killed, or out of memory)"
+    assert sweep.left_behind() == []
 
 
 @pytest.mark.parametrize(("sent", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

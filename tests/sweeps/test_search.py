@@ -57,8 +57,8 @@ def test_an_outcome_is_what_the_trial_reported_without_what_ray_added() -> None:
 @pytest.mark.parametrize(
     ("result", "crashed", "error"),
     [
-        (None, True, "crashed; its traceback is in error.txt"),
-        ({"eval_loss_reroute": 0.3, "steps": 14}, True, "crashed; its traceback is in error.txt"),
+        (None, True, "its process was lost (killed, or out of memory)"),
+        ({"eval_loss_reroute": 0.3, "steps": 14}, True, "its process was lost (killed, or out of memory)"),
         ({"status": "completed", "error": "CUDA\n  out of memory"}, True, "CUDA out of memory"),
         ({"status": "failed", "error": "non-finite loss at step 3"}, False, "non-finite loss at step 3"),
         ({"eval_loss_reroute": 0.3}, False, "ended without reporting how (status None)"),
