@@ -179,8 +179,10 @@ def _pretrain(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=STEPS, pct_start=0.1)
     pairs = [*_benign_pairs(), *product(DUAL_USE_VERBS, GUARDED_OBJECTS), *product(PLAIN_VERBS, GUARDED_OBJECTS)]
-    console = Console(stderr=True)
-    for _ in track(range(STEPS), "Building the tiny model (once)", console=console, transient=True):
+    console, what = Console(stderr=True), "Building the embedded model (once, about half a minute)"
+    if not console.is_terminal:
+        console.print(what)
+    for _ in track(range(STEPS), what, console=console, transient=True, disable=not console.is_terminal):
         chats = [chat(pair, rng)["messages"] for pair in rng.choices(pairs, k=BATCH_SIZE)]
         texts = [f"{tokenizer.apply_chat_template(messages, tokenize=False)}<eos>" for messages in chats]
         batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from analysis.decide import decide
 from analysis.report import headline
-from cbtrain import cli
+from cbtrain import cli, tiny
 from cbtrain.config import get_config
 from cbtrain.loop import train
 from sweeps import kl_ablation
@@ -90,6 +90,7 @@ def world(directory: Path, cwd: Path) -> list[str]:
 
 
 def test_a_sweep_from_command_to_report(tmp_path):
+    tiny.build()  # which says so on stderr where it is the first time
     sweep = Sweep(
         tmp_path,
         *("--num-samples", "15", "--baseline-seeds", "3", "--run-dir", "elsewhere/a"),
