@@ -44,13 +44,13 @@ def train(config: CircuitBreakerConfig, output_dir: Path, report: Report, *, res
         config: with `model` and data files that exist on this machine (`model.resolve`).
         output_dir: the run's directory; what an earlier run left in it is replaced, or continued with `resume`.
         report: called on every rank with each logged line of metrics, already reduced over ranks.
-        resume: continue from the newest checkpoint where there is one.
+        resume: continue from the newest checkpoint.
 
     Returns:
         The last line of metrics, with the held-out ones, and `train_s` and `eval_s` (seconds).
 
     Raises:
-        InputError: configuration, model and data do not fit.
+        InputError: configuration, model and data do not fit, or there is nothing to resume from.
         NonFiniteLossError: before the update that would have carried it.
     """
     data, pad = prepare(config)
@@ -193,7 +193,6 @@ def prepare(config: CircuitBreakerConfig) -> tuple[CircuitBreakerData, int]:
         The tokenised rows, read once in a process for the same unchanged files, and the padding token's id.
     """
     config.validate()
-    check_batch(config, distributed.world_size())
     check_fit(config)
     files = [Path(file) for file in (*config.harmful, *config.benign)]
     stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())

@@ -201,10 +201,9 @@ def _sweep(run: "RunDirectory", settings: "PlanSettings", context: "TrialContext
         raise
     wall_s = time.monotonic() - started
     run.update(status="finished", wall_s=wall_s)
-    decision = decide(
-        pd.DataFrame(plan.rows()), reroute_tolerance=settings.reroute_tolerance, confidence=settings.confidence
-    )
-    print("\n".join(summary_lines(plan.rows(), decision, wall_s, concurrency, run.shown)))
+    rows = plan.rows()
+    decision = decide(pd.DataFrame(rows), reroute_tolerance=settings.reroute_tolerance, confidence=settings.confidence)
+    print("\n".join(summary_lines(rows, decision, wall_s, concurrency, run.shown)))
     return EXIT_STATUS.get(decision.verdict, 0)
 
 

@@ -26,8 +26,8 @@ from cbtrain.config import CircuitBreakerConfig
 from cbtrain.environment import quiet_libraries
 from sweeps.journal import TrialSpec
 
-REPORTED = ("loss_reroute", "loss_retain", "loss_kl", "grad_norm_total", "tokens_per_s", "train_s", "eval_s")
-"""Metrics of the loop that a trial's outcome carries beside the held-out ones."""
+REPORTED = ("loss_reroute", "loss_retain", "loss_kl", "grad_norm_total", "tokens_per_s", "train_s")
+"""Metrics of the loop that a trial's outcome carries beside those named eval_ and base_."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def train_loop(spec: TrialSpec, context: TrialContext) -> dict[str, float]:
 
 def _columns(metrics: dict[str, float]) -> dict[str, float]:
     """The columns of trials.csv among the loop's metrics."""
-    held_out = {name: value for name, value in metrics.items() if name.startswith(("eval_", "base_"))}
-    return {"steps": metrics["step"], **{name: metrics[name] for name in REPORTED}, **held_out}
+    evaluation = {name: value for name, value in metrics.items() if name.startswith(("eval_", "base_"))}
+    return {"steps": metrics["step"], **{name: metrics[name] for name in REPORTED}, **evaluation}
 
 
 def _root_cause(error: BaseException) -> str:
