@@ -8,7 +8,6 @@ manifest points to it, and the old one goes last.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -17,20 +16,9 @@ import torch.distributed as dist
 
 from cbtrain import distributed
 from cbtrain.config import CircuitBreakerConfig, InputError
+from cbtrain.files import checksum, write_whole
 
 MANIFEST = "manifest.json"
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    try:
-        scratch.write_text(text)
-        os.replace(scratch, path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 def fingerprint(config: CircuitBreakerConfig) -> str:
@@ -47,9 +35,9 @@ def save(engine, directory: Path, step: int, config: CircuitBreakerConfig) -> No
     torch.save(_random_state(), random_state)
     dist.barrier()
     if distributed.rank() == 0:
-        files = {p.name: _checksum(p) for p in sorted((directory / tag).iterdir())}
+        files = {p.name: checksum(p) for p in sorted((directory / tag).iterdir())}
         manifest = {"tag": tag, "step": step, "config": fingerprint(config), "files": files}
-        write_text_atomically(directory / MANIFEST, json.dumps(manifest, indent=1))
+        write_whole(directory / MANIFEST, json.dumps(manifest, indent=1))
         for old in directory.glob("step-*"):
             if old.name != tag:
                 shutil.rmtree(old)
@@ -72,9 +60,9 @@ def load(engine, directory: Path, config: CircuitBreakerConfig) -> int:
         raise InputError(f"{path}: damaged; remove {directory} to start anew") from error
     if written_by != fingerprint(config):
         raise InputError(f"{path}: written by a run with other settings; start in another directory")
-    for name, checksum in files.items():
+    for name, digest in files.items():
         file = directory / tag / name
-        if not file.is_file() or _checksum(file) != checksum:
+        if not file.is_file() or checksum(file) != digest:
             raise InputError(f"{file}: missing or changed since it was written; remove {directory} to start anew")
     engine.load_checkpoint(str(directory), tag=tag, load_module_strict=False)
     _set_random_state(torch.load(directory / tag / f"random_state_{distributed.rank()}.pt", weights_only=True))
@@ -91,8 +79,3 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -29,12 +29,16 @@ def parse(settings_type: type[Settings], argv: Sequence[str], prog: str) -> Sett
     argv = ["--preset" + arg.removeprefix("--config") if arg.split("=")[0] == "--config" else arg for arg in argv]
     preset = _value_of("--preset", argv) or "tiny"
     default = settings_type(preset=preset, config=get_config(preset))
-    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
             settings, unknown = tyro.cli(
-                settings_type, prog=prog, default=default, args=argv, return_unknown_args=True, config=markers
+                settings_type,
+                prog=prog,
+                default=default,
+                args=argv,
+                return_unknown_args=True,
+                config=[tyro.conf.OmitArgPrefixes],
             )
     except SystemExit as stop:
         if stop.code == 0:

@@ -91,8 +91,8 @@ class CircuitBreakerConfig:
     """Indices into Hugging Face `hidden_states` (k is the output of block k − 1) that are rerouted."""
     retain_layers: Literal["target", "all"] = "target"
     """Layers of the retain loss: the target layers, or every entry of `hidden_states`."""
-    hidden_states: Literal["hooks", "output_hidden_states"] = "hooks"
-    """How hidden states are read: hooks on the decoder blocks, or the model's own output. Same losses."""
+    hidden_states: Literal["early_exit", "output_hidden_states"] = "early_exit"
+    """Whether passes end at the highest layer that a loss reads, or run the whole model. Same losses."""
 
     lora_rank: int = 16
     """Rank of the adapter."""

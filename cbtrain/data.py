@@ -1,19 +1,9 @@
-"""Files to batches: both sides as tokens, the held-out split, and the paired batch of every step.
-
-`load_data` is done once per process; `step_batches` is a pure function of (seed, step), so a run that resumes, or
-runs on another number of workers, sees the same rows in the same order.
-"""
+"""Files to rows: both sides as tokens, and the held-out split."""
 
 import hashlib
-import random
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
 
 from cbtrain.config import CircuitBreakerConfig, InputError, flag
 from cbtrain.render import ChatTemplate
@@ -71,45 +61,6 @@ class CircuitBreakerData:
         return [line for line in lines if line]
 
 
-@dataclass(frozen=True)
-class TokenBatch:
-    """B rows, padded on the right to the longest (S). Padding is known by `attention_mask` alone."""
-
-    input_ids: Tensor
-    """[B, S] int64."""
-    attention_mask: Tensor
-    """[B, S] int64, 1 at tokens and 0 at padding."""
-    loss_mask: Tensor
-    """[B, S] bool, True at scored tokens: positions of hidden states."""
-
-    @property
-    def prediction_mask(self) -> Tensor:
-        """[B, S] bool, True at i where token i + 1 is scored: positions of logits. The last column is False."""
-        mask = torch.zeros_like(self.loss_mask)
-        mask[:, :-1] = self.loss_mask[:, 1:] & self.attention_mask[:, 1:].bool()
-        return mask
-
-    def to(self, device: torch.device | str) -> "TokenBatch":
-        return TokenBatch(self.input_ids.to(device), self.attention_mask.to(device), self.loss_mask.to(device))
-
-
-@dataclass(frozen=True)
-class PairedBatch:
-    """What one micro-step sees: as many harmful rows as benign ones."""
-
-    harmful: TokenBatch
-    benign: TokenBatch
-
-
-@dataclass(frozen=True)
-class ScoredCounts:
-    """Counts over the global batch of a step, all ranks and micro-steps: the losses' denominators."""
-
-    harmful_tokens: int
-    benign_tokens: int
-    benign_predictions: int
-
-
 def load_data(config: CircuitBreakerConfig, tokenizer: "PreTrainedTokenizerBase") -> CircuitBreakerData:
     """Read, tokenise, truncate and split both sides as `config` says.
 
@@ -144,88 +95,6 @@ def load_data(config: CircuitBreakerConfig, tokenizer: "PreTrainedTokenizerBase"
 def normalized_prompt(prompt: str) -> str:
     """The prompt as the split compares it: Unicode form, case and white space do not make it another one."""
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
-
-
-def pad_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The id that fills a batch: pad, else the end of text, else 0. Which it is never matters: see `TokenBatch`."""
-    known = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None]
-    return known[0] if known else 0
-
-
-def collate(rows: Sequence[TokenRow], pad_token_id: int) -> TokenBatch:
-    """Rows as one batch [B, S], padded on the right to the longest."""
-    shape = (len(rows), max(len(row.input_ids) for row in rows))
-    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    loss_mask = torch.zeros(shape, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        length = len(row.input_ids)
-        input_ids[i, :length] = torch.tensor(row.input_ids)
-        attention_mask[i, :length] = 1
-        loss_mask[i, :length] = torch.tensor(row.scored)
-    return TokenBatch(input_ids, attention_mask, loss_mask)
-
-
-def check_batch(config: CircuitBreakerConfig, world_size: int) -> int:
-    """Rows a side in one micro-step of one worker; an `InputError` where the batch does not divide into them."""
-    micro = config.micro_batch_size or max(1, config.batch_size // world_size)
-    if config.batch_size % (world_size * micro):
-        raise InputError(
-            f"{flag('batch_size')} {config.batch_size}: not divisible by {world_size} workers × "
-            f"{micro} rows a micro-step ({flag('micro_batch_size')})"
-        )
-    return micro
-
-
-def step_batches(
-    data: CircuitBreakerData,
-    config: CircuitBreakerConfig,
-    step: int,
-    pad_token_id: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> tuple[list[PairedBatch], ScoredCounts]:
-    """The micro-steps of one rank in optimizer step `step` (from 0), and the counts of the whole global batch.
-
-    Each side runs through its training rows in an order of its own per epoch; a side with fewer rows than the batch
-    repeats. The global batch depends on (seed, step) alone; a rank takes a contiguous share of it.
-
-    Raises:
-        InputError: the batch does not divide into workers and micro-steps.
-    """
-    micro = check_batch(config, world_size)
-    harmful = _global_batch(data.harmful.train, "harmful", config, step)
-    benign = _global_batch(data.benign.train, "benign", config, step)
-    counts = ScoredCounts(
-        harmful_tokens=sum(row.scored_tokens for row in harmful),
-        benign_tokens=sum(row.scored_tokens for row in benign),
-        benign_predictions=sum(row.scored_predictions for row in benign),
-    )
-    share = config.batch_size // world_size
-    starts = range(rank * share, (rank + 1) * share, micro)
-    pairs = [
-        PairedBatch(collate(harmful[i : i + micro], pad_token_id), collate(benign[i : i + micro], pad_token_id))
-        for i in starts
-    ]
-    return pairs, counts
-
-
-def held_out_batches(rows: Sequence[TokenRow], batch_size: int, pad_token_id: int) -> list[TokenBatch]:
-    """All rows in a fixed order, short ones together; the last batch may be smaller."""
-    ordered = sorted(rows, key=lambda row: (len(row.input_ids), row.source, row.input_ids))
-    return [collate(ordered[i : i + batch_size], pad_token_id) for i in range(0, len(ordered), batch_size)]
-
-
-def _global_batch(rows: Sequence[TokenRow], side: Side, config: CircuitBreakerConfig, step: int) -> list[TokenRow]:
-    places = range(step * config.batch_size, (step + 1) * config.batch_size)
-    return [rows[_epoch_order(config.seed, side, i // len(rows), len(rows))[i % len(rows)]] for i in places]
-
-
-@lru_cache(maxsize=16)
-def _epoch_order(seed: int, side: Side, epoch: int, rows: int) -> tuple[int, ...]:
-    order = list(range(rows))
-    random.Random(f"{seed}/{side}/{epoch}").shuffle(order)
-    return tuple(order)
 
 
 def _token_rows(

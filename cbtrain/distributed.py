@@ -36,6 +36,19 @@ def reduce_sum(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
+def gathered(parameter: Tensor) -> Iterator[None]:
+    """The parameter whole for the body, where ZeRO-3 has partitioned it; small ones it leaves whole."""
+    status = getattr(parameter, "ds_status", None)
+    if status is None or status.name == "AVAILABLE":
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
+
+
+@contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """A process group for the body: the one there is, torchrun's, or a new one of a single process.
 

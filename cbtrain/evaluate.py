@@ -9,14 +9,22 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor
 
 from cbtrain import distributed
+from cbtrain.batches import TeacherStates, TokenBatch, held_out_batches
 from cbtrain.config import CircuitBreakerConfig
-from cbtrain.data import CircuitBreakerData, TokenBatch, TokenRow, held_out_batches
+from cbtrain.data import CircuitBreakerData
+from cbtrain.decoder import Decoder
+from cbtrain.feed import recalled
+from cbtrain.fused_kl import rows_per_chunk, teacher_logits_and_difference
 from cbtrain.losses import nll, upcast
-from cbtrain.model import Outputs, forward, retained_layers, student_mode, teacher_view
+from cbtrain.model import retained_layers, student_mode
+from cbtrain.teacher import TeacherCache
+from cbtrain.tokens import TokenRow
+
+CHUNK_BYTES = 64 * 2**20
+"""Of each of the two [chunk, V] tensors of logits."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +48,27 @@ class Means:
     """Sums and counts of metrics by name, in float64; reduced over ranks when read."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+        self._sums: dict[str, Tensor] = defaultdict(
+            lambda: torch.zeros(2, dtype=torch.float64, device=distributed.device())
+        )
 
     def add(self, name: str, values: Tensor, weight: int) -> None:
         """Add values of any shape, each counted `weight` (0 or 1) times."""
         pair = torch.stack([values.detach().double().sum(), values.new_tensor(values.numel(), dtype=torch.float64)])
-        self._sums[name] = self._sums[name] + weight * pair.cpu()
+        self._sums[name] = self._sums[name] + weight * pair
 
     def read(self) -> dict[str, float]:
         """The means over all ranks."""
         names = sorted(self._sums)
-        table = torch.stack([self._sums[name] for name in names]).to(distributed.device())
+        table = torch.stack([self._sums[name] for name in names])
         sums, counts = distributed.reduce_sum(table).cpu().unbind(1)
         return dict(zip(names, (sums / counts).tolist(), strict=True))
 
 
 @torch.no_grad()
-def evaluate(model: PeftModel, batches: HeldOut, config: CircuitBreakerConfig) -> dict[str, float]:
+def evaluate(
+    decoder: Decoder, batches: HeldOut, config: CircuitBreakerConfig, cache: TeacherCache | None = None
+) -> dict[str, float]:
     """Metrics on held-out rows, by name.
 
     `eval_loss_reroute`, and per target layer `eval_cosine_layer_K` (mean cosine) and `eval_cosine_positive_layer_K`
@@ -65,13 +77,22 @@ def evaluate(model: PeftModel, batches: HeldOut, config: CircuitBreakerConfig) -
     predictions whose most likely token is the teacher's); `eval_benign_nll`, `eval_harmful_nll` and the teacher's
     own `base_benign_nll`, `base_harmful_nll` (nats per scored prediction).
     """
-    model.eval()
+    decoder.model.eval()
     means = Means()
+    targets, retained = config.target_layers, retained_layers(config, decoder.layers)
     for batch, weight in _share(batches.harmful):
-        _harmful_metrics(model, batch, config, means, weight)
+        student, teacher = decoder.states(recalled(batch, targets, True, cache), targets, final=True)
+        _add_cosines(student, teacher, targets, means, weight)
+        for logits, difference, following in _predictions(decoder, batch, student, teacher):
+            means.add("eval_harmful_nll", nll(logits + difference, following), weight)
+            means.add("base_harmful_nll", nll(logits, following), weight)
     for batch, weight in _share(batches.benign):
-        _benign_metrics(model, batch, config, means, weight)
-    student_mode(model)
+        student, teacher = decoder.states(recalled(batch, retained, True, cache), retained, final=True)
+        distance = torch.linalg.vector_norm(upcast(student.hidden) - upcast(teacher.hidden), dim=-1)
+        means.add("eval_loss_retain", distance, weight)
+        for logits, difference, following in _predictions(decoder, batch, student, teacher):
+            _add_drift(logits, difference, following, means, weight)
+    student_mode(decoder.model)
     return means.read()
 
 
@@ -80,43 +101,36 @@ def _share(batches: list[TokenBatch]) -> Iterator[tuple[TokenBatch, int]]:
     rank, world = distributed.rank(), distributed.world_size()
     for start in range(0, len(batches), world):
         mine = start + rank
-        batch = batches[mine] if mine < len(batches) else batches[0]
-        yield batch.to(distributed.device()), int(mine < len(batches))
+        yield batches[mine] if mine < len(batches) else batches[0], int(mine < len(batches))
 
 
-def _both_views(model: PeftModel, batch: TokenBatch, layers: Sequence[int], via: str) -> tuple[Outputs, Outputs]:
-    """Student and teacher on one batch, with logits."""
-    student = forward(model, batch, layers, logits=True, via=via)
-    with teacher_view(model):
-        return student, forward(model, batch, layers, logits=True, via=via)
-
-
-def _harmful_metrics(
-    model: PeftModel, batch: TokenBatch, config: CircuitBreakerConfig, means: Means, weight: int
+def _add_cosines(
+    student: TeacherStates, teacher: TeacherStates, layers: Sequence[int], means: Means, weight: int
 ) -> None:
-    student, teacher = _both_views(model, batch, config.target_layers, config.hidden_states)
-    mask = batch.loss_mask
-    for layer, ours, theirs in zip(config.target_layers, student.hidden, teacher.hidden, strict=True):
-        cosine = F.cosine_similarity(upcast(ours[mask]), upcast(theirs[mask]), dim=-1)
-        means.add("eval_loss_reroute", F.relu(cosine), weight)
-        means.add(f"eval_cosine_layer_{layer}", cosine, weight)
-        means.add(f"eval_cosine_positive_layer_{layer}", cosine > 0, weight)
-    means.add("eval_harmful_nll", nll(student.logits, batch.input_ids, batch.prediction_mask), weight)
-    means.add("base_harmful_nll", nll(teacher.logits, batch.input_ids, batch.prediction_mask), weight)
+    cosine = F.cosine_similarity(upcast(student.hidden), upcast(teacher.hidden), dim=-1)
+    means.add("eval_loss_reroute", F.relu(cosine), weight)
+    for layer, values in zip(layers, cosine.unbind(1), strict=True):
+        means.add(f"eval_cosine_layer_{layer}", values, weight)
+        means.add(f"eval_cosine_positive_layer_{layer}", values > 0, weight)
 
 
-def _benign_metrics(
-    model: PeftModel, batch: TokenBatch, config: CircuitBreakerConfig, means: Means, weight: int
-) -> None:
-    layers = retained_layers(model.get_base_model(), config)
-    student, teacher = _both_views(model, batch, layers, config.hidden_states)
-    for ours, theirs in zip(student.hidden, teacher.hidden, strict=True):
-        difference = upcast(ours[batch.loss_mask]) - upcast(theirs[batch.loss_mask])
-        means.add("eval_loss_retain", torch.linalg.vector_norm(difference, dim=-1), weight)
-    predictions = batch.prediction_mask
-    log_q = F.log_softmax(upcast(student.logits[predictions]), dim=-1)
-    log_p = F.log_softmax(upcast(teacher.logits[predictions]), dim=-1)
+def _predictions(
+    decoder: Decoder, batch: TokenBatch, student: TeacherStates, teacher: TeacherStates
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of a chunk of predictions at a time: the teacher's logits, the student's less those, the tokens that came."""
+    following = batch.input_ids.flatten()[batch.scored_predictions + 1].to(distributed.device())
+    ours, theirs = student.head_input, teacher.head_input
+    head = decoder.head.arguments()
+    with distributed.gathered(head["lm_head_weight"]):
+        rows = rows_per_chunk(head["lm_head_weight"].shape[0], CHUNK_BYTES)
+        for start in range(0, len(following), rows):
+            chunk = slice(start, start + rows)
+            yield *teacher_logits_and_difference(ours[chunk], theirs[chunk], **head), following[chunk]
+
+
+def _add_drift(logits: Tensor, difference: Tensor, following: Tensor, means: Means, weight: int) -> None:
+    log_p, log_q = F.log_softmax(logits, dim=-1), F.log_softmax(logits + difference, dim=-1)
     means.add("eval_benign_kl", (log_p.exp() * (log_p - log_q)).sum(-1), weight)
     means.add("eval_benign_top1_agreement", log_q.argmax(-1) == log_p.argmax(-1), weight)
-    means.add("eval_benign_nll", nll(student.logits, batch.input_ids, predictions), weight)
-    means.add("base_benign_nll", nll(teacher.logits, batch.input_ids, predictions), weight)
+    means.add("eval_benign_nll", F.nll_loss(log_q, following, reduction="none"), weight)
+    means.add("base_benign_nll", F.nll_loss(log_p, following, reduction="none"), weight)

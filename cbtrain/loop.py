@@ -6,38 +6,40 @@ writes into a run's directory: `config.json`, `metrics.jsonl`, `checkpoint/` whe
 """
 
 import contextlib
-import dataclasses
 import functools
-import json
-import math
 import shutil
-import time
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import deepspeed
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from cbtrain import checkpoint, distributed
+from cbtrain.batches import check_batch, pad_token_id
 from cbtrain.config import CircuitBreakerConfig
-from cbtrain.data import CircuitBreakerData, check_batch, load_data, pad_token_id, step_batches
+from cbtrain.data import CircuitBreakerData, load_data
+from cbtrain.decoder import Decoder
 from cbtrain.evaluate import evaluate, held_out
+from cbtrain.feed import Feed, StepInput
+from cbtrain.metrics import Clock, Metrics, MetricsLog, Report, Update, Updates
 from cbtrain.model import add_adapter, check_fit, check_rows, forget_base, load_base, load_tokenizer, student_mode
+from cbtrain.recall import CacheUnavailableError, open_or_build
 from cbtrain.schedule import coefficients, learning_rate
 from cbtrain.step import CircuitBreakerStep
-
-Metrics = dict[str, float]
-LOSSES = ("loss", "loss_reroute", "loss_retain", "loss_kl")
-"""Names of `StepOutput.parts`, in its order."""
-Report = Callable[[Metrics], None]
+from cbtrain.teacher import TeacherCache
 
 
-class NonFiniteLossError(RuntimeError):
-    """A loss became NaN or infinite. The weights are those before it."""
-
-
-def train(config: CircuitBreakerConfig, output_dir: Path, report: Report, *, resume: bool = False) -> Metrics:
+def train(
+    config: CircuitBreakerConfig,
+    output_dir: Path,
+    report: Report,
+    *,
+    resume: bool = False,
+    teacher_cache: Path | None = None,
+) -> Metrics:
     """Train one adapter; every rank calls it.
 
     Args:
@@ -45,142 +47,110 @@ def train(config: CircuitBreakerConfig, output_dir: Path, report: Report, *, res
         output_dir: the run's directory; what an earlier run left in it is replaced, or continued with `resume`.
         report: called on every rank with each logged line of metrics, already reduced over ranks.
         resume: continue from the newest checkpoint.
+        teacher_cache: where the teacher's states are kept, and put where they are missing; None runs the teacher.
 
     Returns:
         The last line of metrics, with the held-out ones, and `train_s` and `eval_s` (seconds).
 
     Raises:
         InputError: configuration, model and data do not fit, or there is nothing to resume from.
-        NonFiniteLossError: before the update that would have carried it.
+        NonFiniteLossError: the weights are those before the update that would have carried it.
     """
     data, pad = prepare(config)
     with distributed.process_group(), adapted_model(config) as model, _engine(model, config) as engine:
+        decoder = engine.module.decoder
+        cache = _cache(config, data, pad, decoder, teacher_cache)
         torch.manual_seed(config.seed + 1_000_003 * distributed.rank())
         first = checkpoint.load(engine, output_dir / "checkpoint", config) if resume else 0
-        log = MetricsLog(output_dir, config, first)
-        batches = held_out(data, config, pad)
-        clock, metrics = Clock(), {}
-        for step in range(first, config.steps):
-            done = step + 1
-            metrics = train_step(engine, data, pad, step)
-            clock.lap("train")
+        log, updates, clock = MetricsLog(output_dir, config, first), Updates(config), Clock()
+        batches, feed = held_out(data, config, pad), Feed(data, config, pad, decoder.layers, cache)
+        metrics: Metrics = {}
+        for done, given in enumerate(feed.steps(first), first + 1):
+            updates.add(train_step(engine, given, done))
             evaluating = done == config.steps or (config.eval_every > 0 and done % config.eval_every == 0)
+            logging = evaluating or done == 1 or done % config.log_every == 0
+            saving = config.checkpoint_every > 0 and done % config.checkpoint_every == 0 and done < config.steps
+            if logging or saving:
+                metrics = updates.read(clock)
             if evaluating:
-                metrics |= evaluate(model, batches, config)
+                metrics |= evaluate(decoder, batches, config, cache)
                 clock.lap("eval")
-            metrics |= {"train_s": clock.seconds["train"], "eval_s": clock.seconds["eval"]}
-            if evaluating or done == 1 or done % config.log_every == 0:
+            if logging:
+                metrics |= {"eval_s": clock.seconds["eval"]}
                 log.write(metrics)
                 report(metrics)
-            if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
+            if saving:
                 checkpoint.save(engine, output_dir / "checkpoint", done, config)
-            clock.lap("other")
+            clock.lap("other" if logging or saving else "train")
         save_adapter(model, output_dir / "adapter", config)
     return metrics
 
 
-def train_step(engine: deepspeed.DeepSpeedEngine, data: CircuitBreakerData, pad: int, step: int) -> Metrics:
-    """One optimizer update, after `step` updates; its metrics, reduced over ranks.
+def fill_teacher_cache(
+    config: CircuitBreakerConfig, directory: Path, progress: Callable[[int], None] | None = None
+) -> tuple[int, float]:
+    """Fill a cache for runs of this configuration beforehand; every rank calls it.
+
+    Args:
+        progress: called with the number of rows that were just done.
+
+    Returns:
+        Rows that were not there yet, and the seconds that the teacher took for them.
 
     Raises:
-        NonFiniteLossError: on every rank, before the update.
+        InputError: as `train`.
+        CacheUnavailableError: it cannot be written or read there.
+    """
+    data, pad = prepare(config)
+    with adapted_model(config) as model, contextlib.ExitStack() as partitioned:
+        if config.zero_stage == 3:
+            partitioned.enter_context(distributed.process_group())
+            decoder = partitioned.enter_context(_engine(model, config)).module.decoder
+        else:
+            decoder = Decoder(model, config.hidden_states)
+        cache = open_or_build(config, data, pad, decoder, directory, progress)
+    return cache.rows_computed, cache.teacher_s
+
+
+def _cache(
+    config: CircuitBreakerConfig, data: CircuitBreakerData, pad: int, decoder: Decoder, directory: Path | None
+) -> TeacherCache | None:
+    """The cache of a run that wants one; None, and a line that says why, where it cannot be had."""
+    if directory is None:
+        return None
+    try:
+        return open_or_build(config, data, pad, decoder, directory)
+    except CacheUnavailableError as error:
+        if distributed.rank() == 0:
+            print(f"teacher cache {error}; every step runs the teacher", file=sys.stderr, flush=True)
+        return None
+
+
+def train_step(engine: deepspeed.DeepSpeedEngine, given: StepInput, step: int) -> Update:
+    """The optimizer update that makes `step` of them, without waiting for the device.
+
+    From the first loss that is not finite on, weights and optimizer stay as they are.
     """
     config: CircuitBreakerConfig = engine.module.config
-    rank, world = distributed.rank(), distributed.world_size()
-    started = time.perf_counter()
-    micro_batches, counts = step_batches(data, config, step, pad, rank, world)
-    weights, lr = coefficients(config, step), learning_rate(config, step)
+    weights, lr = coefficients(config, step - 1), learning_rate(config, step - 1)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     # DeepSpeed averages over ranks and micro-steps; the losses are already shares of the global mean.
-    undo_average = len(micro_batches) * world
+    undo_average = len(given.micro_batches) * distributed.world_size()
     parts = torch.zeros(4, device=distributed.device())
-    tokens = torch.zeros(1, device=distributed.device())
-    for index, batch in enumerate(micro_batches):
-        output = engine(batch, counts, weights)
+    grad_norm: Tensor | float | None = None
+    for index, batch in enumerate(given.micro_batches):
+        output = engine(batch, given.counts, weights)
         parts += output.parts
-        tokens += batch.harmful.attention_mask.sum() + batch.benign.attention_mask.sum()
-        if index == len(micro_batches) - 1:
-            totals = distributed.reduce_sum(torch.cat([parts, tokens])).tolist()
-            _require_finite(totals, step + 1)
         engine.backward(output.loss * undo_average)
-        grad_norm = _unclipped_norm(engine) if config.zero_stage == 0 else None
+        if index == len(given.micro_batches) - 1:
+            distributed.reduce_sum(parts)
+            _hold_if(~parts.isfinite().all(), engine)
+            grad_norm = _unclipped_norm(engine) if config.zero_stage == 0 else None
         engine.step()
     if grad_norm is None:
-        grad_norm = float(engine.get_global_grad_norm())
-    losses = dict(zip(LOSSES, totals, strict=False))
-    return {
-        "step": step + 1,
-        **losses,
-        "cs": weights.cs,
-        "cr": weights.cr,
-        "alpha": config.alpha,
-        "beta_kl": config.beta_kl,
-        "kl_temperature": config.kl_temperature,
-        "kl_weight": weights.kl_weight,
-        "grad_norm_total": grad_norm,
-        "lr": lr,
-        "scored_tokens_harmful": counts.harmful_tokens,
-        "scored_tokens_benign": counts.benign_tokens,
-        "tokens_per_s": totals[-1] / (time.perf_counter() - started),
-    }
-
-
-def console_line(metrics: Metrics) -> str:
-    """The line of a training run: unweighted losses, and α, the current reroute coefficient."""
-    line = (
-        f"Step {metrics['step']}: loss={metrics['loss']:.4f}, reroute={metrics['loss_reroute']:.4f}, "
-        f"retain={metrics['loss_retain']:.4f}, kl={metrics['loss_kl']:.4f}, α={metrics['cs']:.4f}"
-    )
-    if "eval_loss_reroute" in metrics:
-        line += (
-            f"\n  held out: reroute={metrics['eval_loss_reroute']:.4f}, benign KL={metrics['eval_benign_kl']:.4f} "
-            f"nats/token, harmful NLL={metrics['eval_harmful_nll']:.2f} (base {metrics['base_harmful_nll']:.2f})"
-        )
-    return line
-
-
-class Clock:
-    """Seconds spent in each kind of work."""
-
-    def __init__(self) -> None:
-        self.seconds = {"train": 0.0, "eval": 0.0, "other": 0.0}
-        self._since = time.perf_counter()
-
-    def lap(self, kind: str) -> None:
-        """Count the time since the last lap as work of this kind."""
-        now = time.perf_counter()
-        self.seconds[kind] += now - self._since
-        self._since = now
-
-
-class MetricsLog:
-    """`metrics.jsonl`, a line a logged step, written by rank 0; a resumed run drops the lines it will write again."""
-
-    def __init__(self, output_dir: Path, config: CircuitBreakerConfig, first_step: int) -> None:
-        self._path = output_dir / "metrics.jsonl" if distributed.rank() == 0 else None
-        if self._path is None:
-            return
-        output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text_atomically(output_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-        kept = []
-        if first_step and self._path.is_file():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
-        checkpoint.write_text_atomically(self._path, "".join(line + "\n" for line in kept))
-
-    def write(self, metrics: Metrics) -> None:
-        """Append a line."""
-        if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; a half-written last line counts as beyond every step."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
+        grad_norm = engine.get_global_grad_norm()
+    return Update(step, parts, grad_norm, given.counts, weights, lr)
 
 
 DATA_FIELDS = ("model", "tokenizer", "harmful", "benign", "mask_policy", "max_length", "eval_fraction")
@@ -212,7 +182,10 @@ def _tokenised(fields: tuple, _stamps: tuple) -> tuple[CircuitBreakerData, int]:
 @contextlib.contextmanager
 def adapted_model(config: CircuitBreakerConfig) -> Iterator[PeftModel]:
     """The base model with a fresh adapter for the body; taken off again, so that the base serves the next run."""
-    model = add_adapter(load_base(config), config)
+    base = load_base(config)
+    if config.zero_stage < 3:
+        base.to(distributed.device())
+    model = add_adapter(base, config)
     try:
         yield model
     finally:
@@ -235,10 +208,12 @@ def _engine(model: PeftModel, config: CircuitBreakerConfig) -> Iterator[deepspee
         "gradient_clipping": config.max_grad_norm,
         "steps_per_print": 10**9,
     }
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    optimizer.found_inf = torch.zeros((), device=distributed.device())  # type: ignore[attr-defined]
     engine, *_ = deepspeed.initialize(
         model=CircuitBreakerStep(model, config),
         model_parameters=parameters,
-        optimizer=torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay),
+        optimizer=optimizer,
         config=settings,
         dist_init_required=False,
     )
@@ -249,16 +224,16 @@ def _engine(model: PeftModel, config: CircuitBreakerConfig) -> Iterator[deepspee
         engine.destroy()
 
 
-def _require_finite(totals: list[float], step: int) -> None:
-    if not all(math.isfinite(value) for value in totals):
-        named = ", ".join(f"{name} {value:g}" for name, value in zip(LOSSES, totals, strict=False))
-        raise NonFiniteLossError(f"step {step}: a loss is not finite ({named}); lower --lr")
+def _hold_if(bad: Tensor, engine: deepspeed.DeepSpeedEngine) -> None:
+    """From now on make no update if `bad`; the fused kernel looks for a flag of 1 on the device."""
+    flag = engine.basic_optimizer.found_inf
+    torch.maximum(flag, bad.to(flag), out=flag)
 
 
-def _unclipped_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+def _unclipped_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor | float:
     """Global norm of the gradients at a boundary, which stage 0 does not keep."""
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0
+    return torch.nn.utils.get_total_norm(gradients) if gradients else 0.0
 
 
 def save_adapter(model: PeftModel, directory: Path, config: CircuitBreakerConfig) -> None:

@@ -1,14 +1,13 @@
 """The three losses of a circuit breaker: tensors in, a scalar out, nothing kept.
 
-Shapes: B rows, S positions, V vocabulary, H hidden size. Each loss is a mean over the scored positions of its
-own batch, in float32 or better whatever the input's dtype, and carries gradients to the student only. A batch
-without a scored position gives 0 with the student's graph intact, so that every rank still reaches backward.
+Shapes: N scored tokens, K layers, H hidden size, V vocabulary. Each loss is computed in float32 or better whatever
+the input's dtype and carries gradients to the student only. It is a mean over its own scored places, or a share of a
+larger batch's mean where that one's count is given. Without a scored place it is 0 with the student's graph intact,
+so that every rank still reaches backward.
 
 Source: Zou et al. 2024, "Improving Alignment and Robustness with Circuit Breakers", Algorithm 1, for reroute
 and retain; Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", for the T² of the KL term.
 """
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,36 +19,32 @@ def upcast(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _scored(hidden: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Scored positions of every layer, upcast: [L, N, H]."""
-    return upcast(torch.stack([layer[mask] for layer in hidden]))
-
-
-def _mean(values: Tensor) -> Tensor:
-    """The mean, and 0 with the graph intact where there is nothing to average."""
-    return values.sum() / max(values.numel(), 1)
-
-
-def reroute_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
+def reroute_loss(student: Tensor, teacher: Tensor, denominator: int | None = None) -> Tensor:
     """Mean over layers and scored tokens of ReLU(cos(h_student, h_teacher)); 1 where nothing has moved.
 
     Args:
-        student, teacher: hidden states of the target layers, each [B, S, H].
-        mask: scored harmful tokens, bool [B, S].
+        student, teacher: hidden states of K target layers at N scored harmful tokens, [N, K, H].
+        denominator: tokens that the mean is over; None is N.
     """
-    cosine = F.cosine_similarity(_scored(student, mask), _scored(teacher, mask).detach(), dim=-1)
-    return _mean(F.relu(cosine))
+    cosine = F.cosine_similarity(upcast(student), upcast(teacher).detach(), dim=-1)
+    return _mean(F.relu(cosine), denominator)
 
 
-def retain_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
+def retain_loss(student: Tensor, teacher: Tensor, denominator: int | None = None) -> Tensor:
     """Mean over layers and scored tokens of ‖h_student − h_teacher‖₂, in units of the hidden state.
 
     Args:
-        student, teacher: hidden states of the retained layers, each [B, S, H].
-        mask: scored benign tokens, bool [B, S].
+        student, teacher: hidden states of K retained layers at N scored benign tokens, [N, K, H].
+        denominator: tokens that the mean is over; None is N.
     """
-    difference = _scored(student, mask) - _scored(teacher, mask).detach()
-    return _mean(torch.linalg.vector_norm(difference, dim=-1))
+    difference = upcast(student) - upcast(teacher).detach()
+    return _mean(torch.linalg.vector_norm(difference, dim=-1), denominator)
+
+
+def _mean(values: Tensor, denominator: int | None) -> Tensor:
+    """The mean of [N, K] over layers and `denominator` tokens; 0 with the graph intact where there is none."""
+    tokens, layers = values.shape
+    return values.sum() / (layers * max(tokens if denominator is None else denominator, 1))
 
 
 def kl_divergence_loss(
@@ -90,13 +85,11 @@ def kl_divergence_loss(
     return temperature**2 * (weight * divergence).sum() / torch.where(total > 0, total, 1)
 
 
-def nll(logits: Tensor, input_ids: Tensor, prediction_mask: Tensor) -> Tensor:
-    """Negative log-likelihood of the token after each scored prediction: [N], nats.
+def nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of the token after each of M predictions: [M], nats.
 
     Args:
-        logits: [B, S, V], where logits[:, i] predicts token i + 1.
-        input_ids: int64 [B, S].
-        prediction_mask: bool [B, S], False in the last column.
+        logits: [M, V].
+        targets: int64 [M].
     """
-    targets = torch.roll(input_ids, -1, dims=1)[prediction_mask]
-    return F.cross_entropy(upcast(logits[prediction_mask]), targets, reduction="none")
+    return F.cross_entropy(upcast(logits), targets, reduction="none")

@@ -1,41 +1,22 @@
 """One copy of the weights, two views: the student has its adapter on, the teacher has it off.
 
-`load_base` and `load_tokenizer` read a Hugging Face model, `add_adapter` puts LoRA on it, and `forward` runs it
-and returns the hidden states that the losses need. Works for any decoder whose blocks sit in one `ModuleList`.
+`load_base` and `load_tokenizer` read a Hugging Face model and `add_adapter` puts LoRA on it. Works for any decoder
+whose blocks sit in one `ModuleList`.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cbtrain import tiny
 from cbtrain.config import CircuitBreakerConfig, InputError
-from cbtrain.data import TokenBatch
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What one forward gave."""
-
-    hidden: list[Tensor]
-    """Hidden states of the layers asked for, each [B, S, H]."""
-    head: Tensor | None
-    """What the head gave, where it was run."""
-
-    @property
-    def logits(self) -> Tensor:
-        """[B, S, V]; a `ValueError` where they were not asked for."""
-        if self.head is None:
-            raise ValueError("this forward ran without the head")
-        return self.head
 
 
 def resolve(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
@@ -59,6 +40,11 @@ def check_rows(config: CircuitBreakerConfig, longest: int, largest_id: int) -> N
             f"--tokenizer {config.tokenizer or config.model}: gives token id {largest_id}, the model's vocabulary "
             f"ends at {text.vocab_size - 1}; name the model's own tokenizer"
         )
+
+
+def hidden_size(config: CircuitBreakerConfig) -> int:
+    """H, told by the model's structure."""
+    return _skeleton(config.model).config.get_text_config().hidden_size
 
 
 def load_tokenizer(config: CircuitBreakerConfig) -> PreTrainedTokenizerBase:
@@ -168,7 +154,7 @@ def lora_targets(blocks: nn.ModuleList, config: CircuitBreakerConfig) -> list[st
     Raises:
         InputError: a name in `lora_targets` is no linear module of the blocks.
     """
-    linear = sorted({n.rsplit(".", 1)[-1] for n, m in blocks.named_modules() if isinstance(m, nn.Linear)})
+    linear = sorted({n.rsplit(".", 1)[-1] for n, m in blocks.named_modules() if _is_linear(m)})
     if not linear:
         raise InputError(f"--model {config.model}: its blocks have no torch.nn.Linear for LoRA to go on")
     if isinstance(config.lora_targets, str):
@@ -179,11 +165,14 @@ def lora_targets(blocks: nn.ModuleList, config: CircuitBreakerConfig) -> list[st
     return list(config.lora_targets)
 
 
-def retained_layers(model: PreTrainedModel, config: CircuitBreakerConfig) -> list[int]:
-    """Hidden states that the retain loss compares."""
-    if config.retain_layers == "target":
-        return list(config.target_layers)
-    return list(range(len(decoder_blocks(model)[1]) + 1))
+def _is_linear(module: nn.Module) -> bool:
+    """A router of experts may be a linear module that gives more than its product."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def retained_layers(config: CircuitBreakerConfig, blocks: int) -> list[int]:
+    """Hidden states that the retain loss compares, of a model with so many decoder blocks."""
+    return list(config.target_layers) if config.retain_layers == "target" else list(range(blocks + 1))
 
 
 def add_adapter(base: PreTrainedModel, config: CircuitBreakerConfig) -> PeftModel:
@@ -226,59 +215,3 @@ def teacher_view(model: PeftModel) -> Iterator[None]:
     """The same weights with the adapter off and without gradient."""
     with model.disable_adapter(), torch.no_grad():
         yield
-
-
-def forward(model: PeftModel, batch: TokenBatch, layers: Sequence[int], *, logits: bool, via: str = "hooks") -> Outputs:
-    """Run the model in its current view.
-
-    Args:
-        batch: B rows of S positions.
-        layers: indices into Hugging Face `hidden_states`: 0 is the embedding, k the output of block k − 1, and N,
-            the last, comes after the final norm.
-        logits: whether the head is run.
-        via: `hooks` on the decoder blocks, or the model's own `output_hidden_states`.
-    """
-    base = model.get_base_model()
-    runner = base if logits else base.get_decoder()
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if via == "output_hidden_states":
-        output = runner(**inputs, output_hidden_states=True)
-        hidden = [output.hidden_states[layer] for layer in layers]
-    else:
-        with _captured(base, layers) as states:
-            output = runner(**inputs)
-        hidden = [states[layer] for layer in layers]
-    return Outputs(hidden=hidden, head=output.logits if logits else None)
-
-
-@contextmanager
-def _captured(base: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Hooks that gather the asked hidden states while the model runs."""
-    states: dict[int, Tensor] = {}
-    _, blocks = decoder_blocks(base)
-
-    def first(value: Tensor | tuple[Tensor, ...]) -> Tensor:
-        return value[0] if isinstance(value, tuple) else value
-
-    handles = []
-    for layer in layers:
-        if layer == len(blocks):
-            decoder = base.get_decoder()
-            hook = decoder.register_forward_hook(
-                lambda _module, _args, output, k=layer: states.__setitem__(k, output.last_hidden_state)
-            )
-        elif layer == 0:
-            hook = blocks[0].register_forward_pre_hook(
-                lambda _module, args, kwargs: states.__setitem__(0, args[0] if args else kwargs["hidden_states"]),
-                with_kwargs=True,
-            )
-        else:
-            hook = blocks[layer - 1].register_forward_hook(
-                lambda _module, _args, output, k=layer: states.__setitem__(k, first(output))
-            )
-        handles.append(hook)
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,7 +1,7 @@
 """One micro-step of the method: a paired batch in, the weighted loss and its parts out.
 
-The step is an `nn.Module` so that one engine forward holds all four passes (student and teacher, harmful and
-benign), which is what DeepSpeed's hooks around a module's forward expect.
+The step is an `nn.Module` so that one engine forward holds all passes (student and teacher, harmful and benign),
+which is what DeepSpeed's hooks around a module's forward expect.
 """
 
 from typing import NamedTuple
@@ -11,10 +11,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from cbtrain import distributed
+from cbtrain.batches import PairedBatch, ScoredCounts
 from cbtrain.config import CircuitBreakerConfig
-from cbtrain.data import PairedBatch, ScoredCounts
-from cbtrain.losses import kl_divergence_loss, reroute_loss, retain_loss
-from cbtrain.model import forward, retained_layers, teacher_view
+from cbtrain.decoder import Decoder
+from cbtrain.fused_kl import fused_linear_kl
+from cbtrain.losses import reroute_loss, retain_loss
+from cbtrain.model import retained_layers
 from cbtrain.schedule import Coefficients
 
 
@@ -37,38 +39,31 @@ class CircuitBreakerStep(nn.Module):
         super().__init__()
         self.model: PeftModel = model
         self.config = config
-        self.retained = retained_layers(model.get_base_model(), config)
+        self.decoder = Decoder(model, config.hidden_states)
+        self.retained = retained_layers(config, self.decoder.layers)
 
     def forward(self, batch: PairedBatch, counts: ScoredCounts, weights: Coefficients) -> StepOutput:
         """Losses of one micro-batch.
 
         Args:
-            batch: rows of this micro-step on this rank.
+            batch: rows of this micro-step on this rank, on the model's device.
             counts: scored tokens and predictions of the whole update, over all micro-steps and ranks.
             weights: the coefficients of this update.
         """
-        config, via = self.config, self.config.hidden_states
-        device = distributed.device()
-        harmful, benign = batch.harmful.to(device), batch.benign.to(device)
-        with teacher_view(self.model):
-            harmful_teacher = forward(self.model, harmful, config.target_layers, logits=False, via=via)
-            benign_teacher = forward(self.model, benign, self.retained, logits=True, via=via)
-        harmful_student = forward(self.model, harmful, config.target_layers, logits=False, via=via)
-        benign_student = forward(self.model, benign, self.retained, logits=True, via=via)
-
-        reroute = reroute_loss(harmful_student.hidden, harmful_teacher.hidden, harmful.loss_mask)
-        retain = retain_loss(benign_student.hidden, benign_teacher.hidden, benign.loss_mask)
-        predictions = benign.prediction_mask
-        kl = kl_divergence_loss(
-            benign_student.logits, benign_teacher.logits, loss_mask=predictions, temperature=config.kl_temperature
+        ours, theirs = self.decoder.states(batch.harmful, self.config.target_layers, final=False)
+        reroute = reroute_loss(ours.hidden, theirs.hidden, counts.harmful_tokens)
+        ours, theirs = self.decoder.states(
+            batch.benign, self.retained, final=True, final_gradient=weights.kl_weight > 0
         )
-        reroute = reroute * _share(harmful.loss_mask, counts.harmful_tokens)
-        retain = retain * _share(benign.loss_mask, counts.benign_tokens)
-        kl = kl * _share(predictions, counts.benign_predictions)
+        retain = retain_loss(ours.hidden, theirs.hidden, counts.benign_tokens)
+        head = self.decoder.head.arguments()
+        with distributed.gathered(head["lm_head_weight"]):
+            kl = fused_linear_kl(
+                ours.head_input,
+                theirs.head_input,
+                temperature=self.config.kl_temperature,
+                denominator=max(counts.benign_predictions, 1),
+                **head,
+            )
         loss = weights.cs * reroute + weights.cr * retain + weights.kl_weight * kl
         return StepOutput(loss=loss, parts=torch.stack([loss, reroute, retain, kl]).detach())
-
-
-def _share(mask: Tensor, total: int) -> Tensor:
-    """This micro-batch's share of the update's scored positions, which turns its mean into a part of theirs."""
-    return mask.sum() / max(total, 1)

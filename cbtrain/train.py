@@ -22,7 +22,9 @@ class TrainSettings:
     output_dir: Path = Path("outputs/cb")
     """Directory for config.json, metrics.jsonl and adapter/."""
     resume: bool = False
-    """True continues the run in --output-dir from its newest checkpoint (see --checkpoint-every)."""
+    """Continue the run in --output-dir from its newest checkpoint (see --checkpoint-every)."""
+    teacher_cache: str = "off"
+    """Directory of the frozen teacher's states, which runs of the same model and data share; off runs the teacher."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
 
 
@@ -31,9 +33,7 @@ def main() -> int:
     settings = cli.parse(TrainSettings, sys.argv[1:], "python -m cbtrain.train")
     settings.config.validate()
     if not settings.resume and (settings.output_dir / "metrics.jsonl").exists():
-        raise InputError(
-            f"{settings.output_dir} already holds a run: --resume True to continue it, or another --output-dir"
-        )
+        raise InputError(f"{settings.output_dir} already holds a run: --resume to continue it, or another --output-dir")
     try:
         settings.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -43,7 +43,8 @@ def main() -> int:
 
     quiet_libraries()
     from cbtrain import distributed
-    from cbtrain.loop import NonFiniteLossError, console_line, prepare, train
+    from cbtrain.loop import prepare, train
+    from cbtrain.metrics import NonFiniteLossError, console_line
     from cbtrain.model import resolve
 
     config = resolve(settings.config)
@@ -54,8 +55,9 @@ def main() -> int:
         if distributed.rank() == 0 and (metrics["step"] % 10 == 0 or "eval_loss_reroute" in metrics):
             print(console_line(metrics), flush=True)
 
+    cache = None if settings.teacher_cache == "off" else Path(settings.teacher_cache)
     try:
-        metrics = train(config, settings.output_dir, report, resume=settings.resume)
+        metrics = train(config, settings.output_dir, report, resume=settings.resume, teacher_cache=cache)
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

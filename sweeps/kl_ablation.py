@@ -25,6 +25,7 @@ from cbtrain.config import CircuitBreakerConfig, InputError, flag, get_config
 
 if TYPE_CHECKING:
     from sweeps.budget import PlanSettings
+    from sweeps.cache import CachePlan, CacheReport
     from sweeps.run_directory import RunDirectory
     from sweeps.search import PlanSearcher
     from sweeps.trial import TrialContext
@@ -55,6 +56,11 @@ class SweepSettings:
     """Worker processes a trial; more than 1, or a GPU, gives each trial workers of its own."""
     gpus_per_worker: float | None = None
     """GPUs a worker; None is 1 where there are GPUs, else 0."""
+    teacher_cache: str = "auto"
+    """Where the frozen teacher's states are kept for all trials: auto is the run directory where that pays and fits,
+    off runs the teacher at every step, anything else is a directory that sweeps can share."""
+    dry_run: bool = False
+    """Check everything, print the plan and what the teacher cache would take, and start nothing."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
 
 
@@ -82,6 +88,14 @@ def main() -> int:
     _check_workers(settings)
     config = _read_inputs(settings)
 
+    from sweeps.cache import plan_cache
+    from sweeps.progress import plan_lines
+
+    cache = plan_cache(settings.teacher_cache, run.path / "teacher_cache", config, budget.total)
+    print("\n".join(plan_lines(plan_settings, budget, cache.says, run.shown)), flush=True)
+    if settings.dry_run:
+        return 0
+
     from sweeps.machine import place, started_ray
 
     with started_ray() as resources:
@@ -101,17 +115,17 @@ def main() -> int:
                 "tolerance": None,
                 "concurrency": concurrency,
                 "workers": dataclasses.asdict(workers),
+                "teacher_cache": cache.directory or cache.says,
                 "config": dataclasses.asdict(config),
                 "config_overrides": overrides,
             }
         )
         _log_to(run.path / "logs" / "driver.log")
-        from sweeps.progress import plan_lines
         from sweeps.trial import TrialContext
 
-        print("\n".join(plan_lines(plan_settings, budget, concurrency, run.shown)) + "\n", flush=True)
+        print(f"          {concurrency} at a time\n", flush=True)
         context = TrialContext(config=config, run_dir=run.path, workers=workers)
-        return _sweep(run, plan_settings, context, concurrency)
+        return _sweep(run, plan_settings, context, concurrency, cache)
 
 
 def _overrides(settings: SweepSettings) -> dict[str, object]:
@@ -141,7 +155,7 @@ def _read_inputs(settings: SweepSettings) -> CircuitBreakerConfig:
     from cbtrain.environment import quiet_libraries
 
     quiet_libraries()
-    from cbtrain.data import check_batch
+    from cbtrain.batches import check_batch
     from cbtrain.loop import prepare
     from cbtrain.model import check_fit, resolve
 
@@ -169,7 +183,9 @@ def _with_absolute_paths(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
     )
 
 
-def _sweep(run: "RunDirectory", settings: "PlanSettings", context: "TrialContext", concurrency: int) -> int:
+def _sweep(
+    run: "RunDirectory", settings: "PlanSettings", context: "TrialContext", concurrency: int, cache: "CachePlan"
+) -> int:
     """Run the plan to its end; the exit status."""
     import pandas as pd
     from optuna.storages import JournalStorage
@@ -183,6 +199,7 @@ def _sweep(run: "RunDirectory", settings: "PlanSettings", context: "TrialContext
     plan = SweepPlan(settings, JournalStorage(JournalFileBackend(str(run.path / "study.log"))))
     started = time.monotonic()
     try:
+        context, spared = _with_cache(context, cache, run)
         events = EventLines(plan)
 
         def on_change() -> None:
@@ -203,8 +220,27 @@ def _sweep(run: "RunDirectory", settings: "PlanSettings", context: "TrialContext
     run.update(status="finished", wall_s=wall_s)
     rows = plan.rows()
     decision = decide(pd.DataFrame(rows), reroute_tolerance=settings.reroute_tolerance, confidence=settings.confidence)
-    print("\n".join(summary_lines(rows, decision, wall_s, concurrency, run.shown)))
+    print("\n".join(summary_lines(rows, decision, wall_s, concurrency, run.shown, spared)))
     return EXIT_STATUS.get(decision.verdict, 0)
+
+
+def _with_cache(
+    context: "TrialContext", plan: "CachePlan", run: "RunDirectory"
+) -> tuple["TrialContext", "CacheReport | None"]:
+    """The trials' context with a filled cache; without one, and a line that says why, where it cannot be filled."""
+    if plan.directory is None:
+        return context, None
+    from cbtrain.recall import CacheUnavailableError
+    from sweeps.cache import LIVE, fill_cache
+
+    try:
+        report = fill_cache(plan, context)
+    except CacheUnavailableError as error:
+        print(f"cache     off, {LIVE}: {error}\n", flush=True)
+        run.update(teacher_cache=f"off: {error}")
+        return context, None
+    run.update(teacher_cache={"directory": plan.directory, **dataclasses.asdict(report)})
+    return dataclasses.replace(context, teacher_cache=plan.directory), report
 
 
 def _tune(searcher: "PlanSearcher", context: "TrialContext", concurrency: int) -> None:

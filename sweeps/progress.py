@@ -1,17 +1,22 @@
 """What a sweep prints: the plan before it starts, a line for each trial event, the summary at the end."""
 
+import contextlib
 import shlex
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from analysis.decision import Decision
 from analysis.report import explanation
 from analysis.wording import count, with_relation
 from sweeps.budget import Budget, PlanSettings
+from sweeps.cache import CacheReport
 from sweeps.plan import SweepPlan
 
 Row = dict[str, Any]
@@ -20,8 +25,8 @@ INDENT = " " * 10
 HEADER = " time      phase    beta_kl    T seed"
 
 
-def plan_lines(settings: PlanSettings, budget: Budget, concurrency: int, run_dir: Path) -> list[str]:
-    """The plan, in the order in which it will run."""
+def plan_lines(settings: PlanSettings, budget: Budget, cache: str, run_dir: Path) -> list[str]:
+    """The plan, in the order in which it will run; `cache` says what the teacher cache takes."""
     (low, high), (cold, hot) = settings.beta_kl_range, settings.kl_temperature_range
     phases = ("baseline", "ablation", "search", "confirm")
     parts = " + ".join(f"{getattr(budget, phase)} {phase}" for phase in phases if getattr(budget, phase))
@@ -33,8 +38,19 @@ def plan_lines(settings: PlanSettings, budget: Budget, concurrency: int, run_dir
         *lines,
         f"search    beta_kl {low:g}–{high:g} (log) × kl_temperature {cold:g}–{hot:g} · minimise benign drift",
         f"subject   rerouting lost ≤ {100 * settings.reroute_tolerance:g} % of what the baseline achieves",
-        f"run       {concurrency} at a time · {run_dir}",
+        *textwrap.wrap(f"cache     {cache}", WIDTH, subsequent_indent=INDENT),
+        f"run       {run_dir}",
     ]
+
+
+@contextlib.contextmanager
+def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on the terminal, where there is one; yields what moves it on."""
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda amount: progress.advance(task, amount)
 
 
 class EventLines:
@@ -79,7 +95,14 @@ def _result(row: Row, tolerance: float | None) -> str:
     return f"{text} {lost:+.3f} {'ok' if row['feasible'] else 'over'}"
 
 
-def summary_lines(rows: Sequence[Row], decision: Decision, wall_s: float, concurrency: int, run_dir: Path) -> list[str]:
+def summary_lines(
+    rows: Sequence[Row],
+    decision: Decision,
+    wall_s: float,
+    concurrency: int,
+    run_dir: Path,
+    cache: CacheReport | None = None,
+) -> list[str]:
     """What the sweep did, what it cost and what to do next."""
     quoted = shlex.quote(str(run_dir))
     ended = [row for row in rows if row["status"] == "completed"]
@@ -91,6 +114,7 @@ def summary_lines(rows: Sequence[Row], decision: Decision, wall_s: float, concur
         f"cost      training {training:.0f} s = {training / (wall_s * concurrency):.0%} of "
         f"{wall_s:.0f} s × {concurrency} at a time",
         *_overhead(ended),
+        *(_spared(cache, len(ended)) if cache else []),
     ]
     baseline = decision.baseline
     if baseline is not None:
@@ -117,6 +141,15 @@ def summary_lines(rows: Sequence[Row], decision: Decision, wall_s: float, concur
         f"          optuna-dashboard {quoted}/study.log",
         "          explore the trials",
     ]
+
+
+def _spared(cache: CacheReport, trials: int) -> list[str]:
+    """What the cache saved, by the seconds that the teacher took for a row when it was filled."""
+    read = trials * cache.rows_read_by_a_trial
+    line = f"cache     {cache.rows_computed:,} rows through the teacher in place of {read:,}"
+    if cache.rows_computed:
+        line += f", about {cache.teacher_s / cache.rows_computed * read - cache.wall_s:.0f} s saved"
+    return textwrap.wrap(line, WIDTH, subsequent_indent=INDENT)
 
 
 def _overhead(ended: Sequence[Row]) -> list[str]:

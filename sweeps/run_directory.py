@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from cbtrain.checkpoint import write_text_atomically
 from cbtrain.config import InputError
+from cbtrain.files import write_whole
 
 PACKAGES = ("torch", "transformers", "peft", "ray", "optuna", "deepspeed", "pandas")
 
@@ -53,11 +53,11 @@ class RunDirectory:
     def update(self, **fields: object) -> None:
         """Replace fields of sweep.json."""
         self.record |= fields
-        write_text_atomically(self.path / "sweep.json", json.dumps(self.record, indent=1, default=str) + "\n")
+        write_whole(self.path / "sweep.json", json.dumps(self.record, indent=1, default=str) + "\n")
 
     def write_trials(self, rows: Sequence[dict[str, object]]) -> None:
         """Rewrite trials.csv."""
-        write_text_atomically(self.path / "trials.csv", pd.DataFrame(list(rows)).to_csv(index=False))
+        write_whole(self.path / "trials.csv", pd.DataFrame(list(rows)).to_csv(index=False))
 
     def _point_latest_here(self) -> None:
         """A convenience: where `runs/latest` cannot be a link, the run directory's own path serves as well."""

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,6 +65,8 @@ class TrialContext:
     config: CircuitBreakerConfig
     run_dir: Path
     workers: Workers
+    teacher_cache: Path | None = None
+    """Where the frozen teacher's states are; None runs it at every step."""
 
 
 def run_trial(spec_fields: dict, context: TrialContext) -> None:
@@ -91,18 +93,22 @@ def run_trial(spec_fields: dict, context: TrialContext) -> None:
 
 def _fit(spec: TrialSpec, context: TrialContext) -> dict[str, float]:
     """Run the trainer; the loop's last metrics on rank 0."""
-    in_process = context.workers.in_process
-    trainer = TorchTrainer(
-        functools.partial(train_loop, spec, context),
+    callbacks = [] if context.workers.in_process else [TuneReportCallback()]
+    return _trainer(functools.partial(train_loop, spec, context), context, spec.trial_id, callbacks).fit().return_value
+
+
+def _trainer(work: Callable, context: TrialContext, name: str, callbacks: Sequence = ()) -> TorchTrainer:
+    """Train's workers around a function of no arguments; a failure is final."""
+    return TorchTrainer(
+        work,
         scaling_config=context.workers.scaling(),
         run_config=RunConfig(
-            name=spec.trial_id,
+            name=name,
             storage_path=str(context.run_dir / "ray" / "train"),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),
-            callbacks=[] if in_process else [TuneReportCallback()],
+            callbacks=list(callbacks),
         ),
     )
-    return trainer.fit().return_value
 
 
 def train_loop(spec: TrialSpec, context: TrialContext) -> dict[str, float]:
@@ -111,6 +117,7 @@ def train_loop(spec: TrialSpec, context: TrialContext) -> dict[str, float]:
     import torch
 
     from cbtrain import loop
+    from cbtrain.metrics import console_line
 
     torch.set_num_threads(context.workers.cpus)
     config = replace(context.config, beta_kl=spec.beta_kl, kl_temperature=spec.kl_temperature, seed=spec.seed)
@@ -118,7 +125,7 @@ def train_loop(spec: TrialSpec, context: TrialContext) -> dict[str, float]:
     report: Callable = ray.tune.report if in_process else ray.train.report
 
     def report_evaluations(metrics: dict[str, float]) -> None:
-        print(loop.console_line(metrics), flush=True)
+        print(console_line(metrics), flush=True)
         if "eval_loss_reroute" in metrics:
             report(dict(metrics))
 
@@ -126,7 +133,33 @@ def train_loop(spec: TrialSpec, context: TrialContext) -> dict[str, float]:
     rank = 0 if in_process else ray.train.get_context().get_world_rank()
     log = contextlib.nullcontext() if in_process else _output_to(context.run_dir, f"{spec.trial_id}-rank{rank}")
     with log:
-        return loop.train(config, directory, report_evaluations)
+        return loop.train(config, directory, report_evaluations, teacher_cache=context.teacher_cache)
+
+
+def fill_cache_on_workers(directory: Path, context: TrialContext) -> tuple[int, float]:
+    """Fill the teacher cache on workers like a trial's; rows that were computed, and the teacher's seconds.
+
+    Raises:
+        CacheUnavailableError: whatever went wrong.
+    """
+    from cbtrain.recall import CacheUnavailableError
+
+    trainer = _trainer(functools.partial(_fill_cache, directory, context), context, "teacher_cache")
+    try:
+        return trainer.fit().return_value
+    except Exception as error:
+        raise CacheUnavailableError(f"{directory}: {_root_cause(error)}") from error
+
+
+def _fill_cache(directory: Path, context: TrialContext) -> tuple[int, float]:
+    quiet_libraries()
+    import torch
+
+    from cbtrain import loop
+
+    torch.set_num_threads(context.workers.cpus)
+    with _output_to(context.run_dir, f"teacher_cache-rank{ray.train.get_context().get_world_rank()}"):
+        return loop.fill_teacher_cache(context.config, directory)
 
 
 def _columns(metrics: dict[str, float]) -> dict[str, float]:

@@ -11,7 +11,10 @@ FORBIDDEN = {
     "analysis": {"torch", "ray", "sweeps", "cbtrain"},
 }
 ORDER = {
-    "cbtrain": "config rows render tokens data tiny model losses schedule step evaluate loop train".split(),
+    "cbtrain": (
+        "config files rows render tokens data batches tiny model head decoder losses fused_kl schedule weights "
+        "teacher recall feed step evaluate checkpoint metrics loop train"
+    ).split(),
     "analysis": "constraint decide plots pick_beta".split(),
 }
 

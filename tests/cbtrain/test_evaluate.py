@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cbtrain.decoder import Decoder
 from cbtrain.evaluate import evaluate, held_out
 from cbtrain.loop import prepare
 from cbtrain.model import add_adapter, load_base
@@ -16,7 +17,7 @@ def metrics_of(config) -> dict[str, float]:
     data, pad = prepare(config)
     model = add_adapter(load_base(config), config)
     try:
-        return evaluate(model, held_out(data, config, pad), config)
+        return evaluate(Decoder(model, config.hidden_states), held_out(data, config, pad), config)
     finally:
         model.unload()
 
@@ -52,7 +53,7 @@ def test_every_metric_has_its_value_written_out(small_config):
     config = replace(small_config, lora_init_std=0.3, target_layers=(1, 2))
     data, pad = prepare(config)
     model = add_adapter(load_base(config), config)
-    found = evaluate(model, held_out(data, config, pad), config)
+    found = evaluate(Decoder(model, config.hidden_states), held_out(data, config, pad), config)
     base = model.get_base_model()
     values = defaultdict(list)
     for side, rows in (("harmful", data.harmful.held_out), ("benign", data.benign.held_out)):

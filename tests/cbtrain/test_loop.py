@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cbtrain import loop
+from cbtrain.batches import step_batches
 from cbtrain.config import InputError
-from cbtrain.data import step_batches
-from cbtrain.loop import NonFiniteLossError, train
+from cbtrain.loop import train
+from cbtrain.metrics import NonFiniteLossError
 from cbtrain.model import add_adapter, load_base
 from cbtrain.schedule import coefficients, learning_rate
 from cbtrain.step import CircuitBreakerStep
@@ -96,7 +97,8 @@ def test_two_runs_in_one_process_are_bit_identical_and_leave_the_base_alone(smal
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_zero_stages_agree_with_stage_1(small_config, tmp_path, stage):
-    reference, other = run(small_config, tmp_path / "1"), run(replace(small_config, zero_stage=stage), tmp_path / "n")
+    config = replace(small_config, weight_decay=0.1)
+    reference, other = run(config, tmp_path / "1"), run(replace(config, zero_stage=stage), tmp_path / "n")
     for ours, theirs in zip(other, reference, strict=True):
         for name in LOSSES:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (stage, ours["step"], name)
@@ -121,7 +123,8 @@ def test_an_update_is_adamw_on_clipped_gradients_at_the_scheduled_rate(small_con
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         (batch,), counts = step_batches(data, config, step, pad)
-        optimizer.zero_grad()
+        for parameter in named.values():
+            parameter.grad = torch.zeros_like(parameter)  # also of what a step's losses do not reach
         step_module(batch, counts, coefficients(config, step)).loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(named.values(), config.max_grad_norm)
         assert lines[step]["grad_norm_total"] == pytest.approx(norm.item(), rel=1e-4)
@@ -241,23 +244,29 @@ def test_a_checkpoint_that_is_not_this_runs_own_is_refused(small_config, tmp_pat
         train(config, tmp_path, lambda _metrics: None, resume=True)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(small_config, tmp_path, monkeypatch):
-    stepped = []
-    real = loop.coefficients
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_loss_that_is_not_finite_stops_before_the_update(small_config, tmp_path, monkeypatch, stage):
+    weights_after = {}
+    coefficients_of, step_of = loop.coefficients, loop.train_step
 
     def explode(config, step):
-        weights = real(config, step)
+        weights = coefficients_of(config, step)
         return replace(weights, cs=float("inf")) if step == 2 else weights
 
-    def update(engine, *args, original=loop.deepspeed.DeepSpeedEngine.step, **kwargs):
-        stepped.append(1)
-        return original(engine, *args, **kwargs)
+    def remember(engine, given, step):
+        update = step_of(engine, given, step)
+        weights_after[step] = [p.detach().clone() for p in engine.module.parameters() if p.requires_grad]
+        return update
 
     monkeypatch.setattr(loop, "coefficients", explode)
-    monkeypatch.setattr(loop.deepspeed.DeepSpeedEngine, "step", update)
+    monkeypatch.setattr(loop, "train_step", remember)
+    config = replace(small_config, steps=5, eval_every=0, log_every=10, zero_stage=stage)
     with pytest.raises(NonFiniteLossError, match=r"step 3: a loss is not finite \(loss inf"):
-        train(small_config, tmp_path, lambda _metrics: None)
-    assert len(stepped) == 2
+        train(config, tmp_path, lambda _metrics: None)
+    assert sorted(weights_after) == [1, 2, 3, 4, 5], "found at the next reading, not sooner"
+    assert not all(torch.equal(a, b) for a, b in zip(weights_after[1], weights_after[2], strict=True))
+    for step in (3, 4, 5):
+        assert all(torch.equal(a, b) for a, b in zip(weights_after[2], weights_after[step], strict=True)), step
     assert not (tmp_path / "adapter").exists()
     monkeypatch.undo()
     assert [line["step"] for line in run(small_config, tmp_path)] == [1, 2, 3, 4]

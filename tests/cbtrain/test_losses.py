@@ -9,42 +9,48 @@ import torch.nn.functional as F
 
 from cbtrain.losses import kl_divergence_loss, nll, reroute_loss, retain_loss
 
-ALL = torch.ones(1, 2, dtype=torch.bool)
 
-
-def states(*rows: list[float]) -> torch.Tensor:
-    """Hidden states [1, S, H]."""
-    return torch.tensor([rows])
-
-
-@pytest.fixture
-def random_case() -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    torch.manual_seed(0)
-    student = [torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    teacher = [torch.randn(2, 5, 4, dtype=torch.float64) for _ in range(2)]
-    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 1, 0]], dtype=torch.bool)
-    return student, teacher, mask
+def states(*layers: list[list[float]]) -> torch.Tensor:
+    """Hidden states [N, K, H], given layer by layer."""
+    return torch.tensor(layers).transpose(0, 1)
 
 
 def test_reroute_is_the_mean_of_the_positive_cosines():
-    student = states([1.0, 0.0], [-2.0, 0.0])  # cosines 0.6 and −1
-    teacher = states([3.0, 4.0], [5.0, 0.0])
-    assert reroute_loss([student], [teacher], ALL).item() == pytest.approx(0.3)
+    student = states([[1.0, 0.0], [-2.0, 0.0]])  # cosines 0.6 and −1
+    teacher = states([[3.0, 4.0], [5.0, 0.0]])
+    assert reroute_loss(student, teacher).item() == pytest.approx(0.3)
 
 
 def test_reroute_averages_over_layers():
-    same, orthogonal = states([1.0, 1.0], [2.0, 0.0]), states([1.0, -1.0], [0.0, 3.0])
-    assert reroute_loss([same, orthogonal], [same, same], ALL).item() == pytest.approx(0.5)
+    same, orthogonal = [[1.0, 1.0], [2.0, 0.0]], [[1.0, -1.0], [0.0, 3.0]]
+    assert reroute_loss(states(same, orthogonal), states(same, same)).item() == pytest.approx(0.5)
 
 
 def test_reroute_is_1_where_nothing_moved():
-    hidden = torch.randn(2, 7, 16)
-    assert reroute_loss([hidden], [hidden], torch.ones(2, 7, dtype=torch.bool)).item() == pytest.approx(1.0)
+    hidden = torch.randn(14, 2, 16)
+    assert reroute_loss(hidden, hidden).item() == pytest.approx(1.0)
 
 
 def test_retain_is_the_mean_euclidean_distance():
-    student, teacher = states([3.0, 4.0], [1.0, 1.0]), states([0.0, 0.0], [1.0, 1.0])
-    assert retain_loss([student], [teacher], ALL).item() == pytest.approx(2.5)
+    student, teacher = states([[3.0, 4.0], [1.0, 1.0]]), states([[0.0, 0.0], [1.0, 1.0]])
+    assert retain_loss(student, teacher).item() == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize("loss", [reroute_loss, retain_loss])
+def test_shares_of_a_larger_batch_sum_to_its_mean(loss):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(7, 2, 5), torch.randn(7, 2, 5)
+    shares = [loss(student[part], teacher[part], 7).item() for part in (slice(0, 3), slice(3, 7), slice(7, 7))]
+    assert sum(shares) == pytest.approx(loss(student, teacher).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", [reroute_loss, retain_loss])
+def test_without_a_scored_token_a_loss_is_0_and_reaches_backward(loss):
+    student = torch.randn(4, 2, 3, requires_grad=True)
+    value = loss(student[:0], torch.randn(0, 2, 3))
+    value.backward()
+    assert value.item() == 0
+    assert torch.equal(student.grad, torch.zeros_like(student))
 
 
 def test_kl_has_its_hand_computed_value():
@@ -104,13 +110,16 @@ def test_kl_refuses_shapes_that_would_broadcast():
         kl_divergence_loss(torch.zeros(1, 1, 2), torch.zeros(1, 3, 2))
 
 
-def test_gradients_agree_with_finite_differences(random_case):
-    student, teacher, mask = random_case
+def test_gradients_agree_with_finite_differences():
+    torch.manual_seed(0)
+    student = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 5, 4, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 1, 0]], dtype=torch.bool)
     for loss in (reroute_loss, retain_loss):
-        assert torch.autograd.gradcheck(lambda *s, f=loss: f(s, teacher, mask), tuple(student))
+        assert torch.autograd.gradcheck(lambda s, f=loss: f(s, teacher), student)
     for temperature in (0.5, 1.0, 2.0):
         assert torch.autograd.gradcheck(
-            lambda s, t=temperature: kl_divergence_loss(s, teacher[0], loss_mask=mask, temperature=t), student[0]
+            lambda s, t=temperature: kl_divergence_loss(s, teacher, loss_mask=mask, temperature=t), student
         )
 
 
@@ -128,59 +137,40 @@ def test_kl_gradient_keeps_its_size_over_temperatures():
 
 
 def test_no_gradient_reaches_the_teacher():
-    mask = torch.ones(1, 3, dtype=torch.bool)
-    for loss in (
-        lambda s, t: reroute_loss([s], [t], mask),
-        lambda s, t: retain_loss([s], [t], mask),
-        lambda s, t: kl_divergence_loss(s, t),
-    ):
+    for loss in (reroute_loss, retain_loss, kl_divergence_loss):
         student, teacher = torch.randn(1, 3, 5, requires_grad=True), torch.randn(1, 3, 5, requires_grad=True)
         loss(student, teacher).backward()
         assert teacher.grad is None
         assert student.grad.abs().sum() > 0
 
 
-def test_what_is_masked_out_has_no_influence(random_case):
-    student, teacher, mask = random_case
-    spoiled = [torch.where(mask[..., None], layer, torch.nan) for layer in student]
-    for loss in (
-        lambda s: reroute_loss(s, teacher, mask),
-        lambda s: retain_loss(s, teacher, mask),
-        lambda s: kl_divergence_loss(s[0], teacher[0], loss_mask=mask),
-    ):
-        assert loss(spoiled).item() == loss(student).item()
+def test_what_is_masked_out_has_no_influence_on_the_kl():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 1, 0]], dtype=torch.bool)
+    spoiled = torch.where(mask[..., None], student, torch.nan)
+    expected = kl_divergence_loss(student, teacher, loss_mask=mask).item()
+    assert kl_divergence_loss(spoiled, teacher, loss_mask=mask).item() == expected
 
 
-def test_a_batch_without_a_scored_position_gives_0_and_reaches_backward():
-    none = torch.zeros(1, 3, dtype=torch.bool)
-    for loss in (
-        lambda s, t: reroute_loss([s], [t], none),
-        lambda s, t: retain_loss([s], [t], none),
-        lambda s, t: kl_divergence_loss(s, t, attention_mask=none),
-    ):
-        student = torch.randn(1, 3, 5, requires_grad=True)
-        value = loss(student, torch.randn(1, 3, 5))
-        value.backward()
-        assert value.item() == 0.0
-        assert student.grad.abs().sum() == 0.0
+def test_a_kl_without_a_scored_position_is_0_and_reaches_backward():
+    student = torch.randn(1, 3, 5, requires_grad=True)
+    value = kl_divergence_loss(student, torch.randn(1, 3, 5), attention_mask=torch.zeros(1, 3, dtype=torch.bool))
+    value.backward()
+    assert value.item() == 0.0
+    assert student.grad.abs().sum() == 0.0
 
 
 def test_losses_of_bfloat16_are_computed_in_float32():
     torch.manual_seed(0)
     student, teacher = torch.randn(1, 2, 64).bfloat16(), torch.randn(1, 2, 64).bfloat16()
-    for loss in (
-        lambda s, t: reroute_loss([s], [t], ALL),
-        lambda s, t: retain_loss([s], [t], ALL),
-        kl_divergence_loss,
-    ):
+    for loss in (reroute_loss, retain_loss, kl_divergence_loss):
         value = loss(student, teacher)
         assert value.dtype == torch.float32
         assert value.item() == loss(student.float(), teacher.float()).item()
 
 
-def test_nll_scores_the_token_after_each_prediction():
-    logits = torch.full((1, 3, 4), -100.0)
-    logits[0, 0, 2] = logits[0, 1, 3] = 0.0  # predicts tokens 2 then 3
-    input_ids = torch.tensor([[1, 2, 0]])
-    mask = torch.tensor([[True, True, False]])
-    assert nll(logits, input_ids, mask).tolist() == pytest.approx([0.0, 100.0])
+def test_nll_scores_the_token_that_came():
+    logits = torch.full((2, 4), -100.0)
+    logits[0, 2] = logits[1, 3] = 0.0  # predicts tokens 2 and 3
+    assert nll(logits, torch.tensor([2, 0])).tolist() == pytest.approx([0.0, 100.0])

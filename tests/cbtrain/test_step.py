@@ -1,17 +1,22 @@
 """The weighted loss of one update: its parts, its normalisation, what it is invariant to."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from masks import prediction_mask, token_mask
+from plain_step import four_forwards, plain_step
 
-from cbtrain.data import PairedBatch, ScoredCounts, TokenBatch, step_batches
+from cbtrain.batches import PairedBatch, ScoredCounts, TokenBatch, step_batches
+from cbtrain.fused_kl import fused_linear_kl
 from cbtrain.loop import prepare
-from cbtrain.losses import kl_divergence_loss
+from cbtrain.losses import kl_divergence_loss, reroute_loss, retain_loss
 from cbtrain.model import add_adapter, load_base
-from cbtrain.schedule import Coefficients
-from cbtrain.step import CircuitBreakerStep
+from cbtrain.schedule import Coefficients, coefficients
+from cbtrain.step import CircuitBreakerStep, StepOutput
+from cbtrain.teacher import TeacherCache, wanted_states
 
 WEIGHTS = Coefficients(cs=3.0, cr=2.0, kl_weight=0.5)
 
@@ -27,51 +32,137 @@ def world(small_config):
 
 def counts_of(batch: PairedBatch) -> ScoredCounts:
     return ScoredCounts(
-        harmful_tokens=int(batch.harmful.loss_mask.sum()),
-        benign_tokens=int(batch.benign.loss_mask.sum()),
-        benign_predictions=int(batch.benign.prediction_mask.sum()),
+        harmful_tokens=len(batch.harmful.scored_tokens),
+        benign_tokens=len(batch.benign.scored_tokens),
+        benign_predictions=len(batch.benign.scored_predictions),
+        tokens=int(batch.harmful.attention_mask.sum() + batch.benign.attention_mask.sum()),
     )
 
 
 def widen(batch: TokenBatch, extra: int) -> TokenBatch:
     """The same rows with more padding, of a token that is no pad token."""
-    return TokenBatch(
+    length = batch.input_ids.shape[1]
+
+    def moved(places):
+        return places + places // length * extra
+
+    return replace(
+        batch,
         input_ids=F.pad(batch.input_ids, (0, extra), value=9),
         attention_mask=F.pad(batch.attention_mask, (0, extra)),
-        loss_mask=F.pad(batch.loss_mask, (0, extra)),
+        scored_tokens=moved(batch.scored_tokens),
+        scored_predictions=moved(batch.scored_predictions),
     )
 
 
-def test_the_loss_is_the_weighted_sum_written_out(world):
-    """Against four full forwards of the plain model and the losses written as formulas."""
-    config, data, pad, step = world
+def cache_of(step: CircuitBreakerStep, data, pad: int, directory) -> TeacherCache:
+    """Filled by the step's own teacher, in batches of another shape than training's."""
+    cache = TeacherCache(directory, "identity")
+    wanted = wanted_states(data, step.config.target_layers, step.retained)
+    cache.build(
+        wanted,
+        lambda batch, layers, final: step.decoder.teacher(batch, layers, final=final),
+        batch_size=5,
+        pad_token_id=pad,
+    )
+    return cache
+
+
+def gradients_of(step: CircuitBreakerStep, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    step.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("hidden_states", ["early_exit", "output_hidden_states"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"lora_layers": (1,), "target_layers": (2,)}, {"retain_layers": "all", "kl_temperature": 2.0}],
+    ids=["all blocks", "block 1", "all layers retained"],
+)
+def test_every_way_to_compute_a_step_gives_the_plain_ones_losses_and_gradients(
+    small_config, tmp_path, dtype, cached, hidden_states, fields
+):
+    """Early exit or whole forwards, live teacher or cached, against four whole forwards and materialised logits."""
+    config = replace(small_config, lora_init_std=0.1, hidden_states=hidden_states, **fields)
+    data, pad = prepare(config)
+    model = add_adapter(deepcopy(load_base(config)).to(dtype), config)
+    step = CircuitBreakerStep(model, config)
     (batch,), counts = step_batches(data, config, 0, pad)
+    loss, expected_parts = plain_step(model, batch, config, WEIGHTS)
+    expected = gradients_of(step, loss)
+    if cached:
+        cache = cache_of(step, data, pad, tmp_path)
+        batch = PairedBatch(
+            cache.attach(batch.harmful, config.target_layers, False), cache.attach(batch.benign, step.retained, True)
+        )
     output = step(batch, counts, WEIGHTS)
+    found = gradients_of(step, output.loss)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    assert output.parts.tolist() == pytest.approx(expected_parts.tolist(), rel=tolerance)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        apart = (gradient - expected[name]).abs().max() / expected[name].abs().max()
+        assert apart <= tolerance, (name, apart.item())
 
-    base = step.model.get_base_model()
 
-    def run(rows: TokenBatch):
-        return base(input_ids=rows.input_ids, attention_mask=rows.attention_mask, output_hidden_states=True)
+@pytest.mark.parametrize("lora_layers", [None, (1, 2)], ids=["all blocks", "upper blocks"])
+def test_twenty_steps_are_bit_identical_to_those_of_four_whole_forwards(small_config, lora_layers):
+    """Early exit and the shared prefix at equal shapes; the losses are the same functions of the hidden states."""
+    config = replace(
+        small_config, steps=20, lora_layers=lora_layers, target_layers=(2,), lora_init_std=0.05, warmup_steps=0
+    )
+    data, pad = prepare(config)
 
-    with step.model.disable_adapter(), torch.no_grad():
-        harmful_teacher, benign_teacher = run(batch.harmful), run(batch.benign)
-    harmful_student, benign_student = run(batch.harmful), run(batch.benign)
-    cosines, distances = [], []
-    for layer in config.target_layers:
-        mask = batch.harmful.loss_mask
-        ours, theirs = harmful_student.hidden_states[layer][mask], harmful_teacher.hidden_states[layer][mask]
-        cosines.append(((ours * theirs).sum(-1) / (ours.norm(dim=-1) * theirs.norm(dim=-1))).clamp(min=0))
-        mask = batch.benign.loss_mask
-        difference = benign_student.hidden_states[layer][mask] - benign_teacher.hidden_states[layer][mask]
-        distances.append(difference.pow(2).sum(-1).sqrt())
-    log_p, log_q = benign_teacher.logits.log_softmax(-1), benign_student.logits.log_softmax(-1)
-    scored_next = batch.benign.loss_mask[:, 1:]
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[:, :-1][scored_next].mean()
-    reroute, retain = torch.cat(cosines).mean(), torch.cat(distances).mean()
+    def trained(whole: bool) -> tuple[list[list[float]], list[torch.Tensor]]:
+        model = add_adapter(load_base(config), config)
+        step = CircuitBreakerStep(model, config)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+        history = []
+        for index in range(config.steps):
+            (batch,), counts = step_batches(data, config, index, pad)
+            weights = coefficients(config, index)
+            output = (step_of_four_forwards if whole else CircuitBreakerStep.__call__)(step, batch, counts, weights)
+            optimizer.zero_grad()
+            output.loss.backward()
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            optimizer.step()
+            history.append(output.parts.tolist())
+        model.unload()
+        return history, [p.detach().clone() for p in parameters]
 
-    expected = [3.0 * reroute + 2.0 * retain + 0.5 * kl, reroute, retain, kl]
-    assert output.parts.tolist() == pytest.approx([value.item() for value in expected], rel=1e-5)
-    assert output.loss.requires_grad
+    (ours, weights), (theirs, expected_weights) = trained(False), trained(True)
+    assert ours == theirs
+    assert ours[-1] != ours[0]
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected_weights, strict=True))
+
+
+def step_of_four_forwards(step, batch, counts, weights) -> StepOutput:
+    """The same losses on the hidden states of `four_forwards`."""
+    model, layers, head = step.model, step.config.target_layers, step.model.get_output_embeddings().weight
+    harmful_teacher, benign_teacher, harmful_student, benign_student = four_forwards(model, batch)
+
+    def at(output, mask, layers):
+        return torch.stack([output.hidden_states[layer][mask] for layer in layers], dim=1)
+
+    mask = token_mask(batch.harmful)
+    reroute = reroute_loss(at(harmful_student, mask, layers), at(harmful_teacher, mask, layers), counts.harmful_tokens)
+    mask = token_mask(batch.benign)
+    retain = retain_loss(at(benign_student, mask, layers), at(benign_teacher, mask, layers), counts.benign_tokens)
+    kl = fused_linear_kl(
+        benign_student.hidden_states[-1],
+        benign_teacher.hidden_states[-1],
+        head,
+        prediction_mask(batch.benign),
+        step.config.kl_temperature,
+        denominator=counts.benign_predictions,
+    )
+    loss = weights.cs * reroute + weights.cr * retain + weights.kl_weight * kl
+    return StepOutput(loss, torch.stack([loss, reroute, retain, kl]).detach())
 
 
 def test_parts_of_micro_batches_sum_to_the_whole(world):
@@ -90,24 +181,6 @@ def test_padding_changes_nothing(world):
     wider = PairedBatch(harmful=widen(batch.harmful, 5), benign=widen(batch.benign, 3))
     expected = step(batch, counts, WEIGHTS).parts.tolist()
     assert step(wider, counts_of(wider), WEIGHTS).parts.tolist() == pytest.approx(expected, rel=1e-5)
-
-
-def test_both_ways_of_reading_hidden_states_give_identical_losses_and_gradients(world):
-    config, data, pad, step = world
-    (batch,), counts = step_batches(data, config, 0, pad)
-    results = []
-    for way in ("hooks", "output_hidden_states"):
-        for retained in ("target", "all"):
-            other = CircuitBreakerStep(step.model, replace(config, hidden_states=way, retain_layers=retained))
-            other.zero_grad()
-            output = other(batch, counts, WEIGHTS)
-            output.loss.backward()
-            gradients = [p.grad.clone() for p in step.model.parameters() if p.grad is not None]
-            results.append((output.parts, gradients))
-    for first, second in ((results[0], results[2]), (results[1], results[3])):
-        assert torch.equal(first[0], second[0])
-        assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
-    assert not torch.equal(results[0][0], results[1][0])
 
 
 def test_gradients_reach_the_adapter_and_nothing_else(world):
@@ -129,9 +202,10 @@ def test_kl_is_measured_at_weight_0(world):
 def test_a_micro_batch_without_scored_tokens_adds_nothing_and_reaches_backward(world):
     config, data, pad, step = world
     (batch,), counts = step_batches(data, config, 0, pad)
+    none = torch.zeros(0, dtype=torch.int64)
     blank = PairedBatch(
-        harmful=replace(batch.harmful, loss_mask=torch.zeros_like(batch.harmful.loss_mask)),
-        benign=replace(batch.benign, loss_mask=torch.zeros_like(batch.benign.loss_mask)),
+        harmful=replace(batch.harmful, scored_tokens=none, scored_predictions=none),
+        benign=replace(batch.benign, scored_tokens=none, scored_predictions=none),
     )
     output = step(blank, counts, WEIGHTS)
     output.loss.backward()
@@ -143,11 +217,11 @@ def test_the_kl_mask_is_the_token_mask_shifted_by_one(world):
     config, data, pad, _ = world
     (batch,), _ = step_batches(data, config, 0, pad)
     rows = batch.benign
-    predictions = rows.prediction_mask
-    assert torch.equal(predictions[:, :-1], rows.loss_mask[:, 1:] & rows.attention_mask[:, 1:].bool())
+    predictions = prediction_mask(rows)
+    assert torch.equal(predictions[:, :-1], token_mask(rows)[:, 1:])
     assert not predictions[:, -1].any()
     logits = torch.randn(*rows.input_ids.shape, 11)
-    first_scored = int(rows.loss_mask[0].nonzero()[0])
+    first_scored = int(token_mask(rows)[0].nonzero()[0])
     moved = logits.clone()
     moved[0, first_scored - 1] += torch.randn(11)
     assert kl_divergence_loss(moved, logits, loss_mask=predictions) > 0

@@ -4,6 +4,8 @@ import contextlib
 import html
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +25,11 @@ from transformers import AutoModelForCausalLM
 
 from analysis.decide import decide
 from analysis.report import headline
-from cbtrain import cli, tiny
+from cbtrain import cli, recall, tiny
 from cbtrain.config import get_config
 from cbtrain.loop import train
 from sweeps import kl_ablation
+from sweeps.cache import plan_cache
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("--warmup-steps", "2", "--batch-size", "8", "--eval-every", "0")
@@ -104,6 +107,7 @@ def test_a_sweep_from_command_to_report(tmp_path):
     assert sweep.left_behind() == []
 
     run_dir = tmp_path / "elsewhere" / "a"
+    check_cache(run_dir, output)
     assert (tmp_path / "runs" / "latest").resolve() == run_dir
     trials = pd.read_csv(run_dir / "trials.csv")
     assert set(trials.columns) >= COLUMNS
@@ -146,6 +150,16 @@ def check_constraint(trials: pd.DataFrame, record: dict) -> None:
     assert others.feasible.tolist() == [value <= 0 for value in expected]
 
 
+def check_cache(run_dir: Path, output: str) -> None:
+    """The teacher ran on each row once, before the first trial, and the sweep says what that saved."""
+    record = json.loads((run_dir / "sweep.json").read_text())["teacher_cache"]
+    assert record["rows_computed"] == 43 + 53 + 92 + 100
+    # 15 trials of 30 steps of 16 rows a side, with two evaluations on 153 rows.
+    assert "cache     288 rows through the teacher in place of 18,990, about " in output
+    assert list((run_dir / "teacher_cache").glob("*/*.safetensors"))
+    assert "every step runs the teacher" not in (run_dir / "logs" / "t000.log").read_text()
+
+
 def check_journal(run_dir: Path, trials: pd.DataFrame) -> None:
     """The journal opens with plain Optuna and holds every searched trial, each with its constraint."""
     storage = JournalStorage(JournalFileBackend(str(run_dir / "study.log")))
@@ -182,6 +196,7 @@ def test_workers_of_its_own_run_the_same_loop(small_world, tmp_path):
     status, output, errors = two.wait()
     assert status in (0, 3), errors
     assert two.left_behind() == []
+    assert "cache     64 rows through the teacher in place of" in output
     logged = (tmp_path / "two" / "logs" / "t000-rank1.log").read_text()
     assert "Step 3: loss=" in logged
     trials = pd.read_csv(tmp_path / "two" / "trials.csv")
@@ -193,11 +208,68 @@ def test_workers_of_its_own_run_the_same_loop(small_world, tmp_path):
             assert getattr(row, name) == pytest.approx(alone[name], rel=1e-4), (row.trial_id, name)
 
 
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system with room for bytes and none for files, as under a quota."""
+    place = tmp_path / "full"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=10m,nr_inodes=3", "tmpfs", place]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a file system can be mounted by root alone")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_sweep_whose_cache_cannot_be_written_says_so_and_runs_the_teacher(small_world, tmp_path, full_disk):
+    arguments = ["--num-samples", "2", "--baseline-seeds", "1", "--steps", "3", "--teacher-cache", str(full_disk)]
+    sweep = Sweep(tmp_path, *arguments, *QUICK, *world(small_world, tmp_path), "--run-dir", "run")
+    status, output, errors = sweep.wait()
+    assert status in (0, 3), errors
+    assert "cache     off, every step runs the teacher: " in output
+    assert "No space left on device" in output
+    assert set(pd.read_csv(tmp_path / "run" / "trials.csv").status) == {"completed"}
+    assert "No space left" in json.loads((tmp_path / "run" / "sweep.json").read_text())["teacher_cache"]
+    assert not list(full_disk.rglob("*.safetensors"))
+
+
+def test_a_dry_run_says_what_it_would_take_and_starts_nothing(small_world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kl_ablation.py", *world(small_world, tmp_path), "--dry-run", "--run-dir", "run"])
+    assert cli.run(kl_ablation.main) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80, lines
+    assert any(line.startswith("plan      20 trials") for line in lines)
+    assert any(re.match(r"cache     teacher states of 64 rows, \d+ kB of .* free", line) for line in lines), lines
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "trials", "free", "directory", "says"),
+    [
+        ("auto", 20, 10**9, "run/teacher_cache", "teacher states of 64 rows"),
+        ("auto", 20, 10**4, None, "off, every step runs the teacher: it needs 326 kB, 10 kB are free"),
+        ("auto", 0, 10**9, None, "would be read less than once each"),
+        ("shared", 0, 10**9, "shared", "teacher states of 64 rows"),
+        ("off", 20, 10**9, None, "off, every step runs the teacher"),
+    ],
+)
+def test_the_cache_is_planned_by_what_it_takes_and_gives(
+    small_config, tmp_path, monkeypatch, setting, trials, free, directory, says
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recall.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+    plan = plan_cache(setting, tmp_path / "run" / "teacher_cache", small_config, trials)
+    assert plan.directory == (directory and tmp_path / directory)
+    assert says in plan.says
+
+
 def test_a_baseline_that_never_reroutes_ends_the_sweep(small_world, tmp_path):
     arguments = ["--num-samples", "8", "--baseline-seeds", "2", "--steps", "3", "--lr", "1e-6", *QUICK]
+    arguments += ["--teacher-cache", "off"]
     sweep = Sweep(tmp_path, *arguments, *world(small_world, tmp_path), "--run-dir", str(tmp_path / "run"))
     status, output, errors = sweep.wait()
     assert status == 3, errors
+    assert not (tmp_path / "run" / "teacher_cache").exists()
     assert "baseline_never_rerouted" in output
     trials = pd.read_csv(tmp_path / "run" / "trials.csv")
     assert 2 <= len(trials) < 8

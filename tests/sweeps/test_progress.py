@@ -26,13 +26,13 @@ def finished(quick):
 
 def test_the_plan_is_printed_with_what_was_dropped():
     plan = plan_of(4, reroute_tolerance=0.025)
-    lines = plan_lines(plan.settings, plan.budget, 2, Path("runs/a"))
+    lines = plan_lines(plan.settings, plan.budget, "12 kB of 3 GB free", Path("runs/a"))
     assert lines[0] == "plan      4 trials = 3 baseline + 1 ablation"
     assert "left out for want of trials: confirmation, search, ablation (0.3, T 2)" in " ".join(
         line.strip() for line in lines[1:3]
     )
-    assert lines[-2] == "subject   rerouting lost ≤ 2.5 % of what the baseline achieves"
-    assert lines[-1] == "run       2 at a time · runs/a"
+    assert lines[-3] == "subject   rerouting lost ≤ 2.5 % of what the baseline achieves"
+    assert lines[-2:] == ["cache     12 kB of 3 GB free", "run       runs/a"]
     assert max(map(len, lines)) <= 80, lines
 
 

@@ -1,0 +1,188 @@
+"""Rows to batches: what one micro-step, and one held-out forward, sees.
+
+`step_batches` is a pure function of (seed, step), so a run that resumes, or runs on another number of workers, sees
+the same rows in the same order.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from cbtrain.config import CircuitBreakerConfig, InputError, flag
+from cbtrain.data import CircuitBreakerData
+from cbtrain.rows import Side
+from cbtrain.tokens import TokenRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Tensors:
+    """A dataclass whose tensors move together."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The same in page-locked memory, from which a GPU copies while the CPU goes on."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed: dict[str, object] = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = change(value)
+            elif isinstance(value, Tensors):
+                changed[field.name] = value._each(change)
+        return replace(self, **changed)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class TeacherStates(Tensors):
+    """The frozen teacher's hidden states at a batch's scored places, in the batch's order."""
+
+    hidden: Tensor
+    """[N, K, H]: K layers at the N scored tokens."""
+    final: Tensor | None
+    """[M, H]: after the final norm, at the M scored predictions; None where it was not asked for."""
+
+    @property
+    def head_input(self) -> Tensor:
+        """`final`; a `ValueError` where it was not asked for."""
+        if self.final is None:
+            raise ValueError("these states were made without the final one")
+        return self.final
+
+
+@dataclass(frozen=True)
+class TokenBatch(Tensors):
+    """B rows, padded on the right to the longest (S). Padding is known by `attention_mask` alone.
+
+    What is scored is known by its places in the flattened batch [B · S], found once on the CPU: selecting by a
+    boolean mask would make the CPU wait for the GPU each time.
+    """
+
+    rows: tuple[TokenRow, ...]
+    input_ids: Tensor
+    """[B, S] int64."""
+    attention_mask: Tensor
+    """[B, S] int64, 1 at tokens and 0 at padding."""
+    scored_tokens: Tensor
+    """[N] int64, where a token is scored: places of hidden states."""
+    scored_predictions: Tensor
+    """[M] int64, where the *next* token is scored: places of logits."""
+    teacher: TeacherStates | None = None
+    """What the teacher makes of these rows, where it is known beforehand."""
+
+
+@dataclass(frozen=True)
+class PairedBatch(Tensors):
+    """What one micro-step sees: as many harmful rows as benign ones."""
+
+    harmful: TokenBatch
+    benign: TokenBatch
+
+
+@dataclass(frozen=True)
+class ScoredCounts:
+    """Counts over the global batch of a step, all ranks and micro-steps: the losses' denominators."""
+
+    harmful_tokens: int
+    benign_tokens: int
+    benign_predictions: int
+    tokens: int
+    """Of both sides, scored or not."""
+
+
+def pad_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The id that fills a batch: pad, else the end of text, else 0. Which it is never matters: see `TokenBatch`."""
+    known = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None]
+    return known[0] if known else 0
+
+
+def collate(rows: Sequence[TokenRow], pad_token_id: int) -> TokenBatch:
+    """Rows as one batch [B, S], padded on the right to the longest."""
+    shape = (len(rows), max(len(row.input_ids) for row in rows))
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    scored = torch.zeros(shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        length = len(row.input_ids)
+        input_ids[i, :length] = torch.tensor(row.input_ids)
+        attention_mask[i, :length] = 1
+        scored[i, :length] = torch.tensor(row.scored)
+    before_scored = torch.zeros_like(scored)
+    before_scored[:, :-1] = scored[:, 1:]
+    tokens, predictions = (mask.flatten().nonzero().flatten() for mask in (scored, before_scored))
+    return TokenBatch(tuple(rows), input_ids, attention_mask, tokens, predictions)
+
+
+def check_batch(config: CircuitBreakerConfig, world_size: int) -> int:
+    """Rows a side in one micro-step of one worker; an `InputError` where the batch does not divide into them."""
+    micro = config.micro_batch_size or max(1, config.batch_size // world_size)
+    if config.batch_size % (world_size * micro):
+        raise InputError(
+            f"{flag('batch_size')} {config.batch_size}: not divisible by {world_size} workers × "
+            f"{micro} rows a micro-step ({flag('micro_batch_size')})"
+        )
+    return micro
+
+
+def step_batches(
+    data: CircuitBreakerData,
+    config: CircuitBreakerConfig,
+    step: int,
+    pad_token_id: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[list[PairedBatch], ScoredCounts]:
+    """The micro-steps of one rank in optimizer step `step` (from 0), and the counts of the whole global batch.
+
+    Each side runs through its training rows in an order of its own per epoch; a side with fewer rows than the batch
+    repeats. The global batch depends on (seed, step) alone; a rank takes a contiguous share of it.
+
+    Raises:
+        InputError: the batch does not divide into workers and micro-steps.
+    """
+    micro = check_batch(config, world_size)
+    harmful = _global_batch(data.harmful.train, "harmful", config, step)
+    benign = _global_batch(data.benign.train, "benign", config, step)
+    counts = ScoredCounts(
+        harmful_tokens=sum(row.scored_tokens for row in harmful),
+        benign_tokens=sum(row.scored_tokens for row in benign),
+        benign_predictions=sum(row.scored_predictions for row in benign),
+        tokens=sum(len(row.input_ids) for row in (*harmful, *benign)),
+    )
+    share = config.batch_size // world_size
+    starts = range(rank * share, (rank + 1) * share, micro)
+    pairs = [
+        PairedBatch(collate(harmful[i : i + micro], pad_token_id), collate(benign[i : i + micro], pad_token_id))
+        for i in starts
+    ]
+    return pairs, counts
+
+
+def held_out_batches(rows: Sequence[TokenRow], batch_size: int, pad_token_id: int) -> list[TokenBatch]:
+    """All rows in a fixed order, short ones together; the last batch may be smaller."""
+    ordered = sorted(rows, key=lambda row: (len(row.input_ids), row.source, row.input_ids))
+    return [collate(ordered[i : i + batch_size], pad_token_id) for i in range(0, len(ordered), batch_size)]
+
+
+def _global_batch(rows: Sequence[TokenRow], side: Side, config: CircuitBreakerConfig, step: int) -> list[TokenRow]:
+    places = range(step * config.batch_size, (step + 1) * config.batch_size)
+    return [rows[_epoch_order(config.seed, side, i // len(rows), len(rows))[i % len(rows)]] for i in places]
+
+
+@lru_cache(maxsize=16)
+def _epoch_order(seed: int, side: Side, epoch: int, rows: int) -> tuple[int, ...]:
+    order = list(range(rows))
+    random.Random(f"{seed}/{side}/{epoch}").shuffle(order)
+    return tuple(order)

@@ -1,0 +1,85 @@
+"""The batches of a training run, one step after the other, on the device and with what the teacher cache knows.
+
+On a GPU the next step's rows are collated, looked up in the cache and pinned by a thread while this step runs.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from cbtrain import distributed
+from cbtrain.batches import PairedBatch, ScoredCounts, TokenBatch, step_batches
+from cbtrain.config import CircuitBreakerConfig
+from cbtrain.data import CircuitBreakerData
+from cbtrain.model import retained_layers
+from cbtrain.teacher import TeacherCache
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What this rank needs for one update."""
+
+    micro_batches: list[PairedBatch]
+    counts: ScoredCounts
+
+
+def recalled(batch: TokenBatch, layers: Sequence[int], final: bool, cache: TeacherCache | None) -> TokenBatch:
+    """The batch on the device, with the teacher's states where there is a cache."""
+    return (cache.attach(batch, layers, final) if cache else batch).to(distributed.device())
+
+
+class Feed:
+    """Every step's input.
+
+    Args:
+        layers: number of decoder blocks.
+        ahead: whether a thread makes the next step's input beforehand.
+    """
+
+    def __init__(
+        self,
+        data: CircuitBreakerData,
+        config: CircuitBreakerConfig,
+        pad_token_id: int,
+        layers: int,
+        cache: TeacherCache | None = None,
+        ahead: bool | None = None,
+    ) -> None:
+        self._data, self._config, self._pad, self._cache = data, config, pad_token_id, cache
+        self._retained = retained_layers(config, layers)
+        self._ahead = torch.cuda.is_available() if ahead is None else ahead
+
+    def steps(self, first: int) -> Iterator[StepInput]:
+        """Inputs of the steps from `first` (counted from 0) to the last."""
+        steps = range(first, self._config.steps)
+        if not self._ahead:
+            yield from map(self._on_device, map(self._make, steps))
+            return
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(self._make, first)
+            for step in steps:
+                made = coming.result()
+                if step + 1 < self._config.steps:
+                    coming = thread.submit(self._make, step + 1)
+                yield self._on_device(made)
+
+    def _make(self, step: int) -> StepInput:
+        pairs, counts = step_batches(
+            self._data, self._config, step, self._pad, distributed.rank(), distributed.world_size()
+        )
+        if self._cache is not None:
+            pairs = [
+                PairedBatch(
+                    self._cache.attach(pair.harmful, self._config.target_layers, False),
+                    self._cache.attach(pair.benign, self._retained, True),
+                )
+                for pair in pairs
+            ]
+        if torch.cuda.is_available():
+            pairs = [pair.pin_memory() for pair in pairs]
+        return StepInput(pairs, counts)
+
+    def _on_device(self, made: StepInput) -> StepInput:
+        return StepInput([pair.to(distributed.device()) for pair in made.micro_batches], made.counts)

@@ -1,0 +1,57 @@
+"""The head of a causal model as the linear map that it is, and what the model does to its logits behind it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+
+from cbtrain.config import InputError
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap(scale · (final @ weightᵀ + bias)), where cap(z) = softcap · tanh(z / softcap)."""
+
+    module: Any
+    softcap: float | None
+    """Gemma 2's cap; None caps nothing."""
+    scale: float
+    """What Cohere's and Granite's models multiply their logits by."""
+
+    @classmethod
+    def of(cls, base: PreTrainedModel, decoder: Any, sample: dict[str, Any]) -> "Head":
+        """The head of a model, whose adapter is off, tried on a few tokens.
+
+        Raises:
+            InputError: head, scale and cap do not give the model's own logits.
+        """
+        module = base.get_output_embeddings()
+        softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+        logits = base(**sample).logits.float()
+        found = module(decoder(**sample).last_hidden_state).float()
+        scale = 1.0
+        if softcap:
+            found = softcap * torch.tanh(found / softcap)
+        elif not torch.equal(found, logits):
+            scale = float((found * logits).sum() / (found * found).sum())
+        deviation = (scale * found - logits).abs().max()
+        if deviation > 0.01 * logits.abs().max():
+            raise InputError(f"--model: {type(base).__name__} makes its logits by more than a head, a scale and a cap")
+        return cls(module, softcap, scale)
+
+    def arguments(self) -> dict[str, Any]:
+        """The head as `fused_linear_kl` takes it, for hidden states that already carry the scale."""
+        adapted = isinstance(self.module, BaseTunerLayer)
+        linear = self.module.get_base_layer() if adapted else self.module
+        bias = getattr(linear, "bias", None)
+        head = {
+            "lm_head_weight": linear.weight,
+            "bias": bias if bias is None else self.scale * bias,
+            "softcap": self.softcap,
+        }
+        if adapted:
+            deltas = [self.module.get_delta_weight(name) for name in self.module.active_adapters]
+            head |= {"lm_head_weight": linear.weight + sum(deltas), "teacher_lm_head_weight": linear.weight}
+        return head

@@ -1,0 +1,142 @@
+"""Whether a run recalls its teacher from a cache: what that takes, and the cache opened or built.
+
+`prospect` tells from the model's structure and the tokens alone what a cache would hold. `open_or_build` gives a run
+its cache, or says why it cannot have one, in which case every step runs the teacher.
+"""
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers.utils import cached_file
+
+from cbtrain import distributed
+from cbtrain.config import CircuitBreakerConfig
+from cbtrain.data import CircuitBreakerData
+from cbtrain.decoder import Decoder
+from cbtrain.files import exclusive
+from cbtrain.model import hidden_size, retained_layers
+from cbtrain.teacher import TeacherCache, WantedStates, estimated_bytes, wanted_states
+from cbtrain.weights import weights_identity
+
+HEADROOM = 1.05
+"""Times the estimate: names, headers and what a file system adds."""
+Result = TypeVar("Result")
+
+
+class CacheUnavailableError(RuntimeError):
+    """There can be no cache; its text says why, in half a sentence. The live teacher serves as well, only slower."""
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What a cache would hold, and where it would lie."""
+
+    wanted: list[WantedStates]
+    bytes: int
+    free_bytes: int
+
+    def require_room(self) -> None:
+        """Raise `OSError` where the disk is too small."""
+        if self.bytes * HEADROOM > self.free_bytes:
+            raise OSError(errno.ENOSPC, f"needs {in_units(self.bytes)}, {in_units(self.free_bytes)} are free")
+
+
+def prospect(config: CircuitBreakerConfig, data: CircuitBreakerData, blocks: int, directory: Path) -> Prospect:
+    """The cache of a configuration in a directory, which need not exist; `blocks` is the model's number of them."""
+    wanted = wanted_states(data, config.target_layers, retained_layers(config, blocks))
+    existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
+    size = estimated_bytes(wanted, hidden_size(config), config.dtype)
+    return Prospect(wanted, size, shutil.disk_usage(existing).free)
+
+
+def open_or_build(
+    config: CircuitBreakerConfig,
+    data: CircuitBreakerData,
+    pad_token_id: int,
+    decoder: Decoder,
+    directory: Path,
+    progress: Callable[[int], None] | None = None,
+) -> TeacherCache:
+    """This run's cache with every row in it; what is missing is computed. All ranks call it and share the work.
+
+    Args:
+        progress: called with the number of rows that were just done.
+
+    Raises:
+        CacheUnavailableError: on every rank, where it cannot be read or written on one of them.
+    """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    coming = prospect(config, data, decoder.layers, directory)
+    try:
+        with contextlib.ExitStack() as stack:
+            if rank == 0:
+                stack.enter_context(_building(directory))
+            identity = _together(lambda: weights_identity(_model_directory(config.model), config.dtype, directory))
+            cache = _together(lambda: TeacherCache(directory, identity))
+            if cache.missing(coming.wanted):
+                _together(coming.require_room)
+                _together(
+                    lambda: cache.build(
+                        coming.wanted,
+                        lambda batch, *what: decoder.teacher(batch.to(distributed.device()), *what),
+                        batch_size=config.eval_batch_size,
+                        pad_token_id=pad_token_id,
+                        progress=progress,
+                        rank=rank,
+                        world_size=world_size,
+                    )
+                )
+                _together(cache.open)  # what the other ranks wrote
+            _together(lambda: _require_all(cache, coming.wanted))
+    except OSError as error:
+        raise CacheUnavailableError(f"{directory}: {error.strerror or error}") from error
+    return cache
+
+
+@contextlib.contextmanager
+def _building(directory: Path):
+    """The lock, where the directory can be made at all; where not, the next step says so on every rank."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(exclusive(directory))
+        yield
+
+
+def _together(work: Callable[[], Result]) -> Result:
+    """The result of `work`, done on every rank; where one fails, an `OSError` on all of them."""
+    failure: OSError | None = None
+    try:
+        result = work()
+    except OSError as error:
+        failure = error
+    failures = torch.tensor([float(failure is not None)], device=distributed.device())
+    if distributed.reduce_sum(failures).item():
+        raise failure or OSError("another worker could not read or write it")
+    return result
+
+
+def _require_all(cache: TeacherCache, wanted: list[WantedStates]) -> None:
+    missing = cache.missing(wanted)
+    if missing:
+        raise OSError(f"{len(missing)} of {len(wanted)} rows are not seen after they were written")
+
+
+def _model_directory(model: str) -> Path:
+    """Where a model's files lie on this machine."""
+    return Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json")).parent
+
+
+def in_units(size: int) -> str:
+    """Bytes as people read them."""
+    value, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
