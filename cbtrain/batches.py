@@ -6,6 +6,7 @@ the same rows in the same order.
 
 import dataclasses
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -83,12 +84,21 @@ class TokenBatch(Tensors):
     """What the teacher makes of these rows, where it is known beforehand."""
 
 
-@dataclass(frozen=True)
-class PairedBatch(Tensors):
-    """What one micro-step sees: as many harmful rows as benign ones."""
+Change = Callable[[TokenBatch], TokenBatch]
+PASS_TOKENS = 256
+"""A pass through the model costs, however short, about as much as so many tokens more in another."""
 
-    harmful: TokenBatch
-    benign: TokenBatch
+
+@dataclass(frozen=True)
+class PairedBatch:
+    """What one micro-step sees: as many harmful rows as benign ones, rows of like length together."""
+
+    harmful: tuple[TokenBatch, ...]
+    benign: tuple[TokenBatch, ...]
+
+    def each(self, harmful: Change, benign: Change | None = None) -> "PairedBatch":
+        """The same with every batch changed, each side in its own way or both in one."""
+        return PairedBatch(tuple(map(harmful, self.harmful)), tuple(map(benign or harmful, self.benign)))
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,24 @@ def collate(rows: Sequence[TokenRow], pad_token_id: int) -> TokenBatch:
     return TokenBatch(tuple(rows), input_ids, attention_mask, tokens, predictions)
 
 
+def collate_by_length(
+    rows: Sequence[TokenRow], pad_token_id: int, pass_tokens: int = PASS_TOKENS
+) -> tuple[TokenBatch, ...]:
+    """Rows as the batches of least cost: their positions [B · S], padding included, and `pass_tokens` a batch."""
+    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    # best[n]: the least cost of the n shortest rows, and where the last of their batches begins.
+    best = [(0, 0)]
+    for end in range(1, len(ordered) + 1):
+        longest = len(ordered[end - 1].input_ids)
+        best.append(min((best[start][0] + (end - start) * longest + pass_tokens, start) for start in range(end)))
+    parts, end = [], len(ordered)
+    while end:
+        start = best[end][1]
+        parts.append(ordered[start:end])
+        end = start
+    return tuple(collate(part, pad_token_id) for part in (parts if len(parts) > 1 else [rows]))
+
+
 def check_batch(config: CircuitBreakerConfig, world_size: int) -> int:
     """Rows a side in one micro-step of one worker; an `InputError` where the batch does not divide into them."""
     micro = config.micro_batch_size or max(1, config.batch_size // world_size)
@@ -147,7 +175,8 @@ def step_batches(
     """The micro-steps of one rank in optimizer step `step` (from 0), and the counts of the whole global batch.
 
     Each side runs through its training rows in an order of its own per epoch; a side with fewer rows than the batch
-    repeats. The global batch depends on (seed, step) alone; a rank takes a contiguous share of it.
+    repeats. The global batch depends on (seed, step) alone; a rank takes a contiguous share of it. Under ZeRO-3 every
+    rank must make as many passes as the others, so there a micro-step's rows stay in one batch.
 
     Raises:
         InputError: the batch does not divide into workers and micro-steps.
@@ -163,11 +192,12 @@ def step_batches(
     )
     share = config.batch_size // world_size
     starts = range(rank * share, (rank + 1) * share, micro)
-    pairs = [
-        PairedBatch(collate(harmful[i : i + micro], pad_token_id), collate(benign[i : i + micro], pad_token_id))
-        for i in starts
+    pass_tokens = sys.maxsize if config.zero_stage == 3 else PASS_TOKENS
+    sides = [
+        [collate_by_length(rows[i : i + micro], pad_token_id, pass_tokens) for i in starts]
+        for rows in (harmful, benign)
     ]
-    return pairs, counts
+    return [PairedBatch(*pair) for pair in zip(*sides, strict=True)], counts
 
 
 def held_out_batches(rows: Sequence[TokenRow], batch_size: int, pad_token_id: int) -> list[TokenBatch]:

@@ -70,16 +70,17 @@ class Feed:
             self._data, self._config, step, self._pad, distributed.rank(), distributed.world_size()
         )
         if self._cache is not None:
+            cache, targets, retained = self._cache, self._config.target_layers, self._retained
             pairs = [
-                PairedBatch(
-                    self._cache.attach(pair.harmful, self._config.target_layers, False),
-                    self._cache.attach(pair.benign, self._retained, True),
+                pair.each(
+                    lambda rows: cache.attach(rows, targets, False), lambda rows: cache.attach(rows, retained, True)
                 )
                 for pair in pairs
             ]
         if torch.cuda.is_available():
-            pairs = [pair.pin_memory() for pair in pairs]
+            pairs = [pair.each(TokenBatch.pin_memory) for pair in pairs]
         return StepInput(pairs, counts)
 
     def _on_device(self, made: StepInput) -> StepInput:
-        return StepInput([pair.to(distributed.device()) for pair in made.micro_batches], made.counts)
+        device = distributed.device()
+        return StepInput([pair.each(lambda rows: rows.to(device)) for pair in made.micro_batches], made.counts)

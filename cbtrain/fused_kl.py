@@ -23,9 +23,9 @@ from cbtrain.losses import kl_divergence_loss
 REACH = 40.0
 # On CPU a block of the elementwise part and a tile of the head stay in the cache, and products gain little from
 # more rows than these. On CUDA the head is read anew for every chunk, so only the budget limits it.
-BLOCK_BYTES = 2 * 2**20
+BLOCK_BYTES = 2**20
 TILE_BYTES = 8 * 2**20
-CPU_ROWS = 96
+CPU_ROWS = 80
 
 
 def fused_linear_kl(

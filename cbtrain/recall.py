@@ -20,17 +20,61 @@ from cbtrain.config import CircuitBreakerConfig
 from cbtrain.data import CircuitBreakerData
 from cbtrain.decoder import Decoder
 from cbtrain.files import exclusive
-from cbtrain.model import hidden_size, retained_layers
+from cbtrain.model import check_fit, hidden_size, retained_layers
 from cbtrain.teacher import TeacherCache, WantedStates, estimated_bytes, wanted_states
 from cbtrain.weights import weights_identity
 
+AUTO, OFF = "auto", "off"
+LIVE = "every step runs the teacher"
 HEADROOM = 1.05
 """Times the estimate: names, headers and what a file system adds."""
+WORTH_READS = 2
+"""Times that each row is read, on average, from where on a cache pays for its disk."""
 Result = TypeVar("Result")
 
 
 class CacheUnavailableError(RuntimeError):
     """There can be no cache; its text says why, in half a sentence. The live teacher serves as well, only slower."""
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a `--teacher-cache` setting comes to."""
+
+    directory: Path | None
+    """None: there is no cache."""
+    says: str
+    """What it takes, or why there is none."""
+    rows: int = 0
+    bytes: int = 0
+    rows_read_by_a_run: int = 0
+
+
+def plan_cache(
+    setting: str, default: Path, config: CircuitBreakerConfig, data: CircuitBreakerData, runs: int
+) -> CachePlan:
+    """Whether runs of a configuration have a cache, and where.
+
+    Args:
+        setting: `auto` for `default` where it fits and pays, `off`, or a directory.
+        runs: how many runs will read it.
+    """
+    if setting == OFF:
+        return CachePlan(None, f"off, {LIVE}")
+    directory = default if setting == AUTO else Path(setting).absolute()
+    coming = prospect(config, data, check_fit(config), directory)
+    held_out = len(data.harmful.held_out) + len(data.benign.held_out)
+    evaluations = -(-config.steps // config.eval_every) if config.eval_every else 1
+    read = 2 * config.steps * config.batch_size + evaluations * held_out
+    size = f"teacher states of {len(coming.wanted):,} rows, {in_units(coming.bytes)}"
+    if setting == AUTO and runs * read < WORTH_READS * len(coming.wanted):
+        return CachePlan(None, f"off, {LIVE}: {size}, would be read less than twice each")
+    try:
+        coming.require_room()
+    except OSError as error:
+        return CachePlan(None, f"off, {LIVE}: it {error.strerror}")
+    says = f"{size} of {in_units(coming.free_bytes)} free"
+    return CachePlan(directory, says, len(coming.wanted), coming.bytes, read)
 
 
 @dataclass(frozen=True)

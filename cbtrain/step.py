@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from cbtrain import distributed
-from cbtrain.batches import PairedBatch, ScoredCounts
+from cbtrain.batches import PairedBatch, ScoredCounts, TeacherStates
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.decoder import Decoder
 from cbtrain.fused_kl import fused_linear_kl
@@ -50,20 +50,25 @@ class CircuitBreakerStep(nn.Module):
             counts: scored tokens and predictions of the whole update, over all micro-steps and ranks.
             weights: the coefficients of this update.
         """
-        ours, theirs = self.decoder.states(batch.harmful, self.config.target_layers, final=False)
-        reroute = reroute_loss(ours.hidden, theirs.hidden, counts.harmful_tokens)
-        ours, theirs = self.decoder.states(
-            batch.benign, self.retained, final=True, final_gradient=weights.kl_weight > 0
-        )
-        retain = retain_loss(ours.hidden, theirs.hidden, counts.benign_tokens)
+        reroute, retain, kl = [], [], []
+        for rows in batch.harmful:
+            ours, theirs = self.decoder.states(rows, self.config.target_layers, final=False)
+            reroute.append(reroute_loss(ours.hidden, theirs.hidden, counts.harmful_tokens))
+        for rows in batch.benign:
+            ours, theirs = self.decoder.states(rows, self.retained, final=True, final_gradient=weights.kl_weight > 0)
+            retain.append(retain_loss(ours.hidden, theirs.hidden, counts.benign_tokens))
+            kl.append(self._kl(ours, theirs, counts.benign_predictions))
+        losses = [torch.stack(shares).sum() for shares in (reroute, retain, kl)]
+        loss = weights.cs * losses[0] + weights.cr * losses[1] + weights.kl_weight * losses[2]
+        return StepOutput(loss=loss, parts=torch.stack([loss, *losses]).detach())
+
+    def _kl(self, ours: TeacherStates, theirs: TeacherStates, denominator: int) -> Tensor:
         head = self.decoder.head.arguments()
         with distributed.gathered(head["lm_head_weight"]):
-            kl = fused_linear_kl(
+            return fused_linear_kl(
                 ours.head_input,
                 theirs.head_input,
                 temperature=self.config.kl_temperature,
-                denominator=max(counts.benign_predictions, 1),
+                denominator=max(denominator, 1),
                 **head,
             )
-        loss = weights.cs * reroute + weights.cr * retain + weights.kl_weight * kl
-        return StepOutput(loss=loss, parts=torch.stack([loss, reroute, retain, kl]).detach())

@@ -20,11 +20,12 @@ class TrainSettings:
     preset: str = "tiny"
     """Where the defaults of all other flags come from (tiny, llama-3.1-8b-instruct, llama-4-scout)."""
     output_dir: Path = Path("outputs/cb")
-    """Directory for config.json, metrics.jsonl and adapter/."""
+    """Directory for config.json, metrics.jsonl, adapter/, checkpoint/ and teacher_cache/."""
     resume: bool = False
     """Continue the run in --output-dir from its newest checkpoint (see --checkpoint-every)."""
-    teacher_cache: str = "off"
-    """Directory of the frozen teacher's states, which runs of the same model and data share; off runs the teacher."""
+    teacher_cache: str = "auto"
+    """Where the frozen teacher's states are kept: auto is --output-dir where that pays and fits, off runs the teacher
+    at every step, anything else is a directory that runs can share (a sweep's teacher_cache/, for one)."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
 
 
@@ -46,18 +47,19 @@ def main() -> int:
     from cbtrain.loop import prepare, train
     from cbtrain.metrics import NonFiniteLossError, console_line
     from cbtrain.model import resolve
+    from cbtrain.recall import plan_cache
 
     config = resolve(settings.config)
     data, _ = prepare(config)
-    print("\n".join(data.describe()), flush=True)
+    cache = plan_cache(settings.teacher_cache, settings.output_dir / "teacher_cache", config, data, runs=1)
+    print("\n".join([*data.describe(), f"teacher cache: {cache.says}"]), flush=True)
 
     def report(metrics: dict[str, float]) -> None:
         if distributed.rank() == 0 and (metrics["step"] % 10 == 0 or "eval_loss_reroute" in metrics):
             print(console_line(metrics), flush=True)
 
-    cache = None if settings.teacher_cache == "off" else Path(settings.teacher_cache)
     try:
-        metrics = train(config, settings.output_dir, report, resume=settings.resume, teacher_cache=cache)
+        metrics = train(config, settings.output_dir, report, resume=settings.resume, teacher_cache=cache.directory)
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

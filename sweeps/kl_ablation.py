@@ -24,8 +24,10 @@ from cbtrain import cli
 from cbtrain.config import CircuitBreakerConfig, InputError, flag, get_config
 
 if TYPE_CHECKING:
+    from cbtrain.data import CircuitBreakerData
+    from cbtrain.recall import CachePlan
     from sweeps.budget import PlanSettings
-    from sweeps.cache import CachePlan, CacheReport
+    from sweeps.cache import CacheReport
     from sweeps.run_directory import RunDirectory
     from sweeps.search import PlanSearcher
     from sweeps.trial import TrialContext
@@ -86,12 +88,12 @@ def main() -> int:
     run = RunDirectory(settings.run_dir or Path("runs") / time.strftime("kl_ablation-%Y%m%d-%H%M%S"))
     run.refuse_if_taken()
     _check_workers(settings)
-    config = _read_inputs(settings)
+    config, data = _read_inputs(settings)
 
-    from sweeps.cache import plan_cache
+    from cbtrain.recall import plan_cache
     from sweeps.progress import plan_lines
 
-    cache = plan_cache(settings.teacher_cache, run.path / "teacher_cache", config, budget.total)
+    cache = plan_cache(settings.teacher_cache, run.path / "teacher_cache", config, data, budget.total)
     print("\n".join(plan_lines(plan_settings, budget, cache.says, run.shown)), flush=True)
     if settings.dry_run:
         return 0
@@ -146,11 +148,11 @@ def _check_workers(settings: SweepSettings) -> None:
             raise InputError(f"{flag(name)} {value}: must be 1 or more")
 
 
-def _read_inputs(settings: SweepSettings) -> CircuitBreakerConfig:
+def _read_inputs(settings: SweepSettings) -> "tuple[CircuitBreakerConfig, CircuitBreakerData]":
     """Read the model's structure and the data, so that what is wrong with them is said now, and print what was read.
 
     Returns:
-        The configuration of every trial, with paths that hold wherever its process starts.
+        The configuration of every trial, with paths that hold wherever its process starts, and the rows.
     """
     from cbtrain.environment import quiet_libraries
 
@@ -165,7 +167,7 @@ def _read_inputs(settings: SweepSettings) -> CircuitBreakerConfig:
     print(f"KL ablation · preset {settings.preset} · model {settings.config.model} ({check_fit(config)} layers)")
     first, *rest = data.describe()
     print("\n".join([f"data      {first}", *(f"          {line}" for line in rest)]), flush=True)
-    return _with_absolute_paths(config)
+    return _with_absolute_paths(config), data
 
 
 def _with_absolute_paths(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
@@ -230,8 +232,8 @@ def _with_cache(
     """The trials' context with a filled cache; without one, and a line that says why, where it cannot be filled."""
     if plan.directory is None:
         return context, None
-    from cbtrain.recall import CacheUnavailableError
-    from sweeps.cache import LIVE, fill_cache
+    from cbtrain.recall import LIVE, CacheUnavailableError
+    from sweeps.cache import fill_cache
 
     try:
         report = fill_cache(plan, context)

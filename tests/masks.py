@@ -1,8 +1,15 @@
-"""A batch's scored places as the boolean masks that they come from."""
+"""Batches in the forms that public code has them in: all rows padded alike, boolean masks."""
+
+from collections.abc import Sequence
 
 import torch
 
-from cbtrain.batches import TokenBatch
+from cbtrain.batches import TokenBatch, collate
+
+
+def whole(batches: Sequence[TokenBatch]) -> TokenBatch:
+    """The rows of a micro-step's side as one batch."""
+    return collate([row for batch in batches for row in batch.rows], 0)
 
 
 def token_mask(batch: TokenBatch) -> torch.Tensor:

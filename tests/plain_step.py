@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from masks import prediction_mask, token_mask
+from masks import prediction_mask, token_mask, whole
 from peft import PeftModel
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from cbtrain.config import CircuitBreakerConfig
 from cbtrain.schedule import Coefficients
 
 
-def four_forwards(model: PeftModel, batch: PairedBatch):
+def four_forwards(model: PeftModel, harmful: TokenBatch, benign: TokenBatch):
     """The whole outputs: harmful teacher, benign teacher, harmful student, benign student."""
 
     def run(rows: TokenBatch):
@@ -20,8 +20,8 @@ def four_forwards(model: PeftModel, batch: PairedBatch):
         )
 
     with model.disable_adapter(), torch.no_grad():
-        teachers = run(batch.harmful), run(batch.benign)
-    return *teachers, run(batch.harmful), run(batch.benign)
+        teachers = run(harmful), run(benign)
+    return *teachers, run(harmful), run(benign)
 
 
 def seed_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -36,19 +36,20 @@ def plain_step(
     model: PeftModel, batch: PairedBatch, config: CircuitBreakerConfig, weights: Coefficients
 ) -> tuple[Tensor, Tensor]:
     """The loss with its graph, and [loss, loss_reroute, loss_retain, loss_kl]; means over this batch."""
-    harmful_teacher, benign_teacher, harmful_student, benign_student = four_forwards(model, batch)
+    harmful, benign = whole(batch.harmful), whole(batch.benign)
+    harmful_teacher, benign_teacher, harmful_student, benign_student = four_forwards(model, harmful, benign)
     layers = config.target_layers
     retained = layers if config.retain_layers == "target" else range(len(benign_student.hidden_states))
-    mask = token_mask(batch.harmful)
+    mask = token_mask(harmful)
     cosines = [
         F.cosine_similarity(harmful_student.hidden_states[k], harmful_teacher.hidden_states[k], dim=-1)[mask]
         for k in layers
     ]
-    mask = token_mask(batch.benign)
+    mask = token_mask(benign)
     distances = [
         (benign_student.hidden_states[k] - benign_teacher.hidden_states[k])[mask].norm(dim=-1) for k in retained
     ]
     reroute, retain = F.relu(torch.cat(cosines)).mean(), torch.cat(distances).mean()
-    kl = seed_kl(benign_student.logits, benign_teacher.logits, prediction_mask(batch.benign), config.kl_temperature)
+    kl = seed_kl(benign_student.logits, benign_teacher.logits, prediction_mask(benign), config.kl_temperature)
     loss = weights.cs * reroute + weights.cr * retain + weights.kl_weight * kl
     return loss, torch.stack([loss, reroute, retain, kl]).detach()

@@ -14,7 +14,7 @@ from cbtrain.teacher import TeacherCache
 def tensors_of(steps) -> list[list[torch.Tensor]]:
     found = []
     for given in steps:
-        batches = [batch for pair in given.micro_batches for batch in (pair.harmful, pair.benign)]
+        batches = [batch for pair in given.micro_batches for batch in (*pair.harmful, *pair.benign)]
         states = [state for batch in batches if batch.teacher for state in (batch.teacher.hidden, batch.teacher.final)]
         found.append([*(batch.input_ids for batch in batches), *(state for state in states if state is not None)])
     return found
@@ -43,8 +43,8 @@ def test_steps_are_those_of_the_data(small_config):
     for step, given in enumerate(Feed(data, small_config, pad, 3).steps(0)):
         pairs, counts = step_batches(data, small_config, step, pad)
         assert given.counts == counts
-        assert torch.equal(given.micro_batches[0].benign.input_ids, pairs[0].benign.input_ids)
-        assert given.micro_batches[0].benign.teacher is None
+        assert torch.equal(given.micro_batches[0].benign[0].input_ids, pairs[0].benign[0].input_ids)
+        assert given.micro_batches[0].benign[0].teacher is None
 
 
 def test_a_failure_in_the_thread_ahead_reaches_the_loop(small_config, tmp_path):

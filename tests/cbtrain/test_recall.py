@@ -1,6 +1,7 @@
 """A run that recalls its teacher: from a cache that is right, or, where there can be none, from the live teacher."""
 
 import json
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from cbtrain import loop, recall
-from cbtrain.config import CircuitBreakerConfig
+from cbtrain.config import CircuitBreakerConfig, get_config
 from cbtrain.decoder import Decoder
 from cbtrain.loop import adapted_model, fill_teacher_cache, prepare, train
-from cbtrain.recall import CacheUnavailableError, in_units, open_or_build, prospect
+from cbtrain.model import resolve
+from cbtrain.recall import CacheUnavailableError, in_units, open_or_build, plan_cache, prospect
 from cbtrain.teacher import TeacherCache
 
 EVALUATED = ("eval_loss_reroute", "eval_loss_retain", "eval_benign_kl", "eval_benign_nll", "eval_harmful_nll")
@@ -217,3 +219,34 @@ def test_a_head_that_zero_3_has_partitioned_is_gathered(small_config, tmp_path, 
     for name in ("loss", "loss_kl", *EVALUATED):
         assert found[name] == pytest.approx(expected[name], rel=1e-5), name
     assert torch.isfinite(torch.tensor(found["loss"]))
+
+
+@pytest.mark.parametrize(
+    ("setting", "runs", "free", "directory", "says"),
+    [
+        ("auto", 20, 10**9, "run/teacher_cache", "teacher states of 64 rows"),
+        ("auto", 20, 10**4, None, "off, every step runs the teacher: it needs 326 kB, 10 kB are free"),
+        ("auto", 0, 10**9, None, "would be read less than twice each"),
+        ("shared", 0, 10**9, "shared", "teacher states of 64 rows"),
+        ("off", 20, 10**9, None, "off, every step runs the teacher"),
+    ],
+)
+def test_the_cache_is_planned_by_what_it_takes_and_gives(
+    small_config, tmp_path, monkeypatch, setting, runs, free, directory, says
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recall.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+    plan = plan_cache(setting, tmp_path / "run" / "teacher_cache", small_config, prepare(small_config)[0], runs)
+    assert plan.directory == (directory and tmp_path / directory)
+    assert says in plan.says
+
+
+def test_a_whole_trial_is_the_same_within_a_tenth_of_the_seed_noise(tmp_path):
+    """Of the embedded default; bench_tiny_world's table has the noise: σ ≥ 0.0029 of reroute, ≥ 0.10 of drift."""
+    config = resolve(get_config("tiny", beta_kl=0.3))
+    live, cached = run(config, tmp_path / "live", None), run(config, tmp_path / "cached", tmp_path / "cache")
+    assert cached["eval_loss_reroute"] == pytest.approx(live["eval_loss_reroute"], abs=0.00029)
+    assert cached["eval_benign_kl"] == pytest.approx(live["eval_benign_kl"], abs=0.01)
+    for name in live:
+        if name.startswith("eval_") and name != "eval_s":
+            assert cached[name] == pytest.approx(live[name], rel=0.01, abs=1e-3), name

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from masks import prediction_mask, token_mask
 from plain_step import four_forwards, plain_step
 
+from cbtrain import batches
 from cbtrain.batches import PairedBatch, ScoredCounts, TokenBatch, step_batches
 from cbtrain.fused_kl import fused_linear_kl
 from cbtrain.loop import prepare
@@ -32,10 +33,10 @@ def world(small_config):
 
 def counts_of(batch: PairedBatch) -> ScoredCounts:
     return ScoredCounts(
-        harmful_tokens=len(batch.harmful.scored_tokens),
-        benign_tokens=len(batch.benign.scored_tokens),
-        benign_predictions=len(batch.benign.scored_predictions),
-        tokens=int(batch.harmful.attention_mask.sum() + batch.benign.attention_mask.sum()),
+        harmful_tokens=sum(len(rows.scored_tokens) for rows in batch.harmful),
+        benign_tokens=sum(len(rows.scored_tokens) for rows in batch.benign),
+        benign_predictions=sum(len(rows.scored_predictions) for rows in batch.benign),
+        tokens=sum(int(rows.attention_mask.sum()) for rows in (*batch.harmful, *batch.benign)),
     )
 
 
@@ -74,6 +75,7 @@ def gradients_of(step: CircuitBreakerStep, loss: torch.Tensor) -> dict[str, torc
     return {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("pass_tokens", [0, 256], ids=["by length", "together"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("hidden_states", ["early_exit", "output_hidden_states"])
@@ -83,20 +85,24 @@ def gradients_of(step: CircuitBreakerStep, loss: torch.Tensor) -> dict[str, torc
     ids=["all blocks", "block 1", "all layers retained"],
 )
 def test_every_way_to_compute_a_step_gives_the_plain_ones_losses_and_gradients(
-    small_config, tmp_path, dtype, cached, hidden_states, fields
+    small_config, tmp_path, monkeypatch, pass_tokens, dtype, cached, hidden_states, fields
 ):
-    """Early exit or whole forwards, live teacher or cached, against four whole forwards and materialised logits."""
+    """Early exit or whole forwards, live teacher or cached, rows in one batch or by length, against four whole
+    forwards of all rows and materialised logits."""
+    monkeypatch.setattr(batches, "PASS_TOKENS", pass_tokens)
     config = replace(small_config, lora_init_std=0.1, hidden_states=hidden_states, **fields)
     data, pad = prepare(config)
     model = add_adapter(deepcopy(load_base(config)).to(dtype), config)
     step = CircuitBreakerStep(model, config)
     (batch,), counts = step_batches(data, config, 0, pad)
+    assert (len(batch.harmful) > 1) == (len(batch.benign) > 1) == (pass_tokens == 0)
     loss, expected_parts = plain_step(model, batch, config, WEIGHTS)
     expected = gradients_of(step, loss)
     if cached:
         cache = cache_of(step, data, pad, tmp_path)
-        batch = PairedBatch(
-            cache.attach(batch.harmful, config.target_layers, False), cache.attach(batch.benign, step.retained, True)
+        batch = batch.each(
+            lambda rows: cache.attach(rows, config.target_layers, False),
+            lambda rows: cache.attach(rows, step.retained, True),
         )
     output = step(batch, counts, WEIGHTS)
     found = gradients_of(step, output.loss)
@@ -144,20 +150,21 @@ def test_twenty_steps_are_bit_identical_to_those_of_four_whole_forwards(small_co
 def step_of_four_forwards(step, batch, counts, weights) -> StepOutput:
     """The same losses on the hidden states of `four_forwards`."""
     model, layers, head = step.model, step.config.target_layers, step.model.get_output_embeddings().weight
-    harmful_teacher, benign_teacher, harmful_student, benign_student = four_forwards(model, batch)
+    (harmful,), (benign,) = batch.harmful, batch.benign
+    harmful_teacher, benign_teacher, harmful_student, benign_student = four_forwards(model, harmful, benign)
 
     def at(output, mask, layers):
         return torch.stack([output.hidden_states[layer][mask] for layer in layers], dim=1)
 
-    mask = token_mask(batch.harmful)
+    mask = token_mask(harmful)
     reroute = reroute_loss(at(harmful_student, mask, layers), at(harmful_teacher, mask, layers), counts.harmful_tokens)
-    mask = token_mask(batch.benign)
+    mask = token_mask(benign)
     retain = retain_loss(at(benign_student, mask, layers), at(benign_teacher, mask, layers), counts.benign_tokens)
     kl = fused_linear_kl(
         benign_student.hidden_states[-1],
         benign_teacher.hidden_states[-1],
         head,
-        prediction_mask(batch.benign),
+        prediction_mask(benign),
         step.config.kl_temperature,
         denominator=counts.benign_predictions,
     )
@@ -178,7 +185,7 @@ def test_parts_of_micro_batches_sum_to_the_whole(world):
 def test_padding_changes_nothing(world):
     config, data, pad, step = world
     (batch,), counts = step_batches(data, config, 0, pad)
-    wider = PairedBatch(harmful=widen(batch.harmful, 5), benign=widen(batch.benign, 3))
+    wider = batch.each(lambda rows: widen(rows, 5), lambda rows: widen(rows, 3))
     expected = step(batch, counts, WEIGHTS).parts.tolist()
     assert step(wider, counts_of(wider), WEIGHTS).parts.tolist() == pytest.approx(expected, rel=1e-5)
 
@@ -203,10 +210,7 @@ def test_a_micro_batch_without_scored_tokens_adds_nothing_and_reaches_backward(w
     config, data, pad, step = world
     (batch,), counts = step_batches(data, config, 0, pad)
     none = torch.zeros(0, dtype=torch.int64)
-    blank = PairedBatch(
-        harmful=replace(batch.harmful, scored_tokens=none, scored_predictions=none),
-        benign=replace(batch.benign, scored_tokens=none, scored_predictions=none),
-    )
+    blank = batch.each(lambda rows: replace(rows, scored_tokens=none, scored_predictions=none))
     output = step(blank, counts, WEIGHTS)
     output.loss.backward()
     assert output.parts.tolist() == [0.0] * 4
@@ -216,7 +220,7 @@ def test_the_kl_mask_is_the_token_mask_shifted_by_one(world):
     """Changing a scored token changes the prediction *at* it, which belongs to the next token."""
     config, data, pad, _ = world
     (batch,), _ = step_batches(data, config, 0, pad)
-    rows = batch.benign
+    (rows,) = batch.benign
     predictions = prediction_mask(rows)
     assert torch.equal(predictions[:, :-1], token_mask(rows)[:, 1:])
     assert not predictions[:, -1].any()

@@ -5,7 +5,6 @@ import html
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,11 +24,10 @@ from transformers import AutoModelForCausalLM
 
 from analysis.decide import decide
 from analysis.report import headline
-from cbtrain import cli, recall, tiny
+from cbtrain import cli, tiny
 from cbtrain.config import get_config
 from cbtrain.loop import train
 from sweeps import kl_ablation
-from sweeps.cache import plan_cache
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("--warmup-steps", "2", "--batch-size", "8", "--eval-every", "0")
@@ -241,26 +239,6 @@ def test_a_dry_run_says_what_it_would_take_and_starts_nothing(small_world, tmp_p
     assert any(line.startswith("plan      20 trials") for line in lines)
     assert any(re.match(r"cache     teacher states of 64 rows, \d+ kB of .* free", line) for line in lines), lines
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("setting", "trials", "free", "directory", "says"),
-    [
-        ("auto", 20, 10**9, "run/teacher_cache", "teacher states of 64 rows"),
-        ("auto", 20, 10**4, None, "off, every step runs the teacher: it needs 326 kB, 10 kB are free"),
-        ("auto", 0, 10**9, None, "would be read less than once each"),
-        ("shared", 0, 10**9, "shared", "teacher states of 64 rows"),
-        ("off", 20, 10**9, None, "off, every step runs the teacher"),
-    ],
-)
-def test_the_cache_is_planned_by_what_it_takes_and_gives(
-    small_config, tmp_path, monkeypatch, setting, trials, free, directory, says
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(recall.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
-    plan = plan_cache(setting, tmp_path / "run" / "teacher_cache", small_config, trials)
-    assert plan.directory == (directory and tmp_path / directory)
-    assert says in plan.says
 
 
 def test_a_baseline_that_never_reroutes_ends_the_sweep(small_world, tmp_path):
