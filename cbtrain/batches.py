@@ -85,7 +85,7 @@ class TokenBatch(Tensors):
 
 
 Change = Callable[[TokenBatch], TokenBatch]
-PASS_TOKENS = 256
+PASS_TOKENS = 128
 """A pass through the model costs, however short, about as much as so many tokens more in another."""
 
 

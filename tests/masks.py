@@ -9,7 +9,7 @@ from cbtrain.batches import TokenBatch, collate
 
 def whole(batches: Sequence[TokenBatch]) -> TokenBatch:
     """The rows of a micro-step's side as one batch."""
-    return collate([row for batch in batches for row in batch.rows], 0)
+    return collate([row for batch in batches for row in batch.rows], 0).to(batches[0].input_ids.device)
 
 
 def token_mask(batch: TokenBatch) -> torch.Tensor:
@@ -23,6 +23,6 @@ def prediction_mask(batch: TokenBatch) -> torch.Tensor:
 
 
 def _mask(batch: TokenBatch, places: torch.Tensor) -> torch.Tensor:
-    mask = torch.zeros(batch.input_ids.numel(), dtype=torch.bool)
+    mask = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=places.device)
     mask[places] = True
     return mask.reshape(batch.input_ids.shape)

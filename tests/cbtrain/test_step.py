@@ -75,7 +75,7 @@ def gradients_of(step: CircuitBreakerStep, loss: torch.Tensor) -> dict[str, torc
     return {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("pass_tokens", [0, 256], ids=["by length", "together"])
+@pytest.mark.parametrize("pass_tokens", [0, 128], ids=["by length", "together"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("hidden_states", ["early_exit", "output_hidden_states"])
