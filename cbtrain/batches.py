@@ -28,8 +28,9 @@ class Tensors:
     """A dataclass whose tensors move together."""
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same on a device; the CPU waits for what comes to it, which nothing else would make it do."""
+        ahead = torch.device(device).type != "cpu"
+        return self._each(lambda tensor: tensor.to(device, non_blocking=ahead))
 
     def pin_memory(self) -> Self:
         """The same in page-locked memory, from which a GPU copies while the CPU goes on."""

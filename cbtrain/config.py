@@ -92,7 +92,8 @@ class CircuitBreakerConfig:
     retain_layers: Literal["target", "all"] = "target"
     """Layers of the retain loss: the target layers, or every entry of `hidden_states`."""
     hidden_states: Literal["early_exit", "output_hidden_states"] = "early_exit"
-    """Whether passes end at the highest layer that a loss reads, or run the whole model. Same losses."""
+    """Whether passes end at the highest layer that a loss reads, or run the whole model. Without dropout, same losses;
+    with it, other draws."""
 
     lora_rank: int = 16
     """Rank of the adapter."""

@@ -7,7 +7,7 @@ tokens against the model's own forward; any other runs whole, with `output_hidde
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -44,13 +44,13 @@ class Decoder:
     def __init__(self, model: PeftModel, hidden_states: Literal["early_exit", "output_hidden_states"]) -> None:
         self.model = model
         self._base = model.get_base_model()
-        path, blocks = decoder_blocks(self._base)
+        path, blocks = decoder_blocks(self._base) or (None, ())
         # Of some families `get_decoder` gives the whole model.
-        self._decoder = self._base.get_submodule(path.rpartition(".")[0])
+        self._decoder = self._base.get_submodule(path.rpartition(".")[0]) if path else self._base.get_decoder()
         self._blocks = list(blocks)
         adapted = [any(p.requires_grad for p in block.parameters()) for block in self._blocks]
         self._first_adapted = adapted.index(True) if any(adapted) else len(adapted)
-        self.layers = len(self._blocks)
+        self.layers: int = self._base.config.get_text_config().num_hidden_layers
         """Number N of decoder blocks."""
         sample = _sample(self._base.device)
         with teacher_view(model):
@@ -76,17 +76,17 @@ class Decoder:
             return self._select(batch, self._run_whole(_inputs(batch)), layers, final), teacher
         entry = self._enter(_inputs(batch))
         with torch.no_grad():
-            shared = self._run(entry, {0: entry.hidden}, min(self._first_adapted, max(layers)))
+            shared = self._run(entry, {0: entry.hidden}, min(self._first_adapted, max(layers)), layers)
         if teacher is None:
             with teacher_view(self.model):
-                teacher = self._select(batch, self._run(entry, shared, self._top(layers, final)), layers, final)
+                teacher = self._select(batch, self._run(entry, shared, self._top(layers, final), layers), layers, final)
         if any(getattr(block, "gradient_checkpointing", False) for block in self._blocks):
             # Reentrant checkpoints keep a graph only for inputs that require gradient.
             start = max(shared)
             shared[start] = shared[start].detach().requires_grad_(torch.is_grad_enabled())
-        hidden = self._run(entry, shared, max(layers))
+        hidden = self._run(entry, shared, max(layers), layers)
         with torch.set_grad_enabled(torch.is_grad_enabled() and final_gradient):
-            hidden = self._run(entry, hidden, self._top(layers, final))
+            hidden = self._run(entry, hidden, self._top(layers, final), layers)
         return self._select(batch, hidden, layers, final), teacher
 
     def teacher(self, batch: TokenBatch, layers: Sequence[int], final: bool) -> TeacherStates:
@@ -95,7 +95,7 @@ class Decoder:
             if not self.early_exit:
                 return self._select(batch, self._run_whole(_inputs(batch)), layers, final)
             entry = self._enter(_inputs(batch))
-            hidden = self._run(entry, {0: entry.hidden}, self._top(layers, final))
+            hidden = self._run(entry, {0: entry.hidden}, self._top(layers, final), layers)
             return self._select(batch, hidden, layers, final)
 
     def _top(self, layers: Sequence[int], final: bool) -> int:
@@ -115,13 +115,15 @@ class Decoder:
             self._decoder(**inputs)
         return _Entry(hidden[0], calls)
 
-    def _run(self, entry: _Entry, states: dict[int, Tensor], top: int) -> dict[int, Tensor]:
-        """Hidden states 0 … `top`, going on from the highest in `states`."""
+    def _run(self, entry: _Entry, states: dict[int, Tensor], top: int, keep: Collection[int]) -> dict[int, Tensor]:
+        """Hidden states `keep` and `top`, going on from the highest in `states`."""
         states, start = dict(states), max(states)
         for index in range(start, top):
             args, kwargs = entry.calls[index]
             output = self._blocks[index](states[index], *args, **kwargs)
             states[index + 1] = output[0] if isinstance(output, tuple) else output
+            if index not in keep:
+                del states[index]
         if start < top == self.layers:
             states[top] = self._norm(states[top])
         return states
@@ -136,10 +138,7 @@ class Decoder:
     ) -> TeacherStates:
         """What the losses read of the hidden states."""
         tokens = [_at(hidden[layer], batch.scored_tokens) for layer in layers]
-        head_input = None
-        if final:
-            head_input = _at(hidden[self.layers], batch.scored_predictions)
-            head_input = head_input if self.head.scale == 1 else head_input * self.head.scale
+        head_input = _at(hidden[self.layers], batch.scored_predictions) if final else None
         return TeacherStates(torch.stack(tokens, dim=1), head_input)
 
     def _can_run_by_blocks(self, sample: dict[str, Any]) -> bool:
@@ -147,7 +146,7 @@ class Decoder:
         whole = self._run_whole(sample)
         try:
             entry = self._enter(sample)
-            by_blocks = self._run(entry, {0: entry.hidden}, self.layers)
+            by_blocks = self._run(entry, {0: entry.hidden}, self.layers, range(self.layers))
             same = all(torch.equal(by_blocks[layer], state) for layer, state in whole.items())
         except Exception:  # whatever a model of another build makes of it
             same = False

@@ -6,7 +6,7 @@ workers and in a plain process.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -36,15 +36,15 @@ def reduce_sum(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def gathered(parameter: Tensor) -> Iterator[None]:
-    """The parameter whole for the body, where ZeRO-3 has partitioned it; small ones it leaves whole."""
-    status = getattr(parameter, "ds_status", None)
-    if status is None or status.name == "AVAILABLE":
+def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """The parameters whole for the body, where ZeRO-3 has partitioned them; small ones it leaves whole."""
+    apart = [p for p in parameters if hasattr(p, "ds_status") and p.ds_status.name != "AVAILABLE"]
+    if not apart:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters(apart):
         yield
 
 

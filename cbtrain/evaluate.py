@@ -120,12 +120,13 @@ def _predictions(
     """Of a chunk of predictions at a time: the teacher's logits, the student's less those, the tokens that came."""
     following = batch.input_ids.flatten()[batch.scored_predictions + 1].to(distributed.device())
     ours, theirs = student.head_input, teacher.head_input
-    head = decoder.head.arguments()
-    with distributed.gathered(head["lm_head_weight"]):
+    with distributed.gathered(decoder.head.parameters()):
+        head, scale = decoder.head.arguments(), decoder.head.scale
         rows = rows_per_chunk(head["lm_head_weight"].shape[0], CHUNK_BYTES)
         for start in range(0, len(following), rows):
             chunk = slice(start, start + rows)
-            yield *teacher_logits_and_difference(ours[chunk], theirs[chunk], **head), following[chunk]
+            logits, difference = teacher_logits_and_difference(ours[chunk], theirs[chunk], **head)
+            yield scale * logits, scale * difference, following[chunk]
 
 
 def _add_drift(logits: Tensor, difference: Tensor, following: Tensor, means: Means, weight: int) -> None:

@@ -68,8 +68,8 @@ def fused_linear_kl(
     student, teacher = _selected(student_hidden, teacher_hidden, mask)
     _check_head(student, lm_head_weight, bias, teacher_lm_head_weight)
     count = student.shape[0]
-    denominator = max(count, 1) if denominator is None else denominator
-    if count and denominator <= 0:
+    denominator = max(count, 1) if denominator is None or not count else denominator
+    if denominator <= 0:
         raise ValueError(f"denominator is {denominator}; it must be more than 0")
     head_has_gradient = lm_head_weight.requires_grad or (bias is not None and bias.requires_grad)
     # Autocast would round the logits to bfloat16.
@@ -92,12 +92,16 @@ def teacher_logits_and_difference(
     lm_head_weight: Tensor,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    teacher_lm_head_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The teacher's logits and student − teacher, each [C, V], in float32 or better, without gradients.
 
     Their sum is the student's logits; the difference is more accurate than that of two logits. Both have passed
     bias and softcap. Arguments as in `fused_linear_kl`, both hidden states [C, H].
     """
+    if teacher_lm_head_weight is not None:
+        teacher_logits = _plain_logits(teacher_hidden, teacher_lm_head_weight, bias, softcap)
+        return teacher_logits, _plain_logits(student_hidden, lm_head_weight, bias, softcap) - teacher_logits
     logits, difference = _project(student_hidden, teacher_hidden, lm_head_weight).chunk(2)
     return _cap(logits, difference, bias, softcap)[:2]
 

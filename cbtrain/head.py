@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import PreTrainedModel
 
 from cbtrain.config import InputError
@@ -18,7 +19,7 @@ class Head:
     softcap: float | None
     """Gemma 2's cap; None caps nothing."""
     scale: float
-    """What Cohere's and Granite's models multiply their logits by."""
+    """What Cohere's and Granite's models multiply their logits by. Scaling hidden states instead would round them."""
 
     @classmethod
     def of(cls, base: PreTrainedModel, decoder: Any, sample: dict[str, Any]) -> "Head":
@@ -41,16 +42,15 @@ class Head:
             raise InputError(f"--model: {type(base).__name__} makes its logits by more than a head, a scale and a cap")
         return cls(module, softcap, scale)
 
+    def parameters(self) -> list[nn.Parameter]:
+        """What ZeRO-3 may have partitioned."""
+        return list(self.module.parameters())
+
     def arguments(self) -> dict[str, Any]:
-        """The head as `fused_linear_kl` takes it, for hidden states that already carry the scale."""
+        """The head, without its scale, as `fused_linear_kl` takes it; ZeRO-3's parts of it must be gathered."""
         adapted = isinstance(self.module, BaseTunerLayer)
         linear = self.module.get_base_layer() if adapted else self.module
-        bias = getattr(linear, "bias", None)
-        head = {
-            "lm_head_weight": linear.weight,
-            "bias": bias if bias is None else self.scale * bias,
-            "softcap": self.softcap,
-        }
+        head = {"lm_head_weight": linear.weight, "bias": getattr(linear, "bias", None), "softcap": self.softcap}
         if adapted:
             deltas = [self.module.get_delta_weight(name) for name in self.module.active_adapters]
             head |= {"lm_head_weight": linear.weight + sum(deltas), "teacher_lm_head_weight": linear.weight}

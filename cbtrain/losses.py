@@ -57,7 +57,7 @@ def kl_divergence_loss(
     """T² · KL(teacher ‖ student) at temperature T, mean over the selected positions, in nats per token.
 
     The tensors are taken as aligned: position i of the masks selects position i of the logits. For a causal
-    model whose mask marks *tokens*, shift it by one first (`TokenBatch.prediction_mask`).
+    model whose mask marks *tokens*, shift it by one first (`TokenBatch.scored_predictions` has the places).
 
     Args:
         student_logits, teacher_logits: [..., V].

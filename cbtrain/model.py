@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from cbtrain import tiny
 from cbtrain.config import CircuitBreakerConfig, InputError
+from cbtrain.files import stamp
 
 
 def resolve(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
@@ -31,7 +32,7 @@ def check_rows(config: CircuitBreakerConfig, longest: int, largest_id: int) -> N
         longest: tokens of the longest row.
         largest_id: the largest token id in any row.
     """
-    text = _skeleton(config.model).config.get_text_config()
+    text = _skeleton(config.model, _stamps(config.model)).config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions and longest > positions:
         raise InputError(f"--max-length {config.max_length}: the model has {positions} positions")
@@ -44,7 +45,7 @@ def check_rows(config: CircuitBreakerConfig, longest: int, largest_id: int) -> N
 
 def hidden_size(config: CircuitBreakerConfig) -> int:
     """H, told by the model's structure."""
-    return _skeleton(config.model).config.get_text_config().hidden_size
+    return _skeleton(config.model, _stamps(config.model)).config.get_text_config().hidden_size
 
 
 def load_tokenizer(config: CircuitBreakerConfig) -> PreTrainedTokenizerBase:
@@ -64,17 +65,25 @@ def check_fit(config: CircuitBreakerConfig) -> int:
         InputError: the model cannot be found, or a field names a layer or module that it does not have.
     """
     with _loading("model", config.model):
-        _, blocks = decoder_blocks(_skeleton(config.model))
+        skeleton = _skeleton(config.model, _stamps(config.model))
         for file in sorted(Path(config.model).glob("*.safetensors")):
             with safe_open(file, framework="pt"):
                 pass  # reading the header tells a file that was cut short
-    check_layers(config, len(blocks))
-    lora_targets(blocks, config)
-    return len(blocks)
+    count = skeleton.config.get_text_config().num_hidden_layers
+    check_layers(config, count)
+    lora_targets(skeleton, config)
+    return count
+
+
+def _stamps(name: str) -> tuple[tuple, ...]:
+    """What changes when a model directory's files are replaced; nothing for a name of the hub."""
+    if not Path(name).is_dir():
+        return ()
+    return tuple((path.name, *stamp(path)) for path in sorted(Path(name).iterdir()) if path.is_file())
 
 
 @functools.lru_cache(maxsize=1)
-def _skeleton(name: str) -> PreTrainedModel:
+def _skeleton(name: str, _stamps: tuple) -> PreTrainedModel:
     """The model's modules with neither weights nor memory."""
     structure = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
@@ -95,7 +104,7 @@ def _loading(field: str, name: str) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_base(name: str, dtype: str) -> PreTrainedModel:
+def _load_base(name: str, dtype: str, _stamps: tuple) -> PreTrainedModel:
     model, report = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
     lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if lacking:  # the library would fill them with random numbers, others in each process
@@ -104,12 +113,12 @@ def _load_base(name: str, dtype: str) -> PreTrainedModel:
 
 
 def load_base(config: CircuitBreakerConfig) -> PreTrainedModel:
-    """The frozen base model, kept in the process for the next run of the same model and dtype.
+    """The frozen base model, kept in the process for the next run of the same unchanged files and dtype.
 
     Whoever adapts it takes the adapter off again (`PeftModel.unload`) before the next call.
     """
     with _loading("model", config.model):
-        return _load_base(config.model, config.dtype)
+        return _load_base(config.model, config.dtype, _stamps(config.model))
 
 
 def forget_base() -> None:
@@ -135,25 +144,25 @@ def check_layers(config: CircuitBreakerConfig, layers: int) -> None:
             raise InputError(f"--target-layers {target}: no LoRA layer below it ({covered}), so it cannot move")
 
 
-def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The name of the list of decoder blocks within the model, and the list.
-
-    Raises:
-        InputError: no `ModuleList` of the configured length is found.
-    """
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
+    """The name of the list of decoder blocks within the model, and the list; None where there is no such list."""
     count = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
-    raise InputError(f"--model: found no list of {count} decoder blocks in {type(model).__name__}")
+    return None
 
 
-def lora_targets(blocks: nn.ModuleList, config: CircuitBreakerConfig) -> list[str]:
+def lora_targets(model: PreTrainedModel, config: CircuitBreakerConfig) -> list[str]:
     """Names of the linear modules of a block that the adapter goes on.
 
     Raises:
-        InputError: a name in `lora_targets` is no linear module of the blocks.
+        InputError: a name in `lora_targets` is no linear module of the blocks, or chosen blocks cannot be found.
     """
+    found = decoder_blocks(model)
+    if found is None and config.lora_layers is not None:
+        raise InputError(f"--lora-layers: found no list of decoder blocks in {type(model).__name__}; leave it out")
+    blocks = found[1] if found else model.get_decoder()
     linear = sorted({n.rsplit(".", 1)[-1] for n, m in blocks.named_modules() if _is_linear(m)})
     if not linear:
         raise InputError(f"--model {config.model}: its blocks have no torch.nn.Linear for LoRA to go on")
@@ -181,15 +190,15 @@ def add_adapter(base: PreTrainedModel, config: CircuitBreakerConfig) -> PeftMode
     Raises:
         InputError: a name in `lora_targets` is no linear module of the blocks.
     """
-    path, blocks = decoder_blocks(base)
+    targets, found = lora_targets(base, config), decoder_blocks(base)
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=lora_targets(blocks, config),
+        target_modules=targets,
         layers_to_transform=None if config.lora_layers is None else list(config.lora_layers),
-        layers_pattern=None if config.lora_layers is None else path.rsplit(".", 1)[-1],
+        layers_pattern=found[0].rsplit(".", 1)[-1] if found and config.lora_layers is not None else None,
         bias="none",
         task_type="CAUSAL_LM",
     )

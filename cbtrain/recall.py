@@ -6,6 +6,8 @@ its cache, or says why it cannot have one, in which case every step runs the tea
 
 import contextlib
 import errno
+import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import torch
 from transformers.utils import cached_file
 
 from cbtrain import distributed
-from cbtrain.config import CircuitBreakerConfig
+from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.data import CircuitBreakerData
 from cbtrain.decoder import Decoder
 from cbtrain.files import exclusive
@@ -58,10 +60,13 @@ def plan_cache(
     Args:
         setting: `auto` for `default` where it fits and pays, `off`, or a directory.
         runs: how many runs will read it.
+
+    Raises:
+        InputError: no such directory can be.
     """
     if setting == OFF:
         return CachePlan(None, f"off, {LIVE}")
-    directory = default if setting == AUTO else Path(setting).absolute()
+    directory = default if setting == AUTO else _usable(setting)
     coming = prospect(config, data, check_fit(config), directory)
     held_out = len(data.harmful.held_out) + len(data.benign.held_out)
     evaluations = -(-config.steps // config.eval_every) if config.eval_every else 1
@@ -69,12 +74,29 @@ def plan_cache(
     size = f"teacher states of {len(coming.wanted):,} rows, {in_units(coming.bytes)}"
     if setting == AUTO and runs * read < WORTH_READS * len(coming.wanted):
         return CachePlan(None, f"off, {LIVE}: {size}, would be read less than twice each")
+    # What lies there already may be of other rows; `open_or_build` counts what is missing.
+    there = sum(path.stat().st_size for path in directory.glob("*/*.safetensors"))
     try:
-        coming.require_room()
+        coming.require_room(max(0, coming.bytes - there))
     except OSError as error:
         return CachePlan(None, f"off, {LIVE}: it {error.strerror}")
     says = f"{size} of {in_units(coming.free_bytes)} free"
     return CachePlan(directory, says, len(coming.wanted), coming.bytes, read)
+
+
+def _usable(setting: str) -> Path:
+    """A directory of the user's, which need not exist.
+
+    Raises:
+        InputError: it can be none, or cannot be written to.
+    """
+    if not setting:
+        raise InputError(f"--teacher-cache: name a directory, or {AUTO} or {OFF}")
+    directory = Path(setting).absolute()
+    existing = next(place for place in (directory, *directory.parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"--teacher-cache {setting}: {existing} is not a directory that can be written to")
+    return directory
 
 
 @dataclass(frozen=True)
@@ -85,10 +107,10 @@ class Prospect:
     bytes: int
     free_bytes: int
 
-    def require_room(self) -> None:
-        """Raise `OSError` where the disk is too small."""
-        if self.bytes * HEADROOM > self.free_bytes:
-            raise OSError(errno.ENOSPC, f"needs {in_units(self.bytes)}, {in_units(self.free_bytes)} are free")
+    def require_room(self, missing_bytes: int) -> None:
+        """Raise `OSError` where the disk is too small for what is not there yet."""
+        if missing_bytes * HEADROOM > self.free_bytes:
+            raise OSError(errno.ENOSPC, f"needs {in_units(missing_bytes)}, {in_units(self.free_bytes)} are free")
 
 
 def prospect(config: CircuitBreakerConfig, data: CircuitBreakerData, blocks: int, directory: Path) -> Prospect:
@@ -123,8 +145,11 @@ def open_or_build(
                 stack.enter_context(_building(directory))
             identity = _together(lambda: weights_identity(_model_directory(config.model), config.dtype, directory))
             cache = _together(lambda: TeacherCache(directory, identity))
-            if cache.missing(coming.wanted):
-                _together(coming.require_room)
+            missing = cache.missing(coming.wanted)
+            _require_agreement(missing)
+            if missing:
+                size = estimated_bytes(missing, hidden_size(config), config.dtype)
+                _together(lambda: coming.require_room(size))
                 _together(
                     lambda: cache.build(
                         coming.wanted,
@@ -163,6 +188,19 @@ def _together(work: Callable[[], Result]) -> Result:
     if distributed.reduce_sum(failures).item():
         raise failure or OSError("another worker could not read or write it")
     return result
+
+
+def _require_agreement(missing: list[WantedStates]) -> None:
+    """Raise `OSError` on every rank unless all miss the same rows, as they do who see the same directory.
+
+    Ranks that did not would wait for each other in different collectives.
+    """
+    digest = hashlib.sha256("".join(sorted(each.key for each in missing)).encode()).digest()
+    mine = torch.tensor(list(digest), dtype=torch.float64, device=distributed.device())
+    mean = distributed.reduce_sum(mine.clone()) / distributed.world_size()
+    apart = distributed.reduce_sum((mean - mine).abs().sum())
+    if apart.item() > 0:
+        raise OSError("a run's workers must all see the same directory, and these do not")
 
 
 def _require_all(cache: TeacherCache, wanted: list[WantedStates]) -> None:

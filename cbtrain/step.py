@@ -63,12 +63,13 @@ class CircuitBreakerStep(nn.Module):
         return StepOutput(loss=loss, parts=torch.stack([loss, *losses]).detach())
 
     def _kl(self, ours: TeacherStates, theirs: TeacherStates, denominator: int) -> Tensor:
-        head = self.decoder.head.arguments()
-        with distributed.gathered(head["lm_head_weight"]):
-            return fused_linear_kl(
+        """T² · KL(T) of scaled logits is scale² · (T / scale)² · KL(T / scale) of the head's own."""
+        head = self.decoder.head
+        with distributed.gathered(head.parameters()):
+            return head.scale**2 * fused_linear_kl(
                 ours.head_input,
                 theirs.head_input,
-                temperature=self.config.kl_temperature,
+                temperature=self.config.kl_temperature / head.scale,
                 denominator=max(denominator, 1),
-                **head,
+                **head.arguments(),
             )

@@ -96,8 +96,8 @@ def estimated_bytes(wanted: Sequence[WantedStates], hidden_size: int, dtype: str
 class TeacherCache:
     """The shards of one teacher: which rows they hold, and their states.
 
-    `missing`, `build` and `states` go by the shards that were there when `open` was last called; shards that vanish
-    afterwards can still be read.
+    `missing`, `build` and `states` go by the shards that were there when `open` was last called; on a local disk,
+    shards that vanish afterwards can still be read.
     """
 
     def __init__(self, directory: Path, identity: str) -> None:
@@ -165,7 +165,7 @@ class TeacherCache:
             shard_bytes: a shard is written once it has as many.
 
         Raises:
-            OSError: the disk is full, a quota or limit is reached; what this call wrote is removed.
+            OSError: the disk is full, a quota or limit is reached; what this rank wrote is removed.
         """
         writer = _ShardWriter(self.directory, shard_bytes)
         for turn in _turns(self.missing(wanted), batch_size, world_size):

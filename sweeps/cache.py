@@ -39,9 +39,11 @@ def fill_cache(plan: "CachePlan", context: "TrialContext") -> CacheReport:
         from cbtrain.loop import fill_teacher_cache
         from cbtrain.model import forget_base
 
-        with bar("Running the teacher", plan.rows) as advance:
-            rows, teacher_s = fill_teacher_cache(context.config, plan.directory, advance)
-        forget_base()  # the trials' processes load their own
+        try:
+            with bar("Running the teacher", plan.rows) as advance:
+                rows, teacher_s = fill_teacher_cache(context.config, plan.directory, advance)
+        finally:
+            forget_base()  # the trials' processes load their own
     else:
         from sweeps.trial import fill_cache_on_workers
 

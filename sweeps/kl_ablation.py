@@ -234,11 +234,12 @@ def _with_cache(
         return context, None
     from cbtrain.recall import LIVE, CacheUnavailableError
     from sweeps.cache import fill_cache
+    from sweeps.progress import wrapped
 
     try:
         report = fill_cache(plan, context)
     except CacheUnavailableError as error:
-        print(f"cache     off, {LIVE}: {error}\n", flush=True)
+        print("\n".join(wrapped(f"cache     off, {LIVE}: {error}")) + "\n", flush=True)
         run.update(teacher_cache=f"off: {error}")
         return context, None
     run.update(teacher_cache={"directory": plan.directory, **dataclasses.asdict(report)})

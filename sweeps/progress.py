@@ -38,9 +38,14 @@ def plan_lines(settings: PlanSettings, budget: Budget, cache: str, run_dir: Path
         *lines,
         f"search    beta_kl {low:g}–{high:g} (log) × kl_temperature {cold:g}–{hot:g} · minimise benign drift",
         f"subject   rerouting lost ≤ {100 * settings.reroute_tolerance:g} % of what the baseline achieves",
-        *textwrap.wrap(f"cache     {cache}", WIDTH, subsequent_indent=INDENT),
+        *wrapped(f"cache     {cache}"),
         f"run       {run_dir}",
     ]
+
+
+def wrapped(text: str) -> list[str]:
+    """A labelled text in lines of the screen's width."""
+    return textwrap.wrap(text, WIDTH, subsequent_indent=INDENT)
 
 
 @contextlib.contextmanager
@@ -130,10 +135,9 @@ def summary_lines(
             f"{with_relation('P', decision.probability_feasible or 0)}{', confirmed' if decision.confirmed else ''}"
         )
         if decision.behaviour_warning:
-            lines += textwrap.wrap(f"but       {decision.behaviour_warning}", WIDTH, subsequent_indent=INDENT)
+            lines += wrapped(f"but       {decision.behaviour_warning}")
     else:
-        verdict = f"verdict   {decision.verdict}: {explanation(decision)}"
-        lines += textwrap.wrap(verdict, WIDTH, subsequent_indent=INDENT)
+        lines += wrapped(f"verdict   {decision.verdict}: {explanation(decision)}")
     return [
         *lines,
         f"next      python analysis/pick_beta.py {quoted}",
@@ -147,9 +151,10 @@ def _spared(cache: CacheReport, trials: int) -> list[str]:
     """What the cache saved, by the seconds that the teacher took for a row when it was filled."""
     read = trials * cache.rows_read_by_a_trial
     line = f"cache     {cache.rows_computed:,} rows through the teacher in place of {read:,}"
-    if cache.rows_computed:
-        line += f", about {cache.teacher_s / cache.rows_computed * read - cache.wall_s:.0f} s saved"
-    return textwrap.wrap(line, WIDTH, subsequent_indent=INDENT)
+    saved = cache.teacher_s / max(cache.rows_computed, 1) * read - cache.wall_s
+    if saved > 0:
+        line += f", about {saved:.0f} s saved"
+    return wrapped(line)
 
 
 def _overhead(ended: Sequence[Row]) -> list[str]:

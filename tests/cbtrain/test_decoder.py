@@ -6,14 +6,19 @@ import pytest
 import torch
 from causal_models import MODELS, model_of
 from peft import LoraConfig, get_peft_model
+from plain_step import plain_step
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from cbtrain import decoder as decoder_module
-from cbtrain.batches import TeacherStates, TokenBatch, collate
+from cbtrain.batches import PairedBatch, ScoredCounts, TeacherStates, TokenBatch, collate
 from cbtrain.config import InputError, get_config
 from cbtrain.decoder import Decoder
+from cbtrain.evaluate import HeldOut, evaluate
 from cbtrain.model import add_adapter
+from cbtrain.schedule import Coefficients
+from cbtrain.step import CircuitBreakerStep
 from cbtrain.tokens import TokenRow
 
 CONFIG = get_config("tiny", lora_init_std=0.1)
@@ -75,7 +80,7 @@ def test_the_head_on_the_final_states_gives_the_models_own_logits(name, batch):
     decoder = Decoder(model, "early_exit")
     student, _ = decoder.states(batch, [1], final=True)
     head = decoder.head.arguments()
-    logits = torch.nn.functional.linear(student.head_input, head["lm_head_weight"], head["bias"])
+    logits = decoder.head.scale * torch.nn.functional.linear(student.head_input, head["lm_head_weight"], head["bias"])
     if head["softcap"]:
         logits = head["softcap"] * torch.tanh(logits / head["softcap"])
     own = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -219,3 +224,45 @@ def test_an_adapted_head_is_the_students_alone(batch):
     assert torch.allclose(found, own[batch.scored_predictions], atol=1e-5)
     assert head["lm_head_weight"].requires_grad
     assert torch.equal(head["teacher_lm_head_weight"], base.lm_head.base_layer.weight)
+
+
+@pytest.mark.parametrize("name", ["granite", "gemma2", "phi"])
+def test_losses_and_metrics_are_those_of_the_models_own_logits(name, batch):
+    """Whatever a family does to its logits: the KL at a temperature, and the held-out metrics."""
+    config = replace(CONFIG, target_layers=(2,), kl_temperature=2.0)
+    step = CircuitBreakerStep(add_adapter(model_of(name), config), config)
+    pair = PairedBatch((batch,), (batch,))
+    counts = ScoredCounts(len(batch.scored_tokens), len(batch.scored_tokens), len(batch.scored_predictions), 0)
+    loss, expected = plain_step(step.model, pair, config, Coefficients(1.0, 1.0, 1.0))
+    loss.backward()
+    gradients = [p.grad.clone() for p in step.model.parameters() if p.requires_grad]
+    step.zero_grad()
+    output = step(pair, counts, Coefficients(1.0, 1.0, 1.0))
+    output.loss.backward()
+    assert output.parts.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+    for found, gradient in zip((p.grad for p in step.model.parameters() if p.requires_grad), gradients, strict=True):
+        assert torch.allclose(found, gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+    cold = plain_step(step.model, pair, replace(config, kl_temperature=1.0), Coefficients(1.0, 1.0, 1.0))[1][3]
+    metrics = evaluate(step.decoder, HeldOut([batch], [batch]), config)
+    assert metrics["eval_benign_kl"] == pytest.approx(cold.item(), rel=1e-4)
+
+
+def test_a_pass_keeps_only_the_hidden_states_that_were_asked_for(batch):
+    decoder = Decoder(add_adapter(model_of("llama"), CONFIG), "early_exit")
+    entry = decoder._enter(decoder_module._inputs(batch))
+    assert sorted(decoder._run(entry, {0: entry.hidden}, 4, [1])) == [1, 4]
+
+
+def test_a_model_whose_blocks_cannot_be_found_runs_whole_and_says_so(batch, capsys):
+    decoder_module._say_once.cache_clear()
+    base = model_of("llama")
+    base.model.layers.append(nn.Identity())  # one more than the configuration has, which the model does not run
+    model = add_adapter(base, CONFIG)
+    decoder = Decoder(model, "early_exit")
+    assert not decoder.early_exit
+    assert "does not run block by block" in capsys.readouterr().err
+    expected, _ = Decoder(add_adapter(model_of("llama"), CONFIG), "early_exit").states(batch, [1, 4], final=True)
+    student, _ = decoder.states(batch, [1, 4], final=True)
+    assert equal(student, expected)
+    with pytest.raises(InputError, match="--lora-layers: found no list of decoder blocks"):
+        add_adapter(model.unload(), replace(CONFIG, lora_layers=(1,)))

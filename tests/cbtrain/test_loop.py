@@ -153,13 +153,13 @@ def test_two_workers_agree_with_one(small_config, tmp_path):
         "import json, sys; from pathlib import Path\n"
         "from cbtrain.config import CircuitBreakerConfig; from cbtrain.loop import train\n"
         "fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.load(open(sys.argv[1])).items()}\n"
-        "train(CircuitBreakerConfig(**fields), Path(sys.argv[2]), lambda m: None)\n"
+        "train(CircuitBreakerConfig(**fields), Path(sys.argv[2]), lambda m: None, teacher_cache=Path(sys.argv[3]))\n"
     )
     (tmp_path / "work.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
-        [*command, str(tmp_path / "work.py"), str(config), str(tmp_path / "two")],
+        [*command, str(tmp_path / "work.py"), str(config), str(tmp_path / "two"), str(tmp_path / "cache")],
         env=environment,
         capture_output=True,
         text=True,
@@ -167,6 +167,7 @@ def test_two_workers_agree_with_one(small_config, tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) > 1, "both share the work of filling the cache"
     for ours, theirs in zip(lines_of(tmp_path / "two"), lines_of(tmp_path / "one"), strict=True):
         for name in (*LOSSES, *(key for key in theirs if key.startswith(("eval_", "base_")) and key != "eval_s")):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (ours["step"], name)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cbtrain import loop, recall
-from cbtrain.config import CircuitBreakerConfig, get_config
+from cbtrain.config import CircuitBreakerConfig, InputError, get_config
 from cbtrain.decoder import Decoder
 from cbtrain.loop import adapted_model, fill_teacher_cache, prepare, train
-from cbtrain.model import resolve
+from cbtrain.model import forget_base, resolve
 from cbtrain.recall import CacheUnavailableError, in_units, open_or_build, plan_cache, prospect
 from cbtrain.teacher import TeacherCache
 
@@ -47,6 +48,7 @@ def teacher_calls(monkeypatch) -> list[int]:
 def test_a_run_is_the_same_with_and_without_the_cache(small_config, tmp_path, retain_layers):
     config = replace(small_config, steps=12, lora_init_std=0.05, retain_layers=retain_layers)
     live, cached = run(config, tmp_path / "live", None), run(config, tmp_path / "cached", tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("*/*.safetensors")), "there was no cache"
     for name in (*EVALUATED, "base_harmful_nll", "base_benign_nll", "loss", "loss_kl"):
         assert cached[name] == pytest.approx(live[name], rel=1e-4), name
     assert cached["eval_loss_reroute"] < 0.99, "nothing was trained"
@@ -146,7 +148,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_the_live_teacher_and_no_shard(
     small_config, tmp_path, small_disk, monkeypatch, capsys
 ):
     """The estimate is made to promise room, as it does where something else is writing too."""
-    monkeypatch.setattr(recall.Prospect, "require_room", lambda _self: None)
+    monkeypatch.setattr(recall.Prospect, "require_room", lambda *_: None)
     found = run(small_config, tmp_path / "a", small_disk / "cache")
     assert found["step"] == small_config.steps
     assert "No space left on device; every step runs the teacher" in capsys.readouterr().err
@@ -245,8 +247,52 @@ def test_a_whole_trial_is_the_same_within_a_tenth_of_the_seed_noise(tmp_path):
     """Of the embedded default; bench_tiny_world's table has the noise: σ ≥ 0.0029 of reroute, ≥ 0.10 of drift."""
     config = resolve(get_config("tiny", beta_kl=0.3))
     live, cached = run(config, tmp_path / "live", None), run(config, tmp_path / "cached", tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("*/*.safetensors")), "there was no cache"
     assert cached["eval_loss_reroute"] == pytest.approx(live["eval_loss_reroute"], abs=0.00029)
     assert cached["eval_benign_kl"] == pytest.approx(live["eval_benign_kl"], abs=0.01)
     for name in live:
         if name.startswith("eval_") and name != "eval_s":
             assert cached[name] == pytest.approx(live[name], rel=0.01, abs=1e-3), name
+
+
+def test_weights_replaced_between_runs_of_one_process_are_read_anew(small_config, small_world, tmp_path, teacher_calls):
+    model = Path(shutil.copytree(small_world, tmp_path / "model"))
+    config = replace(small_config, model=str(model))
+    run(config, tmp_path / "a", tmp_path / "cache")
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 1.3 * tensor for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    teacher_calls.clear()
+    cached = run(config, tmp_path / "b", tmp_path / "cache")
+    assert sum(teacher_calls) == rows_of(config)
+    forget_base()
+    live = run(config, tmp_path / "c", None)
+    for name in (*EVALUATED, "base_benign_nll"):
+        assert cached[name] == pytest.approx(live[name], rel=1e-4), name
+
+
+def test_a_full_cache_needs_no_room(small_config, tmp_path, monkeypatch, teacher_calls):
+    fill_teacher_cache(small_config, tmp_path / "cache")
+    teacher_calls.clear()
+    usage = recall.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(recall.shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+    data, _ = prepare(small_config)
+    assert plan_cache(str(tmp_path / "cache"), tmp_path, small_config, data, 20).directory == tmp_path / "cache"
+    run(small_config, tmp_path / "a", tmp_path / "cache")
+    assert teacher_calls == []
+
+
+def test_ranks_that_see_other_directories_are_refused_and_do_not_hang(small_config, tmp_path, monkeypatch):
+    """Two ranks, of which the other misses other rows: its digest is added to this one's."""
+    data, pad = prepare(small_config)
+    monkeypatch.setattr(recall.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(recall.distributed, "reduce_sum", lambda tensor: tensor + (tensor.numel() == 32) * 3)
+    with adapted_model(small_config) as model, pytest.raises(CacheUnavailableError, match="see the same directory"):
+        open_or_build(small_config, data, pad, Decoder(model, "early_exit"), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("setting", ["", "{file}", "{file}/cache"])
+def test_a_cache_directory_that_cannot_be_is_refused_beforehand(small_config, tmp_path, setting):
+    (tmp_path / "file").write_text("")
+    data, _ = prepare(small_config)
+    with pytest.raises(InputError, match="--teacher-cache"):
+        plan_cache(setting.format(file=tmp_path / "file"), tmp_path, small_config, data, 20)
