@@ -25,7 +25,9 @@ REACH = 40.0
 # more rows than these. On CUDA the head is read anew for every chunk, so only the budget limits it.
 BLOCK_BYTES = 2**20
 TILE_BYTES = 8 * 2**20
-CPU_ROWS = 80
+CPU_ROWS = 128
+CPU_BYTES = 80 * 2**20
+CUDA_BYTES = 256 * 2**20
 
 
 def fused_linear_kl(
@@ -39,7 +41,7 @@ def fused_linear_kl(
     softcap: float | None = None,
     teacher_lm_head_weight: Tensor | None = None,
     denominator: float | None = None,
-    chunk_bytes: int = 256 * 2**20,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """T² · Σ KL(teacher ‖ student) / denominator at temperature T, in nats; `kl_divergence_loss` of the two heads.
 
@@ -57,7 +59,8 @@ def fused_linear_kl(
         softcap: logits become softcap · tanh(logits / softcap) before the temperature (Gemma 2).
         teacher_lm_head_weight: [V, H] where the student's head differs from the teacher's (an adapted head).
         denominator: None is N. The count of a whole optimizer step makes micro-steps and ranks sum to its mean.
-        chunk_bytes: budget of the chunk's two [C, V] buffers; on CPU a chunk has at most `CPU_ROWS` rows besides.
+        chunk_bytes: budget of the chunk's two [C, V] buffers; None is `CPU_BYTES` or `CUDA_BYTES`. On CPU a chunk has
+            at most `CPU_ROWS` rows besides.
 
     Raises:
         ValueError: temperature is not positive, denominator is not, or shapes do not fit.
@@ -79,7 +82,8 @@ def fused_linear_kl(
             student_logits = _plain_logits(student, lm_head_weight, bias, softcap)
             teacher_logits = _plain_logits(teacher, teacher_weight.detach(), bias, softcap)
             return kl_divergence_loss(student_logits, teacher_logits, None, None, temperature) * (count / denominator)
-        arguments = (student, teacher, lm_head_weight, bias, softcap, temperature, denominator, chunk_bytes)
+        budget = (CUDA_BYTES if student.is_cuda else CPU_BYTES) if chunk_bytes is None else chunk_bytes
+        arguments = (student, teacher, lm_head_weight, bias, softcap, temperature, denominator, budget)
         if torch.is_grad_enabled() and student.requires_grad:
             return _FusedLinearKL.apply(*arguments)
         return _loss_and_gradient(*arguments, with_gradient=False)[0]
@@ -323,9 +327,15 @@ def _selected(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Te
         return student.flatten(0, -2), teacher.flatten(0, -2)
     if mask.dtype != torch.bool or mask.shape != student.shape[:-1]:
         raise ValueError(f"mask {mask.dtype} {tuple(mask.shape)}; bool {tuple(student.shape[:-1])} is needed")
-    selected = student[mask]
+    places = mask.flatten().nonzero().flatten()
+
+    def chosen(hidden: Tensor) -> Tensor:
+        rows = hidden.flatten(0, -2)
+        return rows if len(places) == len(rows) else rows.index_select(0, places)
+
+    selected = chosen(student)
     if teacher.shape == student.shape:
-        teacher = teacher[mask]
+        teacher = chosen(teacher)
     if teacher.shape != selected.shape:
         needed = f"{tuple(student.shape)} or, selected, {tuple(selected.shape)}"
         raise ValueError(f"teacher hidden states {tuple(teacher.shape)}; the student's are {needed}")
