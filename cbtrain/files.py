@@ -44,6 +44,12 @@ def stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the closest of its parents that is there."""
+    absolute = path.absolute()
+    return next(place for place in (absolute, *absolute.parents) if place.exists())
+
+
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
     """Keep other builders out of a cache directory: they wait here, and should `open` the cache when they are in.

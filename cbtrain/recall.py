@@ -21,9 +21,9 @@ from cbtrain import distributed
 from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.data import CircuitBreakerData
 from cbtrain.decoder import Decoder
-from cbtrain.files import exclusive
+from cbtrain.files import exclusive, nearest_existing
 from cbtrain.model import check_fit, hidden_size, retained_layers
-from cbtrain.teacher import TeacherCache, WantedStates, estimated_bytes, wanted_states
+from cbtrain.teacher import TeacherCache, WantedStates, bytes_there, estimated_bytes, wanted_states
 from cbtrain.weights import weights_identity
 
 AUTO, OFF = "auto", "off"
@@ -75,9 +75,8 @@ def plan_cache(
     if setting == AUTO and runs * read < WORTH_READS * len(coming.wanted):
         return CachePlan(None, f"off, {LIVE}: {size}, would be read less than twice each")
     # What lies there already may be of other rows; `open_or_build` counts what is missing.
-    there = sum(path.stat().st_size for path in directory.glob("*/*.safetensors"))
     try:
-        coming.require_room(max(0, coming.bytes - there))
+        coming.require_room(max(0, coming.bytes - bytes_there(directory)))
     except OSError as error:
         return CachePlan(None, f"off, {LIVE}: it {error.strerror}")
     says = f"{size} of {in_units(coming.free_bytes)} free"
@@ -93,7 +92,7 @@ def _usable(setting: str) -> Path:
     if not setting:
         raise InputError(f"--teacher-cache: name a directory, or {AUTO} or {OFF}")
     directory = Path(setting).absolute()
-    existing = next(place for place in (directory, *directory.parents) if place.exists())
+    existing = nearest_existing(directory)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"--teacher-cache {setting}: {existing} is not a directory that can be written to")
     return directory
@@ -116,9 +115,8 @@ class Prospect:
 def prospect(config: CircuitBreakerConfig, data: CircuitBreakerData, blocks: int, directory: Path) -> Prospect:
     """The cache of a configuration in a directory, which need not exist; `blocks` is the model's number of them."""
     wanted = wanted_states(data, config.target_layers, retained_layers(config, blocks))
-    existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
     size = estimated_bytes(wanted, hidden_size(config), config.dtype)
-    return Prospect(wanted, size, shutil.disk_usage(existing).free)
+    return Prospect(wanted, size, shutil.disk_usage(nearest_existing(directory)).free)
 
 
 def open_or_build(

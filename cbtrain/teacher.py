@@ -93,6 +93,15 @@ def estimated_bytes(wanted: Sequence[WantedStates], hidden_size: int, dtype: str
     return sum(each.bytes(hidden_size, dtype) for each in wanted)
 
 
+def bytes_there(directory: Path) -> int:
+    """Bytes of all shards in a cache directory, whatever teacher they are of, while others may add or delete some."""
+    total = 0
+    for path in directory.glob("*/*.safetensors"):
+        with suppress(OSError):
+            total += path.stat().st_size
+    return total
+
+
 class TeacherCache:
     """The shards of one teacher: which rows they hold, and their states.
 

@@ -55,22 +55,17 @@ def fill_cache(plan: "CachePlan", context: "TrialContext") -> CacheReport:
 @contextlib.contextmanager
 def _watching(directory: Path, advance: Callable[[int], None]) -> Iterator[None]:
     """Tell of bytes that other processes add to a cache."""
-    ended = threading.Event()
+    from cbtrain.teacher import bytes_there
 
-    def size() -> int:
-        total = 0
-        for path in directory.glob("*/*.safetensors"):
-            with contextlib.suppress(OSError):
-                total += path.stat().st_size
-        return total
+    ended = threading.Event()
 
     def watch(before: int) -> None:
         while not ended.wait(0.5):
-            now = size()
+            now = bytes_there(directory)
             advance(now - before)
             before = now
 
-    thread = threading.Thread(target=watch, args=(size(),), daemon=True)
+    thread = threading.Thread(target=watch, args=(bytes_there(directory),), daemon=True)
     thread.start()
     try:
         yield

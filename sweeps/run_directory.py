@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from cbtrain.config import InputError
-from cbtrain.files import write_whole
+from cbtrain.files import nearest_existing, write_whole
 
 PACKAGES = ("torch", "transformers", "peft", "ray", "optuna", "deepspeed", "pandas")
 
@@ -46,7 +46,7 @@ class RunDirectory:
         """Raise `InputError` if there is a sweep here already, or none can be."""
         if (self.path / "sweep.json").exists() or (self.path / "study.log").exists():
             raise InputError(f"{self.shown} already holds a sweep{self._progress()}: give another --run-dir")
-        existing = next(place for place in (self.path, *self.path.parents) if place.exists())
+        existing = nearest_existing(self.path)
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise InputError(f"--run-dir {self.shown}: {existing} is not a directory that can be written to")
 
