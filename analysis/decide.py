@@ -6,30 +6,20 @@ Everything is computed from raw metrics, so that tolerance and confidence can be
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from analysis.constraint import absolute_tolerance, baseline_rerouted
 from analysis.decision import Baseline, Decision, Needed, SettingAssessment
-from analysis.posterior import (
-    BETA_KL_RANGE,
-    DRIFT_PRIOR,
-    KL_TEMPERATURE_RANGE,
-    REROUTE_PRIOR,
-    Array,
-    Mixture,
-    Posterior,
-    coordinates,
-    fit,
-)
+from analysis.kernel import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, Array, coordinates
+from analysis.noise import MIN_SEEDS, is_noisy, samples_for, seeds_needed
 from analysis.rules import Outlook, evaluate_rules
+from analysis.surrogate import MAX_MODELLED, METRICS, MIN_DRIFT, Surrogate, finite_trials
 from analysis.wording import count, number, percent, signed, temperature, with_relation
 
-MIN_DRIFT = 1e-12
-"""Nats per token; less drift is taken as this, since its logarithm is modelled."""
-_REQUIRED = ("beta_kl", "kl_temperature", "seed", "status", "eval_loss_reroute", "eval_benign_kl")
+_REQUIRED = ("beta_kl", "kl_temperature", "seed", "status", *METRICS)
 
 
 def decide(trials: pd.DataFrame, *, reroute_tolerance: float = 0.05, confidence: float = 0.95) -> Decision:
@@ -40,6 +30,8 @@ def decide(trials: pd.DataFrame, *, reroute_tolerance: float = 0.05, confidence:
     """
     _check(trials, reroute_tolerance, confidence)
     usable, warnings = finite_trials(trials)
+    if len(usable) > MAX_MODELLED:
+        warnings.append(f"The model rests on {MAX_MODELLED} of {len(usable)} trials, since its cost grows cubically.")
     baselines, candidates = usable[usable["beta_kl"] == 0], usable[usable["beta_kl"] > 0]
     decision = Decision(
         verdict="baseline_failed",
@@ -58,7 +50,7 @@ def decide(trials: pd.DataFrame, *, reroute_tolerance: float = 0.05, confidence:
     if not baseline_rerouted(baselines["eval_loss_reroute"]):
         reason = f"Without KL only {percent(baseline.achieved)} of the rerouting was achieved: nothing to compare with."
         return replace(decision, verdict="baseline_never_rerouted", reason=reason)
-    model = _Model.of(usable, baseline, reroute_tolerance)
+    model = Surrogate.of(trials, reroute_tolerance)
     needed = _needed(model, baseline, tolerance, len(trials))
     decision = replace(decision, verdict="insufficient_evidence", needed=needed)
     if candidates.empty:
@@ -66,11 +58,11 @@ def decide(trials: pd.DataFrame, *, reroute_tolerance: float = 0.05, confidence:
     settings = _assess(candidates, model, baseline, confidence)
     pick = settings[0] if settings[0].qualifies else None
     near = pick.beta_kl if pick else None
-    rules = evaluate_rules(usable, near, model.outlook(0.3, 1.0), model.outlook(0.5, 1.0), confidence)
+    rules = evaluate_rules(usable, near, _outlook(model, 0.3), _outlook(model, 0.5), confidence)
     decision = replace(decision, settings=settings, seed_rules=rules)
     if pick is not None:
         return _chosen(decision, pick, baseline)
-    on_map = model.lost(_map_grid()).probability_below(reroute_tolerance)
+    on_map = model.probability_feasible(_map_grid())
     if max(on_map.max(), settings[0].probability_feasible) < 1 - confidence:
         return _none_qualifies(decision, baseline)
     return replace(decision, reason=_why_insufficient(settings, needed, tolerance, confidence))
@@ -81,40 +73,11 @@ def pick_candidates(decision: Decision) -> tuple[SettingAssessment, ...]:
     return tuple(setting for setting in decision.settings if setting.qualifies)
 
 
-def finite_trials(trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The trials that count: completed, with finite metrics; and a warning about completed ones without."""
-    completed = trials[trials["status"] == "completed"]
-    metrics = completed[["eval_loss_reroute", "eval_benign_kl"]].astype(float)
-    finite = np.isfinite(metrics).all(axis=1)
-    ignored = int((~finite).sum())
-    warnings = [f"{count(ignored, 'completed trial')} without finite metrics: ignored."] if ignored else []
-    return completed[finite].reset_index(drop=True), warnings
-
-
-@dataclass(frozen=True)
-class _Model:
-    """Both metrics' posteriors. Rerouting is in fractions of what the baseline achieved, drift in its logarithm."""
-
-    reroute: Posterior
-    drift: Posterior
-    limit: float
-
-    @classmethod
-    def of(cls, usable: pd.DataFrame, baseline: Baseline, reroute_tolerance: float) -> "_Model":
-        x = coordinates(usable["beta_kl"], usable["kl_temperature"])
-        lost = (usable["eval_loss_reroute"].to_numpy(float) - baseline.eval_loss_reroute) / baseline.achieved
-        log_drift = np.log(usable["eval_benign_kl"].to_numpy(float).clip(min=MIN_DRIFT))
-        seed = usable["seed"].to_numpy()
-        return cls(fit(x, seed, lost, REROUTE_PRIOR), fit(x, seed, log_drift, DRIFT_PRIOR), reroute_tolerance)
-
-    def lost(self, points: Array) -> Mixture:
-        """Rerouting lost against the baseline at `points` `[m, 2]`."""
-        return self.reroute.difference(points, coordinates(0.0, 1.0)[0])
-
-    def outlook(self, beta_kl: float, kl_temperature: float) -> Outlook:
-        point = coordinates(beta_kl, kl_temperature)
-        feasible = float(self.lost(point).probability_below(self.limit)[0])
-        return Outlook(beta_kl, feasible, math.exp(self.drift.value(point).expectation()[0]))
+def _outlook(model: Surrogate, beta_kl: float) -> Outlook:
+    """What the model says of a weight at T = 1, whether it ran or not."""
+    point = coordinates(beta_kl, 1.0)
+    drift = math.exp(model.drift.value(point).expectation()[0])
+    return Outlook(beta_kl, float(model.probability_feasible(point)[0]), drift)
 
 
 def _check(trials: pd.DataFrame, reroute_tolerance: float, confidence: float) -> None:
@@ -148,7 +111,7 @@ def _baseline(baselines: pd.DataFrame, usable: pd.DataFrame) -> Baseline:
 
 
 def _assess(
-    candidates: pd.DataFrame, model: _Model, baseline: Baseline, confidence: float
+    candidates: pd.DataFrame, model: Surrogate, baseline: Baseline, confidence: float
 ) -> tuple[SettingAssessment, ...]:
     """Every setting that ran: those that qualify first, by drift, then the others by probability."""
     groups = list(candidates.groupby(["beta_kl", "kl_temperature"]))
@@ -264,7 +227,7 @@ def _why_insufficient(
         return (
             f"No setting reaches P ≥ {number(confidence)}: under 3 baseline seeds completed, too few to tell the noise."
         )
-    if needed.sigma > tolerance / 2.5:
+    if is_noisy(needed.sigma, tolerance):
         return (
             f"No setting reaches P ≥ {number(confidence)}: seed noise (σ {number(needed.sigma, 2)}) is "
             f"{percent(needed.sigma / tolerance)} of the limit ({number(tolerance, 2)})."
@@ -277,15 +240,14 @@ def _why_insufficient(
     )
 
 
-def _needed(model: _Model, baseline: Baseline, tolerance: float, n_trials: int) -> Needed:
+def _needed(model: Surrogate, baseline: Baseline, tolerance: float, n_trials: int) -> Needed:
     """Seeds for a paired comparison at 5 % error and 80 % power, and a fresh sweep that has room for them."""
     shared, own = model.reroute.seed_and_noise_variance()
     correlation = shared / (shared + own)
-    measured = baseline.reroute_sd if baseline.n_seeds >= 3 else None
+    measured = baseline.reroute_sd if baseline.n_seeds >= MIN_SEEDS else None
     sigma = measured or math.sqrt(shared + own) * baseline.achieved
-    seeds = max(3, math.ceil(12.4 * (1 - correlation) * (sigma / tolerance) ** 2))
-    num_samples = max(2 * n_trials, 10 * math.ceil((2 * seeds + 14) / 10))
-    return Needed(seeds, num_samples, sigma, correlation, measured is not None)
+    seeds = seeds_needed(sigma, tolerance, correlation)
+    return Needed(seeds, max(2 * n_trials, samples_for(seeds)), sigma, correlation, measured is not None)
 
 
 def _map_grid() -> Array:

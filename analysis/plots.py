@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 
-from analysis.decide import MIN_DRIFT, finite_trials
 from analysis.decision import Decision
-from analysis.posterior import Array
+from analysis.kernel import Array
+from analysis.surrogate import MIN_DRIFT, finite_trials
 from analysis.wording import number, temperature
 
 ACCENT = "#0b6bcb"

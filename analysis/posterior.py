@@ -11,7 +11,7 @@ come from fixed quasi-random numbers, so the same data give the same posterior.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -19,47 +19,15 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, ndtri
 from scipy.stats import qmc
 
-Array = NDArray[np.float64]
+from analysis.kernel import JITTER, Array, Prior, covariance, observed_covariance, variance
 
-BETA_KL_RANGE = (1e-3, 2.0)
-"""The search space in beta_kl; its upper end is 1 in the first model coordinate."""
-KL_TEMPERATURE_RANGE = (1.0, 4.0)
-"""The search space in kl_temperature; 0 to 1 in the second model coordinate."""
-
-_BETA_KL_OFFSET = 1e-4
 _DRAWS = 64
 _ROUNDS = 8
 _MIN_EFFECTIVE = 12.0
 _INFLATION = 1.3
 _NEGLIGIBLE = 1e-4
-_JITTER = 1e-10
-_BLOCK_ELEMENTS = 4_000_000
-
-
-@dataclass(frozen=True)
-class Prior:
-    """Log-normal priors of the hyper-parameters, each (median, standard deviation of the logarithm).
-
-    Length scales are in units of the search space (`coordinates`), all else in units of y.
-    """
-
-    signal: tuple[float, float]
-    seed: tuple[float, float]
-    noise: tuple[float, float]
-    level: float
-    length_beta: tuple[float, float] = (0.4, 0.7)
-    length_temperature: tuple[float, float] = (1.0, 0.7)
-
-    def log_medians_and_sds(self) -> tuple[Array, Array]:
-        """`[5]` each, in the order length_beta, length_temperature, signal, seed, noise."""
-        pairs = (self.length_beta, self.length_temperature, self.signal, self.seed, self.noise)
-        return np.log([median for median, _ in pairs]), np.array([sd for _, sd in pairs])
-
-
-REROUTE_PRIOR = Prior(signal=(0.15, 1.0), seed=(0.005, 1.3), noise=(0.006, 1.3), level=1.0)
-"""For rerouting lost as a fraction of what the baseline achieved (noise from about 4e-4 to 0.1)."""
-DRIFT_PRIOR = Prior(signal=(1.5, 0.6), seed=(0.1, 0.9), noise=(0.15, 0.8), level=5.0)
-"""For the logarithm of benign drift."""
+_MAX_LEARNT_FROM = 80
+_MAX_DRAWS_OF_MANY = 64
 
 
 @dataclass(frozen=True)
@@ -94,6 +62,8 @@ class Posterior:
     """The fitted model: n observations under the D hyper-parameter draws that carry weight."""
 
     x: Array
+    seed: NDArray
+    """`[n]` labels; observations of one label share an error."""
     theta: Array
     weights: Array
     level: float
@@ -105,14 +75,15 @@ class Posterior:
 
     def value(self, points: Array) -> Mixture:
         """level + f at `points` `[m, 2]`: what a run would give on average over seeds."""
-        cross = _matern(points, self.x, self.theta) + self.level**2
-        prior_variance = np.exp(2 * self.theta[:, 2:3]) + self.level**2
+        cross = covariance(points, self.x, self.theta) + self.level**2
+        prior_variance = variance(points, self.theta) + self.level**2
         return self._condition(cross, prior_variance, self.offset)
 
     def difference(self, points: Array, reference: Array) -> Mixture:
         """f at `points` `[m, 2]` minus f at `reference` `[2]`, jointly: level and what both share cancel."""
-        at_reference = _matern(points, reference[None], self.theta)[:, :, 0]
-        prior_variance = 2 * (np.exp(2 * self.theta[:, 2:3]) - at_reference)
+        at_reference = covariance(points, reference[None], self.theta)[:, :, 0]
+        own = variance(points, self.theta) + variance(reference[None], self.theta)
+        prior_variance = own - 2 * at_reference
         return self._condition(self._cross_difference(points, reference), prior_variance, 0.0)
 
     def seed_and_noise_variance(self) -> tuple[float, float]:
@@ -120,45 +91,78 @@ class Posterior:
         medians = [_weighted_median(self.theta[:, column], self.weights) for column in (3, 4)]
         return math.exp(2 * medians[0]), math.exp(2 * medians[1])
 
+    def probability_of_qualifying(
+        self, points: Array, reference: Array, seed: int, limit: float, confidence: float, trials: float = 1
+    ) -> Array:
+        """Probability that more trials at a point prove its difference to the reference to be within `limit`.
+
+        That is, that P(difference ≤ limit) reaches `confidence` once y is known there: what a trial that is yet to
+        run can be expected to bring to a decision at that confidence. `[m]` for `points` `[m, 2]`.
+
+        Args:
+            seed: the label of those trials.
+            trials: how many; their own noise is that of the mean.
+        """
+        to_data, own = covariance(points, self.x, self.theta), variance(points, self.theta)
+        to_reference = covariance(points, reference[None], self.theta)[:, :, 0]
+        cross = to_data - covariance(reference[None], self.x, self.theta)
+        of_reference = variance(reference[None], self.theta)
+        difference = self._condition(cross, own + of_reference - 2 * to_reference, 0.0)
+        seed_variance, noise_variance = np.exp(2 * self.theta[:, 3:4]), np.exp(2 * self.theta[:, 4:5])
+        of_y = to_data + self.level**2 + seed_variance[:, :, None] * (self.seed == seed)
+        of_y, of_difference = (part @ self.whitening.transpose(0, 2, 1) for part in (of_y, cross))
+        shared = own - to_reference - (of_y * of_difference).sum(axis=2)
+        without_noise = own + self.level**2 + seed_variance - np.square(of_y).sum(axis=2)
+        y_variance = np.maximum(without_noise, 0) + noise_variance / trials
+        spread = np.square(difference.sd)
+        learnt = np.minimum(np.square(shared) / y_variance, spread * (1 - JITTER))
+        bound = limit - difference.mean - ndtri(confidence) * np.sqrt(spread - learnt)
+        return self.weights @ ndtr(bound / np.sqrt(np.maximum(learnt, JITTER * spread)))
+
+    def believing(self, x: Array, seed: ArrayLike) -> "Posterior":
+        """The model once trials at `x` `[k, 2]` have come out as it expects: means stay, spread shrinks."""
+        x, labels = np.concatenate([self.x, x]), np.concatenate([self.seed, np.asarray(seed)])
+        whitening = _whitening(x, labels, self.theta, self.level)
+        alpha = np.pad(self.alpha, ((0, 0), (0, len(labels) - self.alpha.shape[1])))
+        return replace(self, x=x, seed=labels, whitening=whitening, alpha=alpha)
+
     def _cross_difference(self, points: Array, reference: Array) -> Array:
-        return _matern(points, self.x, self.theta) - _matern(reference[None], self.x, self.theta)
+        return covariance(points, self.x, self.theta) - covariance(reference[None], self.x, self.theta)
 
     def _condition(self, cross: Array, prior_variance: Array, offset: float) -> Mixture:
         mean = np.einsum("dmn,dn->dm", cross, self.alpha) + offset
         explained = np.square(cross @ self.whitening.transpose(0, 2, 1)).sum(axis=2)
-        floor = _JITTER * np.exp(2 * self.theta[:, 2:3])
+        floor = JITTER * np.exp(2 * self.theta[:, 2:3])
         return Mixture(mean, np.sqrt(np.maximum(prior_variance - explained, floor)), self.weights)
 
 
-def coordinates(beta_kl: ArrayLike, kl_temperature: ArrayLike) -> Array:
-    """`[n, 2]` model coordinates, about 0 to 1 over the search space.
-
-    The first is log(1 + beta_kl / 1e-4): 0 at the baseline, the logarithm over the search space, whose lower end
-    stands a quarter of a unit off the baseline, so that KL which costs rerouting at any weight can be told.
-    Temperature is inert at `beta_kl = 0`, so every baseline lies at one point.
-    """
-    beta = np.atleast_1d(np.asarray(beta_kl, dtype=float))
-    temperature = np.where(beta == 0, 1.0, np.asarray(kl_temperature, dtype=float))
-    span = math.log1p(BETA_KL_RANGE[1] / _BETA_KL_OFFSET)
-    cold, hot = KL_TEMPERATURE_RANGE
-    return np.stack([np.log1p(beta / _BETA_KL_OFFSET) / span, (temperature - cold) / (hot - cold)], axis=1)
-
-
-def fit(x: Array, seed: ArrayLike, y: ArrayLike, prior: Prior) -> Posterior:
+def fit(x: Array, seed: ArrayLike, y: ArrayLike, prior: Prior, draws: int | None = None) -> Posterior:
     """Average the model over its hyper-parameters, given n ≥ 1 observations.
 
     Args:
         x: `[n, 2]` from `coordinates`.
         seed: `[n]` labels; trials with one label share an error.
         y: `[n]` finite values of one metric, on the scale that `prior` is meant for.
+        draws: hyper-parameter draws to keep at most, resampled by weight; None keeps all that carry weight.
 
     The draws come in rounds, each proposed from the weighted draws so far, and are weighted against the mixture of
     all proposals: twenty trials pin the noise far more narrowly than its prior, which draws from it alone would miss.
+    Of many observations 80, at even distances in their order, serve for the hyper-parameters, and all for the rest.
     """
-    labels = np.asarray(seed)
-    same_seed = (labels[:, None] == labels[None, :]).astype(float)
-    offset = float(np.mean(np.asarray(y)))
-    centred = np.asarray(y, dtype=float) - offset
+    x, labels, centred = np.asarray(x), np.asarray(seed), np.asarray(y, dtype=float)
+    offset = float(centred.mean())
+    centred = centred - offset
+    if len(x) > _MAX_LEARNT_FROM:
+        draws = min(draws or _MAX_DRAWS_OF_MANY, _MAX_DRAWS_OF_MANY)
+    some = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MAX_LEARNT_FROM)).astype(int))
+    theta, weights = _hyper_parameters(x[some], labels[some], centred[some], prior, draws)
+    whitening = _whitening(x, labels, theta, prior.level)
+    alpha = np.einsum("dij,di->dj", whitening, whitening @ centred)
+    return Posterior(x, labels, theta, weights, prior.level, whitening, alpha, offset)
+
+
+def _hyper_parameters(x: Array, seed: NDArray, y: Array, prior: Prior, draws: int | None) -> tuple[Array, Array]:
+    """`[D, 5]` draws and their `[D]` weights, which sum to 1."""
     medians, sds = prior.log_medians_and_sds()
     normals = _standard_normals()
     proposals = [(np.zeros(5), np.eye(5))]
@@ -167,46 +171,32 @@ def fit(x: Array, seed: ArrayLike, y: ArrayLike, prior: Prior) -> Posterior:
         centre, factor = proposals[-1]
         new = centre + normals[round_index] @ factor.T
         z = np.concatenate([z, new])
-        likelihood = _log_likelihood(x, same_seed, centred, medians + sds * new, prior.level)
+        likelihood = _log_likelihood(x, seed, y, medians + sds * new, prior.level)
         log_target = np.concatenate([log_target, likelihood - 0.5 * np.square(new).sum(axis=1)])
         log_weights = log_target - _log_mixture_density(z, proposals)
         proposals.append(_proposal(z, log_weights))
     weights = _normalised(log_weights)
-    kept = weights > _NEGLIGIBLE * weights.max()
-    theta, weights = medians + sds * z[kept], weights[kept] / weights[kept].sum()
-    whitening = np.linalg.inv(np.linalg.cholesky(_covariance(x, same_seed, theta, prior.level)))
-    alpha = np.einsum("dij,di->dj", whitening, whitening @ centred)
-    return Posterior(np.asarray(x), theta, weights, prior.level, whitening, alpha, offset)
+    kept = np.flatnonzero(weights > _NEGLIGIBLE * weights.max())
+    if draws is not None:
+        kept = np.searchsorted(np.cumsum(weights)[:-1], (np.arange(draws) + 0.5) / draws)
+        kept, times = np.unique(kept, return_counts=True)
+        weights[kept] = times
+    return medians + sds * z[kept], weights[kept] / weights[kept].sum()
 
 
-def _matern(a: Array, b: Array, theta: Array) -> Array:
-    """`[D, m, n]` signal covariance between points `[m, 2]` and `[n, 2]` under `[D, 5]` hyper-parameters."""
-    gaps = np.square(a[:, None, :] - b[None, :, :])
-    scales = np.exp(-2 * theta[:, :2])
-    distance = np.sqrt(5 * np.tensordot(scales, gaps, axes=(1, 2)))
-    signal = np.exp(2 * theta[:, 2])[:, None, None]
-    return signal * (1 + distance + np.square(distance) / 3) * np.exp(-distance)
+def _whitening(x: Array, seed: NDArray, theta: Array, level: float) -> Array:
+    """`[D, n, n]` inverse Cholesky factors of the covariances of y."""
+    factors = np.linalg.cholesky(observed_covariance(x, seed, theta, level))
+    return np.asarray(np.linalg.inv(factors), dtype=np.float64)
 
 
-def _covariance(x: Array, same_seed: Array, theta: Array, level: float) -> Array:
-    """`[D, n, n]` covariances of y under `[D, 5]` hyper-parameters."""
-    seed_variance, noise_variance = np.exp(2 * theta[:, 3:5]).T[:, :, None, None]
-    jitter = _JITTER * (np.exp(2 * theta[:, 2])[:, None, None] + level**2)
-    covariance = _matern(x, x, theta) + level**2 + seed_variance * same_seed
-    return covariance + (noise_variance + jitter) * np.eye(len(x))
-
-
-def _log_likelihood(x: Array, same_seed: Array, y: Array, theta: Array, level: float) -> Array:
-    """`[D]` log marginal likelihoods up to a constant; in blocks, so that memory stays bounded for many trials."""
-    block = max(1, _BLOCK_ELEMENTS // len(x) ** 2)
-    parts = []
-    for start in range(0, len(theta), block):
-        covariance = _covariance(x, same_seed, theta[start : start + block], level)
-        factor = np.linalg.cholesky(covariance)
-        log_determinant = np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(axis=1)
-        explained = np.linalg.solve(covariance, np.broadcast_to(y[:, None], (len(covariance), len(y), 1)))[:, :, 0]
-        parts.append(-0.5 * explained @ y - log_determinant)
-    return np.concatenate(parts)
+def _log_likelihood(x: Array, seed: NDArray, y: Array, theta: Array, level: float) -> Array:
+    """`[D]` log marginal likelihoods up to a constant."""
+    observed = observed_covariance(x, seed, theta, level)
+    factor = np.linalg.cholesky(observed)
+    log_determinant = np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(axis=1)
+    explained = np.linalg.solve(observed, np.broadcast_to(y[:, None], (len(theta), len(y), 1)))[:, :, 0]
+    return -0.5 * explained @ y - log_determinant
 
 
 @cache

@@ -6,17 +6,20 @@ confirmation takes a tenth where all of those have their place.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from analysis.posterior import BETA_KL_RANGE, KL_TEMPERATURE_RANGE
+from analysis.kernel import BETA_KL_RANGE, KL_TEMPERATURE_RANGE
 from cbtrain.config import InputError
 
 Phase = Literal["baseline", "ablation", "search", "confirm"]
+SamplerName = Literal["gp", "tpe", "random"]
 
 ABLATION_POINTS: tuple[tuple[float, float], ...] = ((0.1, 1.0), (0.3, 1.0), (0.5, 1.0), (0.3, 2.0))
 """(beta_kl, kl_temperature) of the fixed test; with the baseline it has five points."""
 MIN_CONFIRMED_BUDGET = 15
 """Below this many trials none is spent on confirmation."""
+MAX_CONFIRM = 20
+"""More confirmations than this would be seeds beyond those of the baseline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class PlanSettings:
     """Share of the baseline's rerouting that a trial may lose."""
     confidence: float = 0.95
     """Probability of keeping that limit which a recommended setting must reach."""
+    sampler: SamplerName = "gp"
+    """What searches: gp is the Gaussian process that also decides, tpe and random are Optuna's."""
     beta_kl_range: tuple[float, float] = BETA_KL_RANGE
     """Searched on a logarithmic scale."""
     kl_temperature_range: tuple[float, float] = KL_TEMPERATURE_RANGE
@@ -46,6 +51,8 @@ class PlanSettings:
             raise InputError(f"--baseline-seeds {self.baseline_seeds}: must be 1 or more")
         if not 0 < self.reroute_tolerance < 1:
             raise InputError(f"--reroute-tolerance {self.reroute_tolerance}: must lie between 0 and 1")
+        if self.sampler not in get_args(SamplerName):
+            raise InputError(f"--sampler {self.sampler}: must be one of {', '.join(get_args(SamplerName))}")
         if not 0.5 < self.confidence < 1:
             raise InputError(f"--confidence {self.confidence}: must lie between 0.5 and 1")
         betas, temperatures = zip(*ABLATION_POINTS, strict=True)
@@ -83,7 +90,7 @@ def allocate(settings: PlanSettings) -> Budget:
         raise InputError(f"--num-samples {total}: {seeds} + 1 trial to compare = {baseline + 1} at least; {mend}")
     ablation = min(len(ABLATION_POINTS), total - baseline)
     free = total - baseline - ablation
-    wanted = total // 10 if total >= MIN_CONFIRMED_BUDGET else 0
+    wanted = min(MAX_CONFIRM, total // 10) if total >= MIN_CONFIRMED_BUDGET else 0
     confirm = min(wanted, max(0, free - 1))
     return Budget(baseline, ablation, free - confirm, confirm, _dropped(ablation, free, confirm, wanted))
 

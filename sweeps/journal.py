@@ -8,20 +8,21 @@ A trial comes to be in one record and its outcome is one record, so a sweep kill
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 
-from analysis.decide import MIN_DRIFT
+from analysis.surrogate import MIN_DRIFT
 from sweeps.budget import Phase
 from sweeps.sampler import BETA_KL, KL_TEMPERATURE
 
 STUDY_NAME = "kl_ablation"
 BASELINE_STUDY_NAME = "kl_ablation_baseline"
 CONSTRAINT = "reroute_regression"
+SETTINGS = "settings"
 
 Metric = float | int | str
 Status = Literal["completed", "stopped", "failed"]
@@ -79,6 +80,14 @@ class Journal:
         self.entries: dict[str, Entry] = {
             entry.spec.trial_id: entry for entry in sorted(found, key=lambda entry: int(entry.spec.trial_id[1:]))
         }
+
+    def pinned(self) -> dict[str, Any] | None:
+        """The settings that the sweep in this storage was begun with; None where none was."""
+        return self.searched.user_attrs.get(SETTINGS)
+
+    def pin(self, settings: Mapping[str, object]) -> None:
+        """Keep the settings that a sweep is begun with."""
+        self.searched.set_user_attr(SETTINGS, dict(settings))
 
     def add(self, phase: Phase, beta_kl: float, kl_temperature: float, seed: int) -> TrialSpec:
         """Record a new trial as running, under the next free id."""

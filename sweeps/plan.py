@@ -17,6 +17,7 @@ from optuna.storages import BaseStorage, InMemoryStorage
 
 from analysis.constraint import absolute_tolerance, baseline_rerouted, reroute_regression
 from analysis.decide import decide
+from cbtrain.config import InputError
 from sweeps.budget import ABLATION_POINTS, PlanSettings, allocate
 from sweeps.journal import Entry, Journal, TrialOutcome, TrialSpec
 from sweeps.sampler import search_space, suggest
@@ -43,12 +44,14 @@ class SweepPlan:
         Trials of that sweep which were running are asked for again, first and under their own ids.
 
         Raises:
-            InputError: the number of trials is too small for a sweep.
+            InputError: the number of trials is too small for a sweep, or `storage` holds one with other settings.
+                Only `num_samples` may differ.
         """
         _quiet_optuna()
-        self.settings = settings
-        self.budget = allocate(settings)
+        allocate(settings)  # before anything is written
         self._journal = Journal(storage or InMemoryStorage(), search_space(settings))
+        self.settings = _as_begun(settings, self._journal)
+        self.budget = allocate(self.settings)
         self._entries = self._journal.entries
         self._interrupted = [entry.spec for entry in self._entries.values() if entry.outcome is None]
         self._settle()
@@ -117,6 +120,10 @@ class SweepPlan:
         names = (*METRIC_COLUMNS, *sorted(reported - set(METRIC_COLUMNS) - PLAN_COLUMNS))
         return [_row(entry, names, baseline, tolerance) for entry in self._entries.values()]
 
+    def table(self) -> pd.DataFrame:
+        """`rows` as a table."""
+        return pd.DataFrame(self.rows())
+
     def _running(self) -> bool:
         return any(entry.outcome is None for entry in self._entries.values())
 
@@ -143,16 +150,16 @@ class SweepPlan:
 
     def _search(self, index: int) -> TrialSpec:
         seeds = list(self._baseline_losses())
-        return self._journal.add("search", *suggest(self._journal.searched, self.settings), seeds[index % len(seeds)])
+        seed = seeds[index % len(seeds)]
+        return self._journal.add("search", *suggest(self._journal.searched, self.table, self.settings, seed), seed)
 
     def _confirm(self, searched: int) -> TrialSpec:
         """The current pick on a baseline seed it has not had, or the next best setting that has one to spare.
 
         Where no setting completed a trial, the search goes on instead.
         """
-        rows = pd.DataFrame(self.rows())
         tolerance, confidence = self.settings.reroute_tolerance, self.settings.confidence
-        decision = decide(rows, reroute_tolerance=tolerance, confidence=confidence)
+        decision = decide(self.table(), reroute_tolerance=tolerance, confidence=confidence)
         seeds = list(self._baseline_losses())
         for setting in decision.settings:
             unseen = [seed for seed in seeds if seed not in self._seeds_of(setting.beta_kl, setting.kl_temperature)]
@@ -167,6 +174,29 @@ class SweepPlan:
     def _seeds_of(self, beta_kl: float, kl_temperature: float) -> set[int]:
         specs = [entry.spec for entry in self._entries.values()]
         return {spec.seed for spec in specs if (spec.beta_kl, spec.kl_temperature) == (beta_kl, kl_temperature)}
+
+
+def _as_begun(settings: PlanSettings, journal: Journal) -> PlanSettings:
+    """The settings with the number of baseline seeds that the sweep was begun with, whatever its total is now."""
+    begun = journal.pinned()
+    if begun is None:
+        settings = replace(settings, baseline_seeds=allocate(settings).baseline)
+        journal.pin(_fixed(settings))
+        return settings
+    if settings.baseline_seeds is None:
+        settings = replace(settings, baseline_seeds=begun.get("baseline_seeds"))
+    now = _fixed(settings)
+    other = [name for name in now if now[name] != begun.get(name)]
+    if other:
+        named = ", ".join(f"{name} {begun.get(name)}, not {now[name]}" for name in other)
+        raise InputError(f"the journal holds a sweep with {named}: continue it as it was, or start another")
+    return settings
+
+
+def _fixed(settings: PlanSettings) -> dict[str, object]:
+    """What must stay as it is while a sweep goes on, as JSON gives it back."""
+    values = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "num_samples"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _checked(outcome: TrialOutcome) -> TrialOutcome:

@@ -1,19 +1,41 @@
-"""Where the search looks next: constrained Bayesian optimisation over the trials so far, without a state of its own.
+"""Where the search looks next. Each suggestion is a function of the sweep's trials and a seed, without a state.
 
-Each suggestion is made by a fresh sampler on a copy of the study, so it is a function of the history and the seed
-alone: a plan rebuilt from its journal is given what the uninterrupted one would have been given.
+`PosteriorSampler` is an Optuna sampler over the model that will decide (`analysis.surrogate`). It maximises
+
+    E[drift saved over the best setting that qualifies] × P(the trials that are left, spent there, make it qualify)
+
+where a setting qualifies when its probability of being feasible reaches the confidence that a recommendation needs.
+The second factor is what tells it from expected improvement × P(feasible), which spends a noisy budget on places that
+look best and can never be proved. Drift is counted as it is, not by its logarithm: a bet on a far corner can save no
+more than all of it. And what is known of beta_kl at one temperature is used: drift falls with it and rerouting is
+lost with it, so a weight promises no less than those below it, and proves no more.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import optuna
+import pandas as pd
 from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from scipy.special import log_ndtr, ndtr
 
+from analysis.kernel import Array, coordinates
+from analysis.posterior import Mixture
+from analysis.surrogate import MAX_MODELLED, Surrogate, finite_trials
 from sweeps.budget import PlanSettings
 
 BETA_KL, KL_TEMPERATURE = "beta_kl", "kl_temperature"
 MIN_MODELLED_TRIALS = 3
-"""Completed trials from which the Gaussian process suggests; with fewer, points are drawn at random."""
+"""Completed trials at `beta_kl` > 0 from which the model suggests; with fewer, points are drawn at random."""
+SAME_POINT = 0.02
+"""Points closer than this share of the searched ranges in both parameters are one point."""
 SIGNIFICANT_DIGITS = 4
+
+_DRAWS = 64
+_WEIGHTS, _TEMPERATURES = 64, 7
 
 
 def search_space(settings: PlanSettings) -> dict[str, BaseDistribution]:
@@ -24,28 +46,128 @@ def search_space(settings: PlanSettings) -> dict[str, BaseDistribution]:
     }
 
 
-def suggest(study: optuna.Study, settings: PlanSettings) -> tuple[float, float]:
+def suggest(
+    study: optuna.Study, trials: Callable[[], pd.DataFrame], settings: PlanSettings, seed: int
+) -> tuple[float, float]:
     """The next (beta_kl, kl_temperature), rounded to what a person can type back.
 
     Args:
-        study: the searched study; trials that run are taken into account, completed ones need their constraint.
+        study: the searched study, settled; trials that run are taken into account.
+        trials: gives all trials of the sweep, with the columns of `trials.csv`.
+        seed: on which the suggested setting will be trained.
     """
-    trials = study.get_trials(deepcopy=False)
-    seed = int(np.random.SeedSequence([settings.seed, len(trials)]).generate_state(1)[0])
-    sampler = optuna.samplers.GPSampler(
-        seed=seed,
-        independent_sampler=optuna.samplers.RandomSampler(seed=seed),
-        n_startup_trials=MIN_MODELLED_TRIALS,
-        deterministic_objective=False,
-        warn_independent_sampling=False,
-    )
-    copy = optuna.create_study(direction=study.direction, sampler=sampler)
-    copy.add_trials(trials)
-    params = copy.ask(search_space(settings)).params
+    asked = study.get_trials(deepcopy=False)
+    number, completed = len(asked), sum(trial.state == TrialState.COMPLETE for trial in asked)
+    draw = int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0])
+    sampler: BaseSampler
+    if settings.sampler == "random" or completed < MIN_MODELLED_TRIALS:
+        sampler = RandomSampler(seed=draw)
+    elif settings.sampler == "tpe" or completed > MAX_MODELLED:
+        sampler = TPESampler(seed=draw, multivariate=False, constant_liar=True, n_startup_trials=MIN_MODELLED_TRIALS)
+    else:
+        sampler = PosteriorSampler(trials(), settings, seed, draw)
+    trial = create_trial(state=TrialState.RUNNING)
+    trial.number = number
+    params = dict(sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial)))
+    for name, distribution in search_space(settings).items():
+        if name not in params:
+            params[name] = sampler.sample_independent(study, trial, name, distribution)
     return (
         _rounded(params[BETA_KL], settings.beta_kl_range),
         _rounded(params[KL_TEMPERATURE], settings.kl_temperature_range),
     )
+
+
+class PosteriorSampler(BaseSampler):
+    """Suggests the point whose next trial is worth most to the decision, given the trials so far."""
+
+    def __init__(self, trials: pd.DataFrame, settings: PlanSettings, seed: int, draw: int = 0) -> None:
+        """
+        Args:
+            trials: columns of `trials.csv`; at least one completed at `beta_kl = 0`. Those that run are taken to
+                come out as the model expects, so that trials asked for together do not meet.
+            settings: the searched ranges, the tolerance and the confidence.
+            seed: on which the point will be trained.
+            draw: shifts the grid of points that are compared.
+        """
+        self._trials = trials
+        self._settings = settings
+        self._seed = seed
+        self._draw = draw
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Both parameters, always."""
+        return search_space(self._settings)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The suggested point."""
+        beta_kl, kl_temperature = _most_valuable(self._trials, self._settings, self._seed, self._draw)
+        return {BETA_KL: beta_kl, KL_TEMPERATURE: kl_temperature}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """For parameters that the sweep does not know: at random."""
+        return RandomSampler(seed=self._draw).sample_independent(study, trial, param_name, param_distribution)
+
+
+def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw: int) -> tuple[float, float]:
+    """The point of the highest value on a grid that `draw` shifts, apart from those that were asked for."""
+    model = Surrogate.of(trials, settings.reroute_tolerance, _DRAWS)
+    asked = trials[trials["beta_kl"] > 0]
+    running = asked[asked["status"] == "running"]
+    if len(running):
+        model = model.believing(coordinates(running["beta_kl"], running["kl_temperature"]), running["seed"])
+    reference = _incumbent(model, finite_trials(asked)[0], settings.confidence)
+    unit = _grid(draw)
+    points = coordinates(*_from_unit(unit, settings))
+    saved = expected_saving(model.log_drift_over(points, reference))
+    left = max(1, settings.num_samples - len(trials))
+    proved = model.probability_of_qualifying(points, seed, settings.confidence, left)
+    by_weight = (_TEMPERATURES, _WEIGHTS)
+    saved = np.maximum.accumulate(saved.reshape(by_weight), axis=1).ravel()
+    proved = np.minimum.accumulate(proved.reshape(by_weight), axis=1).ravel()
+    taken = _to_unit(asked["beta_kl"].to_numpy(float), asked["kl_temperature"].to_numpy(float), settings)
+    apart = np.abs(unit[:, None] - taken).max(axis=2).min(axis=1, initial=np.inf) >= SAME_POINT
+    beta_kl, kl_temperature = _from_unit(unit[[np.argmax(np.where(apart, saved * proved, -1))]], settings)
+    return float(beta_kl[0]), float(kl_temperature[0])
+
+
+def _incumbent(model: Surrogate, ran: pd.DataFrame, confidence: float) -> Array:
+    """`[2]`: the setting with the least drift among those that qualify, else the baseline."""
+    points = coordinates(ran["beta_kl"], ran["kl_temperature"])
+    qualified = points[model.probability_feasible(points) >= confidence]
+    if not len(qualified):
+        return coordinates(0.0, 1.0)[0]
+    return qualified[np.argmin(model.drift.value(qualified).expectation())]
+
+
+def expected_saving(change: Mixture) -> Array:
+    """`[m]`: E[max(0, 1 − e^change)], the share of drift that is saved, of a change in its logarithm."""
+    z = -change.mean / change.sd
+    log_kept = change.mean + 0.5 * np.square(change.sd) + log_ndtr(z - change.sd)
+    return change.weights @ np.maximum(0, ndtr(z) - np.exp(np.minimum(log_kept, 0)))
+
+
+def _grid(draw: int) -> Array:
+    """`[temperatures × weights, 2]` points of the unit square, their weights shifted together by less than a step."""
+    weights = (np.arange(_WEIGHTS) + np.random.default_rng(draw).random()) / _WEIGHTS
+    pairs = np.meshgrid(weights, np.linspace(0, 1, _TEMPERATURES))
+    return np.stack(pairs, axis=2).reshape(-1, 2)
+
+
+def _to_unit(beta_kl: Array, kl_temperature: Array, settings: PlanSettings) -> Array:
+    low, high = np.log(settings.beta_kl_range)
+    cold, hot = settings.kl_temperature_range
+    return np.stack([(np.log(beta_kl) - low) / (high - low), (kl_temperature - cold) / (hot - cold)], axis=1)
+
+
+def _from_unit(points: Array, settings: PlanSettings) -> tuple[Array, Array]:
+    low, high = np.log(settings.beta_kl_range)
+    cold, hot = settings.kl_temperature_range
+    return np.exp(low + points[:, 0] * (high - low)), cold + points[:, 1] * (hot - cold)
 
 
 def _rounded(value: float, bounds: tuple[float, float]) -> float:

@@ -127,14 +127,30 @@ def test_more_confidence_never_allows_more_settings(trials: pd.DataFrame) -> Non
 
 
 def test_failed_running_and_non_finite_trials_do_not_count(trials: pd.DataFrame) -> None:
-    extra = trials.iloc[[6, 7, 8, 9]].assign(eval_loss_reroute=0.0, eval_benign_kl=1e-6)
-    extra["status"] = ["failed", "running", "stopped", "completed"]
-    extra.iloc[3, extra.columns.get_loc("eval_benign_kl")] = np.nan
+    extra = trials.iloc[[6, 7, 9]].assign(eval_loss_reroute=0.0, eval_benign_kl=1e-6)
+    extra["status"] = ["failed", "running", "completed"]
+    extra.iloc[2, extra.columns.get_loc("eval_benign_kl")] = np.nan
     decision = decide(pd.concat([trials, extra], ignore_index=True))
     clean = decide(trials)
     assert decision.settings == clean.settings
     assert decision.n_trials == len(trials)
     assert any("without finite metrics" in warning for warning in decision.warnings)
+
+
+def test_a_stopped_trial_counts_against_its_place_and_its_partial_metrics_do_not(trials: pd.DataFrame) -> None:
+    clean = decide(trials)
+    pick = clean.settings[0]
+    stopped = trials.iloc[[6]].assign(
+        status="stopped", beta_kl=1.02 * pick.beta_kl, kl_temperature=pick.kl_temperature, eval_benign_kl=1e-6
+    )
+    with_stopped = decide(pd.concat([trials, stopped], ignore_index=True))
+    other = decide(pd.concat([trials, stopped.assign(eval_loss_reroute=0.0, eval_benign_kl=9.0)], ignore_index=True))
+    assert with_stopped == other
+    again = next(s for s in with_stopped.settings if s.beta_kl == pick.beta_kl)
+    assert again.probability_feasible < pick.probability_feasible - 0.05, (again, pick)
+    assert again.drift == pick.drift
+    assert with_stopped.n_trials == clean.n_trials
+    assert len(with_stopped.settings) == len(clean.settings)
 
 
 def test_one_baseline_is_enough_to_choose_but_is_said() -> None:

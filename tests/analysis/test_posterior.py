@@ -1,9 +1,12 @@
 """The Gaussian process: against conditioning written out by hand, and its invariances."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from analysis.posterior import DRIFT_PRIOR, REROUTE_PRIOR, Mixture, coordinates, fit
+from analysis.kernel import DRIFT_PRIOR, REROUTE_PRIOR, coordinates, observed_covariance
+from analysis.posterior import Mixture, fit
 
 X = coordinates([0.0, 0.0, 0.1, 0.3, 0.5, 1.5], [1.0, 1.0, 1.0, 1.0, 2.0, 4.0])
 SEED = np.array([0, 1, 0, 1, 0, 1])
@@ -17,7 +20,7 @@ def covariance(a: np.ndarray, b: np.ndarray, theta: np.ndarray) -> np.ndarray:
     for i, p in enumerate(a):
         for j, q in enumerate(b):
             r = np.sqrt(5 * np.sum(((p - q) / lengths) ** 2))
-            table[i, j] = signal**2 * (1 + r + r**2 / 3) * np.exp(-r)
+            table[i, j] = signal**2 * ((1 + r + r**2 / 3) * np.exp(-r) + 4 * p[0] * q[0])
     return table
 
 
@@ -105,3 +108,48 @@ def test_effective_draws_suffice_at_a_full_sweep() -> None:
     y = np.maximum(0, x[:, 0] - 0.7) + 0.005 * rng.standard_normal(40)
     weights = fit(x, np.arange(40) % 8, y, REROUTE_PRIOR).weights
     assert 1 / np.square(weights).sum() > 20, 1 / np.square(weights).sum()
+
+
+def test_the_probability_of_qualifying_is_how_often_another_trial_proves_it() -> None:
+    posterior = fit(X, SEED, Y, REROUTE_PRIOR, draws=1)
+    points, limit, confidence, seed = coordinates([0.2, 0.12], [1.0, 1.0]), 0.06, 0.95, 1
+    said = posterior.probability_of_qualifying(points, X[0], seed, limit, confidence)
+    theta, rng, labels = posterior.theta, np.random.default_rng(0), np.append(SEED, seed)
+    for point, probability in zip(points, said, strict=True):
+        both = np.concatenate([X, point[None]])
+        joint = observed_covariance(both, labels, theta, REROUTE_PRIOR.level)[0]
+        weights = np.linalg.solve(joint[:-1, :-1], joint[:-1, -1])
+        mean, variance = Y.mean() + weights @ (Y - Y.mean()), joint[-1, -1] - weights @ joint[:-1, -1]
+        proved, known = 0, posterior.believing(point[None], [seed])
+        for y in rng.normal(mean, np.sqrt(variance), 500):
+            alpha = np.linalg.solve(joint, np.append(Y, y) - Y.mean())[None]
+            after = replace(known, alpha=alpha)
+            proved += bool(after.difference(point[None], X[0]).probability_below(limit)[0] >= confidence)
+        assert probability == pytest.approx(proved / 500, abs=0.06), said
+    assert 0.05 < said[0] < said[1] < 0.98, said
+
+
+def test_believing_keeps_means_and_shrinks_spread_as_an_observation_does() -> None:
+    posterior = fit(X, SEED, Y, REROUTE_PRIOR)
+    point = coordinates(0.2, 1.5)
+    believed = posterior.believing(point, [0])
+    near, before = believed.value(point), posterior.value(point)
+    np.testing.assert_allclose(near.mean, before.mean, rtol=1e-6)
+    assert (near.sd < 0.9 * before.sd).any()
+    assert (near.sd <= before.sd * (1 + 1e-6)).all()
+
+
+def test_a_few_draws_stand_for_all_of_them() -> None:
+    points = coordinates([0.01, 0.2, 0.9], [1.0, 2.0, 3.0])
+    all_draws, few = (fit(X, SEED, Y, REROUTE_PRIOR, draws).difference(points, X[0]) for draws in (None, 64))
+    np.testing.assert_allclose(few.probability_below(0.05), all_draws.probability_below(0.05), atol=0.05)
+
+
+def test_of_many_observations_some_serve_for_the_hyper_parameters_and_all_for_the_rest() -> None:
+    rng = np.random.default_rng(0)
+    x, seed = np.tile(X, (40, 1)), np.tile(SEED, 40)
+    y = np.tile(Y, 40) + rng.normal(0, 0.01, 240)
+    posterior = fit(x, seed, y, REROUTE_PRIOR)
+    assert posterior.whitening.shape[1:] == (240, 240)
+    np.testing.assert_allclose(posterior.difference(X[2:], X[0]).expectation(), Y[2:] - Y[:2].mean(), atol=0.01)
+    assert np.sqrt(posterior.seed_and_noise_variance()[1]) == pytest.approx(0.01, rel=0.3)

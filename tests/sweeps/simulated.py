@@ -76,7 +76,7 @@ def use_quick_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps.plan, "decide", quick_decide)
 
 
-def quick_suggest(study: optuna.Study, plan_settings: PlanSettings) -> tuple[float, float]:
+def quick_suggest(study: optuna.Study, _trials: object, plan_settings: PlanSettings, _seed: int) -> tuple[float, float]:
     seen = [(t.number, t.state, t.params, t.values, t.constraints) for t in study.get_trials(deepcopy=False)]
     draw = random.Random(f"{seen} {plan_settings.seed}")
     return draw.uniform(0.01, 2), draw.uniform(1, 4)

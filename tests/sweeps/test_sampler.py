@@ -1,15 +1,22 @@
 """Where the search looks: the model decides, at the limit, and the same history gives the same place."""
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
+import pandas as pd
 import pytest
-from simulated import BASELINE_LOSS, drive, file_storage, plan_of, quick_decide, true_reroute, world
+from simulated import BASELINE_LOSS, drive, file_storage, next_trial, plan_of, quick_decide, true_reroute, world
 
 import sweeps.plan
-from sweeps.budget import PlanSettings
-from sweeps.sampler import suggest
+import sweeps.sampler
+from analysis.posterior import Mixture
+from sweeps.budget import PlanSettings, SamplerName
+from sweeps.journal import TrialSpec
+from sweeps.plan import SweepPlan
+from sweeps.sampler import PosteriorSampler, expected_saving, suggest
 
 
 def test_suggestions_come_from_the_model_and_gather_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,12 +41,100 @@ def test_the_same_sweep_twice_is_the_same() -> None:
 
 
 def test_with_too_few_results_for_the_model_points_are_drawn_by_seed_and_trial_number() -> None:
+    def drawn(study: optuna.Study, seed: int) -> tuple[float, float]:
+        return suggest(study, refuse_table, PlanSettings(seed=seed), 0)
+
     study = optuna.create_study()
-    first = [suggest(study, PlanSettings(seed=seed)) for seed in (3, 3, 4)]
+    first = [drawn(study, seed) for seed in (3, 3, 4)]
     study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL))
-    second = suggest(study, PlanSettings(seed=3))
+    second = drawn(study, 3)
     assert first[0] == first[1]
     assert len({first[0], first[2], second}) == 3, (first, second)
+
+
+def refuse_table() -> pd.DataFrame:
+    raise AssertionError("the model was asked")
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_optunas_samplers_search_without_the_model_and_are_drawn_alike_each_time(
+    sampler: SamplerName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps.sampler, "PosteriorSampler", refuse_table)
+    monkeypatch.setattr(sweeps.plan, "decide", quick_decide)
+    first, again = (drive(plan_of(24, sampler=sampler), concurrent=2) for _ in range(2))
+    points = {(spec.beta_kl, spec.kl_temperature) for spec in first if spec.phase == "search"}
+    assert first == again
+    assert len(points) == sum(spec.phase == "search" for spec in first)
+
+
+def test_beyond_what_the_model_can_bear_tpe_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    modelled: list[int] = []
+
+    class Counted(PosteriorSampler):
+        def __init__(self, trials: pd.DataFrame, *arguments: Any) -> None:
+            modelled.append(int((trials.status == "completed").sum()))
+            super().__init__(trials, *arguments)
+
+    monkeypatch.setattr(sweeps.sampler, "PosteriorSampler", Counted)
+    monkeypatch.setattr(sweeps.sampler, "MAX_MODELLED", 12)
+    monkeypatch.setattr(sweeps.plan, "decide", quick_decide)
+    drive(plan_of(30))
+    assert modelled, "the model never searched"
+    # 6 baselines are not of the searched study, whose trials are counted.
+    assert max(modelled) == 6 + 12
+
+
+def test_no_point_is_asked_for_twice_also_while_it_runs() -> None:
+    asked = drive(plan_of(16), concurrent=4)
+    log_range, heat_range = np.log(2 / 1e-3), 3
+    points = [(s.beta_kl, s.kl_temperature) for s in asked if s.phase in ("ablation", "search")]
+    for (beta, heat), (other_beta, other_heat) in itertools.combinations(points, 2):
+        apart = max(abs(np.log(beta / other_beta)) / log_range, abs(heat - other_heat) / heat_range)
+        assert apart >= 0.019, points  # two per cent, and what rounding to four digits takes
+
+
+def test_a_running_trial_keeps_others_from_its_place() -> None:
+    plan = plan_of(20)
+    for spec in drive_until_search(plan):
+        plan.tell(spec.trial_id, world(spec, noise=0.002))
+    first, second = next_trial(plan), next_trial(plan)
+    alone = plan_of(20)
+    for spec in drive_until_search(alone):
+        alone.tell(spec.trial_id, world(spec, noise=0.002))
+    assert next_trial(alone) == first
+    assert abs(np.log(first.beta_kl / second.beta_kl)) + abs(first.kl_temperature - second.kl_temperature) > 0.1
+
+
+def drive_until_search(plan: SweepPlan) -> list[TrialSpec]:
+    return [next_trial(plan) for _ in range(plan.budget.baseline + plan.budget.ablation)]
+
+
+def test_it_serves_any_optuna_study() -> None:
+    plan = plan_of(13)
+    drive(plan)
+    trials = plan.table()
+    settings = PlanSettings()
+    study = optuna.create_study(sampler=PosteriorSampler(trials, settings, seed=0))
+    trial = study.ask()
+    beta_kl = trial.suggest_float("beta_kl", *settings.beta_kl_range, log=True)
+    heat = trial.suggest_float("kl_temperature", *settings.kl_temperature_range)
+    other = trial.suggest_float("other", 0, 1)
+    assert 0.01 < beta_kl < 1, (beta_kl, heat)
+    assert 0 <= other <= 1
+
+
+def test_the_expected_saving_is_that_of_draws() -> None:
+    change = Mixture(
+        np.array([[-0.5, 1.0, -9.0], [0.2, 2.0, -9.0]]), np.array([[0.3] * 3, [1.5] * 3]), np.array([0.7, 0.3])
+    )
+    draws = np.random.default_rng(0).normal(size=(400_000, 1))
+    by_draws = sum(
+        weight * np.maximum(0, 1 - np.exp(mean + sd * draws)).mean(axis=0)
+        for weight, mean, sd in zip(change.weights, change.mean, change.sd, strict=True)
+    )
+    np.testing.assert_allclose(expected_saving(change), by_draws, atol=2e-3)
+    assert expected_saving(change)[2] == pytest.approx(1, abs=2e-3)
 
 
 def test_the_search_continues_from_a_journal_as_it_would_have(tmp_path: Path) -> None:
