@@ -16,10 +16,14 @@ check: setup  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/ready-bench  ## measurements, as tables, some 15 minutes
+bench: .venv/ready-bench  ## measurements, as tables, some 50 minutes
 	$(BIN)/python -m tests.benchmarks.bench_kl
 	$(BIN)/python -m tests.benchmarks.bench_step
 	$(BIN)/python -m tests.benchmarks.bench_tiny_world
+	$(BIN)/python -m tests.benchmarks.bench_search --quick
+	$(BIN)/python -m tests.benchmarks.bench_choice
+	$(BIN)/python -m tests.benchmarks.bench_stopping
+	$(BIN)/python -m tests.benchmarks.bench_plan
 
 setup: .venv/ready
 

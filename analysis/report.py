@@ -90,30 +90,44 @@ def train_command(decision: Decision, sweep: Mapping[str, Any]) -> str | None:
 
 
 def sweep_command(decision: Decision, sweep: Mapping[str, Any], n_trials: int) -> str | None:
-    """The sweep that would help where the verdict is none to ship; None where there is one."""
+    """The sweep that would help where the verdict is none to ship; None where there is one.
+
+    More trials of the same sweep where its baseline has seeds enough, else another.
+    """
     if decision.beta_kl is not None:
         return None
+    needed, seeds = decision.needed, decision.baseline.n_seeds if decision.baseline else 0
+    if needed is not None and needed.seeds <= seeds and _as_swept(decision, sweep):
+        more = {"resume": sweep["run_dir"], "num_samples": needed.num_samples}
+        return f"python sweeps/kl_ablation.py {_flags(more)}"
     values: dict[str, Any] = {"preset": sweep.get("preset", "tiny")}
     overrides = _overrides(sweep)
     values["num_samples"] = sweep["settings"].get("num_samples", n_trials)
     if decision.verdict == "baseline_never_rerouted":
         overrides["steps"] = 2 * int(sweep.get("config", {}).get("steps", 50))
-    if decision.needed is not None:
-        values["num_samples"] = decision.needed.num_samples
-        if decision.needed.seeds > min(8, decision.needed.num_samples // 5):
-            values["baseline_seeds"] = decision.needed.seeds
+    if needed is not None:
+        values["num_samples"] = needed.num_samples
+        if needed.seeds > min(8, needed.num_samples // 5):
+            values["baseline_seeds"] = needed.seeds
     values = _asked_otherwise(sweep) | values
     return f"python sweeps/kl_ablation.py {_flags({**values, **overrides})}"
+
+
+def _as_swept(decision: Decision, sweep: Mapping[str, Any]) -> bool:
+    """Whether the decision asks what the sweep asked."""
+    asked = {"reroute_tolerance": decision.reroute_tolerance, "confidence": decision.confidence}
+    return all(sweep["settings"].get(name, value) == value for name, value in asked.items())
 
 
 def _asked_otherwise(sweep: Mapping[str, Any]) -> dict[str, Any]:
     """Flags without which another sweep would answer another question."""
     settings, workers = sweep["settings"], sweep.get("workers", {})
+    by_budget = min(8, max(3, settings.get("num_samples", 0) // 5))
     given = {
         "reroute_tolerance": (settings.get("reroute_tolerance", 0.05), 0.05),
         "confidence": (settings.get("confidence", 0.95), 0.95),
         "seed": (settings.get("seed", 0), 0),
-        "baseline_seeds": (settings.get("baseline_seeds"), None),
+        "baseline_seeds": (settings.get("baseline_seeds") or by_budget, by_budget),
         "workers_per_trial": (workers.get("count", 1), 1),
     }
     return {name: value for name, (value, default) in given.items() if value != default}

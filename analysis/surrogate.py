@@ -85,9 +85,9 @@ class Surrogate:
         """`[m]` probabilities that trials on `seed` bring a point to `confidence` of being feasible."""
         return self.reroute.probability_of_qualifying(points, _BASELINE, seed, self.limit, confidence, trials)
 
-    def believing(self, points: Array, seed: ArrayLike) -> "Surrogate":
-        """The model once trials that run at `points` `[k, 2]` have come out as it expects."""
-        return replace(self, reroute=self.reroute.believing(points, seed), drift=self.drift.believing(points, seed))
+    def believing_drift(self, points: Array, seed: ArrayLike) -> "Surrogate":
+        """The model once the drift of trials that run at `points` `[k, 2]` has come out as it expects."""
+        return replace(self, drift=self.drift.believing(points, seed))
 
 
 def modelled(usable: pd.DataFrame) -> pd.DataFrame:

@@ -91,7 +91,8 @@ def load_curves(run_dir: str | Path) -> pd.DataFrame:
 
 
 def load_settings(run_dir: str | Path) -> dict[str, Any]:
-    """`sweep.json`: `settings`, `preset`, `config`, `config_overrides`, `plan`, `tolerance`, `status`, `versions`, …
+    """`sweep.json`: `settings`, `preset`, `config`, `config_overrides`, `plan`, `tolerance`, `status`, `versions`, …;
+    and `run_dir`, as it was named.
 
     Raises:
         InputError: no such directory or file, not JSON, or no `settings` in it.
@@ -109,6 +110,7 @@ def load_settings(run_dir: str | Path) -> dict[str, Any]:
         if not isinstance(settings["settings"].get(name, 0.0), int | float):
             raise InputError(f"{path}: settings.{name} is not a number: restore the file")
     defaults: dict[str, Any] = {
+        "run_dir": str(run_dir),
         "preset": "tiny",
         "git_commit": None,
         "versions": {},

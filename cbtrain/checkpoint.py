@@ -9,7 +9,9 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,13 +23,33 @@ from cbtrain.files import checksum, write_whole
 MANIFEST = "manifest.json"
 
 
+class CheckpointError(InputError):
+    """There is no checkpoint that this run can go on from."""
+
+
+class Progress(NamedTuple):
+    """How far a checkpointed run had come."""
+
+    step: int
+    """Updates done."""
+    seconds: Mapping[str, float]
+    """What they had taken, by kind of work."""
+
+
+NOTHING = Progress(0, {})
+
+
 def fingerprint(config: CircuitBreakerConfig) -> str:
     """Changes with every field that changes what is trained."""
     return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def save(engine, directory: Path, step: int, config: CircuitBreakerConfig) -> None:
-    """Write the adapter, the optimizer's state and this rank's random state after `step` updates; all ranks call it."""
+def save(engine, directory: Path, step: int, config: CircuitBreakerConfig, seconds: Mapping[str, float]) -> None:
+    """Write the adapter, the optimizer's state and this rank's random state after `step` updates; all ranks call it.
+
+    Args:
+        seconds: what the updates took, by kind of work.
+    """
     tag = f"step-{step}"
     # One file a rank: dropout draws differ between ranks.
     random_state = directory / tag / f"random_state_{distributed.rank()}.pt"
@@ -35,8 +57,14 @@ def save(engine, directory: Path, step: int, config: CircuitBreakerConfig) -> No
     torch.save(_random_state(), random_state)
     dist.barrier()
     if distributed.rank() == 0:
-        files = {p.name: checksum(p) for p in sorted((directory / tag).iterdir())}
-        manifest = {"tag": tag, "step": step, "config": fingerprint(config), "files": files}
+        manifest = {
+            "tag": tag,
+            "step": step,
+            "seconds": dict(seconds),
+            "config": fingerprint(config),
+            "workers": distributed.world_size(),
+            "files": {p.name: checksum(p) for p in sorted((directory / tag).iterdir())},
+        }
         write_whole(directory / MANIFEST, json.dumps(manifest, indent=1))
         for old in directory.glob("step-*"):
             if old.name != tag:
@@ -44,29 +72,66 @@ def save(engine, directory: Path, step: int, config: CircuitBreakerConfig) -> No
     dist.barrier()
 
 
-def load(engine, directory: Path, config: CircuitBreakerConfig) -> int:
-    """Restore the newest checkpoint; the number of updates it had done.
+def load(engine, directory: Path, config: CircuitBreakerConfig) -> Progress:
+    """Restore the newest checkpoint; all ranks call it.
 
     Raises:
-        InputError: there is none, it is of another configuration, or a file was changed since it was written.
+        CheckpointError: on every rank, where one of them finds none, or it is of another configuration or number of
+            workers, or a file was changed since it was written.
+    """
+    failure: CheckpointError | None = None
+    try:
+        tag, progress = _checked(directory, config, distributed.world_size())
+    except CheckpointError as error:
+        failure = error
+    failures = torch.tensor([float(failure is not None)], device=distributed.device())
+    if distributed.reduce_sum(failures).item():
+        raise failure or CheckpointError(f"{directory}: another worker cannot read it")
+    try:
+        engine.load_checkpoint(str(directory), tag=tag, load_module_strict=False)
+        _set_random_state(torch.load(directory / tag / f"random_state_{distributed.rank()}.pt", weights_only=True))
+    except Exception as error:  # other versions of the libraries may fail in any way
+        raise CheckpointError(f"{directory}: cannot be loaded ({type(error).__name__}: {error})") from error
+    return progress
+
+
+def step_of(directory: Path, config: CircuitBreakerConfig, workers: int) -> int:
+    """The step from which a run of `workers` processes would go on; 0 where it would begin anew."""
+    try:
+        return _checked(directory, config, workers)[1].step
+    except CheckpointError:
+        return 0
+
+
+def _checked(directory: Path, config: CircuitBreakerConfig, workers: int) -> tuple[str, Progress]:
+    """The newest checkpoint's tag and progress, when it is this run's and whole.
+
+    Raises:
+        CheckpointError: it is not.
     """
     path = directory / MANIFEST
     if not path.is_file():
-        raise InputError(f"{directory}: no checkpoint to resume from (--checkpoint-every writes them)")
+        raise CheckpointError(f"{directory}: no checkpoint to resume from (--checkpoint-every writes them)")
     try:
-        manifest = json.loads(path.read_text())
-        tag, step, written_by, files = (manifest[name] for name in ("tag", "step", "config", "files"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged; remove {directory} to start anew") from error
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        tag, written_by, files = (manifest[name] for name in ("tag", "config", "files"))
+        progress = Progress(int(manifest["step"]), dict(manifest.get("seconds", {})))
+        checksums = dict(files).items()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged; remove {directory} to start anew") from error
     if written_by != fingerprint(config):
-        raise InputError(f"{path}: written by a run with other settings; start in another directory")
-    for name, digest in files.items():
+        raise CheckpointError(f"{path}: written by a run with other settings; start in another directory")
+    if manifest.get("workers", workers) != workers:
+        raise CheckpointError(f"{path}: written by {manifest['workers']} workers, and this run has {workers}")
+    for name, digest in checksums:
         file = directory / tag / name
-        if not file.is_file() or checksum(file) != digest:
-            raise InputError(f"{file}: missing or changed since it was written; remove {directory} to start anew")
-    engine.load_checkpoint(str(directory), tag=tag, load_module_strict=False)
-    _set_random_state(torch.load(directory / tag / f"random_state_{distributed.rank()}.pt", weights_only=True))
-    return step
+        try:
+            unchanged = checksum(file) == digest
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise CheckpointError(f"{file}: missing or changed since it was written; remove {directory} to start anew")
+    return tag, progress
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -29,28 +29,31 @@ def nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {match[0]}?" if match else ""
 
 
-def _fits(value: object, hint: Any) -> bool:
+def fits(value: object, hint: Any) -> bool:
     """Whether a value is of a field's type; an int serves as a float, which must be finite."""
+    if hint is bool:
+        return isinstance(value, bool)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+        return isinstance(value, tuple) and all(fits(item, get_args(hint)[0]) for item in value)
     if get_args(hint):
-        return any(_fits(value, alternative) for alternative in get_args(hint))
+        return any(fits(value, alternative) for alternative in get_args(hint))
     return isinstance(value, hint) and not isinstance(value, bool)
 
 
-def _described(hint: Any) -> str:
+def described(hint: Any) -> str:
     """A field's type in words."""
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))
     if get_origin(hint) is tuple:
-        return f"a list, each {_described(get_args(hint)[0])}"
+        return f"a list, each {described(get_args(hint)[0])}"
     if get_args(hint):
-        return " or ".join(_described(alternative) for alternative in get_args(hint))
-    return {int: "a whole number", float: "a finite number", str: "a text"}.get(hint, "None")
+        return " or ".join(described(alternative) for alternative in get_args(hint))
+    words = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
+    return words.get(hint, "None")
 
 
 @dataclass(kw_only=True)
@@ -153,7 +156,7 @@ class CircuitBreakerConfig:
                 raise InputError(f"{flag(name)} {getattr(self, name)}: {mend}")
 
         for field_name, hint in get_type_hints(type(self)).items():
-            require(_fits(getattr(self, field_name), hint), field_name, f"must be {_described(hint)}")
+            require(fits(getattr(self, field_name), hint), field_name, f"must be {described(hint)}")
         for name in ("beta_kl", "lora_init_std", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every"):
             require(getattr(self, name) >= 0, name, "must be 0 or more")
         require(self.checkpoint_every >= 0, "checkpoint_every", "must be 0 or more")

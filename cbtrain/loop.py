@@ -50,10 +50,13 @@ def train(
         teacher_cache: where the teacher's states are kept, and put where they are missing; None runs the teacher.
 
     Returns:
-        The last line of metrics, with the held-out ones, and `train_s` and `eval_s` (seconds).
+        The last line of metrics, with the held-out ones, and `train_s` and `eval_s` (seconds). A resumed run counts
+        there what its checkpoint had taken; it adds `resumed_from`, the checkpoint's step, and `earlier_s`, the
+        seconds up to it.
 
     Raises:
-        InputError: configuration, model and data do not fit, or there is nothing to resume from.
+        InputError: configuration, model and data do not fit.
+        CheckpointError: there is nothing to resume from.
         NonFiniteLossError: the weights are those before the update that would have carried it.
     """
     data, pad = prepare(config)
@@ -61,8 +64,9 @@ def train(
         decoder = engine.module.decoder
         cache = _cache(config, data, pad, decoder, teacher_cache)
         torch.manual_seed(config.seed + 1_000_003 * distributed.rank())
-        first = checkpoint.load(engine, output_dir / "checkpoint", config) if resume else 0
-        log, updates, clock = MetricsLog(output_dir, config, first), Updates(config), Clock()
+        before = checkpoint.load(engine, output_dir / "checkpoint", config) if resume else checkpoint.NOTHING
+        first, clock = before.step, Clock(before.seconds)
+        log, updates = MetricsLog(output_dir, config, first), Updates(config, clock)
         batches, feed = held_out(data, config, pad), Feed(data, config, pad, decoder.layers, cache)
         metrics: Metrics = {}
         for done, given in enumerate(feed.steps(first), first + 1):
@@ -71,7 +75,7 @@ def train(
             logging = evaluating or done == 1 or done % config.log_every == 0
             saving = config.checkpoint_every > 0 and done % config.checkpoint_every == 0 and done < config.steps
             if logging or saving:
-                metrics = updates.read(clock)
+                metrics = updates.read()
             if evaluating:
                 metrics |= evaluate(decoder, batches, config, cache)
                 clock.lap("eval")
@@ -80,10 +84,10 @@ def train(
                 log.write(metrics)
                 report(metrics)
             if saving:
-                checkpoint.save(engine, output_dir / "checkpoint", done, config)
+                checkpoint.save(engine, output_dir / "checkpoint", done, config, clock.seconds)
             clock.lap("other" if logging or saving else "train")
         save_adapter(model, output_dir / "adapter", config)
-    return metrics
+    return metrics | ({"resumed_from": first, "earlier_s": sum(before.seconds.values())} if resume else {})
 
 
 def fill_teacher_cache(

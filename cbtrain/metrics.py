@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,16 +42,17 @@ class Update(NamedTuple):
 class Updates:
     """Updates since the last reading. Reading waits for the device, so it is done for many at a time."""
 
-    def __init__(self, config: CircuitBreakerConfig) -> None:
+    def __init__(self, config: CircuitBreakerConfig, clock: "Clock") -> None:
         self._config = config
+        self._clock = clock
         self._since: list[Update] = []
-        self._train_s = 0.0
+        self._train_s = clock.seconds["train"]
 
     def add(self, update: Update) -> None:
         """Keep an update for the next reading."""
         self._since.append(update)
 
-    def read(self, clock: "Clock") -> Metrics:
+    def read(self) -> Metrics:
         """The metrics of the last update; the clock's lap of training ends here.
 
         Raises:
@@ -62,8 +63,9 @@ class Updates:
             if not all(math.isfinite(value) for value in parts):
                 named = ", ".join(f"{name} {value:g}" for name, value in zip(LOSSES, parts, strict=True))
                 raise NonFiniteLossError(f"step {update.step}: a loss is not finite ({named}); lower --lr")
-        clock.lap("train")
-        seconds, self._train_s = clock.seconds["train"] - self._train_s, clock.seconds["train"]
+        self._clock.lap("train")
+        train_s = self._clock.seconds["train"]
+        seconds, self._train_s = train_s - self._train_s, train_s
         tokens, last = sum(update.counts.tokens for update in self._since), self._since[-1]
         self._since = []
         return {
@@ -80,15 +82,15 @@ class Updates:
             "scored_tokens_harmful": last.counts.harmful_tokens,
             "scored_tokens_benign": last.counts.benign_tokens,
             "tokens_per_s": tokens / seconds,
-            "train_s": clock.seconds["train"],
+            "train_s": train_s,
         }
 
 
 class Clock:
-    """Seconds spent in each kind of work."""
+    """Seconds spent in each kind of work; a resumed run goes on from those that its checkpoint had taken."""
 
-    def __init__(self) -> None:
-        self.seconds = {"train": 0.0, "eval": 0.0, "other": 0.0}
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        self.seconds = {"train": 0.0, "eval": 0.0, "other": 0.0} | dict(seconds or {})
         self._since = time.perf_counter()
 
     def lap(self, kind: str) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,13 @@ class CacheReport:
     wall_s: float
     """For loading the model and writing the shards as well."""
     rows_read_by_a_trial: int
+
+    def after(self, earlier: object) -> "CacheReport":
+        """The two together, `earlier` being what sweep.json has kept of a session before, if anything."""
+        if not isinstance(earlier, dict):
+            return self
+        sums = {name: getattr(self, name) + earlier.get(name, 0) for name in ("rows_computed", "teacher_s", "wall_s")}
+        return replace(self, **sums)
 
 
 def fill_cache(plan: "CachePlan", context: "TrialContext") -> CacheReport:

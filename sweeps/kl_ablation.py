@@ -2,6 +2,7 @@
 
     python sweeps/kl_ablation.py --num-samples 20
     python sweeps/kl_ablation.py --model DIR --harmful harmful.jsonl --benign benign.jsonl
+    python sweeps/kl_ablation.py --resume runs/latest
 
 On a laptop it starts Ray for itself and ends it; where `RAY_ADDRESS` is set (as `ray job submit` does) it uses that
 cluster.
@@ -9,12 +10,12 @@ cluster.
 
 import contextlib
 import dataclasses
-import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 if not __package__:
@@ -27,13 +28,12 @@ if TYPE_CHECKING:
     from cbtrain.data import CircuitBreakerData
     from cbtrain.recall import CachePlan
     from sweeps.budget import PlanSettings
-    from sweeps.cache import CacheReport
+    from sweeps.resume import Found
     from sweeps.run_directory import RunDirectory
-    from sweeps.search import PlanSearcher
-    from sweeps.trial import TrialContext
 
 SEARCHED = ("beta_kl", "kl_temperature")
-EXIT_STATUS = {"baseline_never_rerouted": 3, "baseline_failed": 3}
+CHECKPOINTS = 4
+"""A trial that is killed repeats at most this fraction of its steps; each checkpoint costs the embedded default 1 %."""
 
 
 @dataclass(kw_only=True)
@@ -46,12 +46,19 @@ class SweepSettings:
     """Trials in all: baseline, ablation, search and confirmation."""
     run_dir: Path | None = None
     """Directory for everything the sweep writes; None is runs/kl_ablation-TIME."""
+    resume: Path | None = None
+    """Run directory of a sweep that was killed, or that shall have more trials (--num-samples): continue it, with the
+    settings that it was begun with."""
     baseline_seeds: int | None = None
     """Seeds of the beta_kl = 0 baseline; None is a fifth of the trials, at least 3, at most 8."""
     reroute_tolerance: float = 0.05
     """Share of the baseline's rerouting that a setting may lose."""
     confidence: float = 0.95
     """Probability of keeping that limit which a recommended setting must reach."""
+    sampler: Literal["gp", "tpe", "random"] = "gp"
+    """What searches: gp is the Gaussian process that also decides, tpe and random are Optuna's samplers."""
+    early_stop: bool = False
+    """End a search trial whose rerouting stays over the limit; off by default: it saves too little (bench_stopping)."""
     max_concurrent: int | None = None
     """Trials at a time; None is what the machine holds, at most 4."""
     workers_per_trial: int = 1
@@ -66,41 +73,114 @@ class SweepSettings:
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
 
 
+@dataclass(frozen=True)
+class Job:
+    """A sweep to begin or to continue."""
+
+    run: "RunDirectory"
+    settings: SweepSettings
+    plan: "PlanSettings"
+    found: "Found | None" = None
+    """What a sweep that is continued has already."""
+
+
 def main() -> int:
     """Run the command; its exit status."""
-    settings = cli.parse(SweepSettings, sys.argv[1:], "python sweeps/kl_ablation.py")
-    overrides = _overrides(settings)
+    argv = sys.argv[1:]
+    settings = cli.parse(SweepSettings, argv, "python sweeps/kl_ablation.py")
+    if settings.resume is None:
+        return _run(_new(settings, argv))
 
-    from sweeps.budget import PlanSettings, allocate
     from sweeps.run_directory import RunDirectory
 
-    plan_settings = PlanSettings(
-        num_samples=settings.num_samples,
-        seed=settings.config.seed,
-        baseline_seeds=settings.baseline_seeds,
-        reroute_tolerance=settings.reroute_tolerance,
-        confidence=settings.confidence,
-    )
-    budget = allocate(plan_settings)
+    run = RunDirectory(settings.resume)
+    run.read()
+    with run.locked():
+        return _run(_continued(run, settings, argv))
+
+
+def _new(settings: SweepSettings, argv: Sequence[str]) -> Job:
+    """A sweep that begins, with its settings complete."""
+    from sweeps.budget import PlanSettings, allocate
+    from sweeps.resume import flags_to_keep, given_flags
+    from sweeps.run_directory import RunDirectory
+
+    overrides = _overrides(settings)
+    shared = {name.name for name in dataclasses.fields(PlanSettings)} & vars(settings).keys()
+    plan = PlanSettings(**{name: getattr(settings, name) for name in shared}, seed=settings.config.seed)
+    plan = dataclasses.replace(plan, baseline_seeds=allocate(plan).baseline)
     settings.config.validate()
+    if "checkpoint_every" not in given_flags(argv):
+        settings.config.checkpoint_every = -(-settings.config.steps // CHECKPOINTS)
     if settings.run_dir == Path():
         raise InputError("--run-dir: name a directory")
     run = RunDirectory(settings.run_dir or Path("runs") / time.strftime("kl_ablation-%Y%m%d-%H%M%S"))
     run.refuse_if_taken()
-    _check_workers(settings)
-    config, data = _read_inputs(settings)
+    run.record = {"preset": settings.preset, "config_overrides": overrides, "flags": flags_to_keep(settings)}
+    return Job(run, settings, plan)
+
+
+def _continued(run: "RunDirectory", settings: SweepSettings, argv: Sequence[str]) -> Job:
+    """The sweep in a run directory, to go on with; the caller holds its lock."""
+    from sweeps.resume import find_trials, mend_journal, recorded
+
+    run.read()
+    settings, plan = recorded(run, settings, argv)
+    found = find_trials(run, plan)
+    if not settings.dry_run:
+        mend_journal(run)
+    return Job(run, settings, plan, found)
+
+
+def _run(job: Job) -> int:
+    """Check everything, say what will be done, and do it; the exit status."""
+    from sweeps.budget import allocate
+    from sweeps.stopping import require_stoppable
+
+    budget = allocate(job.plan)
+    job.settings.config.validate()
+    _check_workers(job.settings)
+    if job.settings.early_stop:
+        require_stoppable(job.settings.config, budget.baseline)
+    config, data = _read_inputs(job.settings, job.run)
 
     from cbtrain.recall import plan_cache
     from sweeps.progress import plan_lines
 
-    cache = plan_cache(settings.teacher_cache, run.path / "teacher_cache", config, data, budget.total)
-    print("\n".join(plan_lines(plan_settings, budget, cache.says, run.shown)), flush=True)
-    if settings.dry_run:
-        return 0
+    cache = plan_cache(job.settings.teacher_cache, job.run.path / "teacher_cache", config, data, budget.total)
+    lines = plan_lines(job.plan, budget, cache.says, job.run.shown, job.settings.early_stop)
+    if job.found is not None:
+        lines += _what_is_resumed(job, job.found, config, budget.total)
+    print("\n".join(lines), flush=True)
+    return 0 if job.settings.dry_run else _start(job, config, cache)
 
+
+def _what_is_resumed(job: Job, found: "Found", config: CircuitBreakerConfig, total: int) -> list[str]:
+    """Lines on what a resumed sweep goes on from, and whether other software goes on with it."""
+    from sweeps.progress import resume_lines, wrapped
+    from sweeps.resume import steps_done
+
+    steps = steps_done(job.run, found, config, job.settings.workers_per_trial)
+    changes = job.run.changed_software()
+    warning = wrapped(f"warning   changed since the sweep began: {', '.join(changes)}") if changes else []
+    return [*resume_lines(len(found.ended), total, steps, found.done), *warning]
+
+
+def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
+    """Start Ray and run the sweep to its end, where anything is left to run; the exit status."""
     from sweeps.machine import place, started_ray
+    from sweeps.resume import wait_for_leftovers
+    from sweeps.session import Session
+    from sweeps.trial import TrialContext
 
-    with started_ray() as resources:
+    run, settings, found = job.run, job.settings, job.found
+    ended = len(found.ended) if found else 0
+    if found is not None and found.done:
+        return Session(run, job.plan, run.record.get("concurrency", 1), ended).conclude()
+    if found is not None:
+        wait_for_leftovers(run, [spec.trial_id for spec in found.interrupted])
+    with contextlib.ExitStack() as stack:
+        resources = stack.enter_context(started_ray())
         cli.catch_sigterm()
         workers, concurrency = place(
             resources,
@@ -108,26 +188,36 @@ def main() -> int:
             gpus_per_worker=settings.gpus_per_worker,
             max_concurrent=settings.max_concurrent,
         )
-        run.create(
-            {
-                "status": "running",
-                "preset": settings.preset,
-                "settings": dataclasses.asdict(plan_settings),
-                "plan": dataclasses.asdict(budget),
-                "tolerance": None,
-                "concurrency": concurrency,
-                "workers": dataclasses.asdict(workers),
-                "teacher_cache": cache.directory or cache.says,
-                "config": dataclasses.asdict(config),
-                "config_overrides": overrides,
-            }
-        )
-        _log_to(run.path / "logs" / "driver.log")
-        from sweeps.trial import TrialContext
-
+        if found is None:
+            stack.enter_context(run.locked())
+        _write_down(job, config, cache, {"concurrency": concurrency, "workers": dataclasses.asdict(workers)})
         print(f"          {concurrency} at a time\n", flush=True)
-        context = TrialContext(config=config, run_dir=run.path, workers=workers)
-        return _sweep(run, plan_settings, context, concurrency, cache)
+        session = len(run.record.get("resumed", []))
+        context = TrialContext(config=config, run_dir=run.path, workers=workers, session=session)
+        return Session(run, job.plan, concurrency, ended, settings.early_stop).sweep(context, cache)
+
+
+def _write_down(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", placed: dict[str, object]) -> None:
+    """Write sweep.json, whole for a sweep that begins, else what may be different from now on."""
+    from sweeps.budget import allocate
+    from sweeps.inputs import identities
+    from sweeps.resume import flags_to_keep
+
+    fields = placed | {
+        "settings": dataclasses.asdict(job.plan),
+        "plan": dataclasses.asdict(allocate(job.plan)),
+        "flags": flags_to_keep(job.settings),
+    }
+    if job.found is not None:
+        job.run.go_on(ended=len(job.found.ended), **fields)
+        return
+    fixed = {
+        "config": dataclasses.asdict(config),
+        "inputs": identities(config),
+        "teacher_cache": cache.directory or cache.says,
+        "tolerance": None,
+    }
+    job.run.create(job.run.record | fields | fixed)
 
 
 def _overrides(settings: SweepSettings) -> dict[str, object]:
@@ -148,7 +238,7 @@ def _check_workers(settings: SweepSettings) -> None:
             raise InputError(f"{flag(name)} {value}: must be 1 or more")
 
 
-def _read_inputs(settings: SweepSettings) -> "tuple[CircuitBreakerConfig, CircuitBreakerData]":
+def _read_inputs(settings: SweepSettings, run: "RunDirectory") -> "tuple[CircuitBreakerConfig, CircuitBreakerData]":
     """Read the model's structure and the data, so that what is wrong with them is said now, and print what was read.
 
     Returns:
@@ -157,14 +247,22 @@ def _read_inputs(settings: SweepSettings) -> "tuple[CircuitBreakerConfig, Circui
     from cbtrain.environment import quiet_libraries
 
     quiet_libraries()
+    from cbtrain import tiny
     from cbtrain.batches import check_batch
     from cbtrain.loop import prepare
     from cbtrain.model import check_fit, resolve
 
     config = resolve(settings.config)
+    if "inputs" in run.record:
+        from sweeps.inputs import require_unchanged
+
+        if Path(config.model) == tiny.cache_directory():
+            tiny.build()  # a cache may be emptied
+        require_unchanged(run.record["inputs"], config)
     check_batch(config, settings.workers_per_trial)
     data, _ = prepare(config)
-    print(f"KL ablation · preset {settings.preset} · model {settings.config.model} ({check_fit(config)} layers)")
+    model = run.record["config_overrides"].get("model", get_config(settings.preset).model)
+    print(f"KL ablation · preset {settings.preset} · model {model} ({check_fit(config)} layers)")
     first, *rest = data.describe()
     print("\n".join([f"data      {first}", *(f"          {line}" for line in rest)]), flush=True)
     return _with_absolute_paths(config), data
@@ -183,95 +281,6 @@ def _with_absolute_paths(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
         harmful=tuple(str(Path(file).absolute()) for file in config.harmful),
         benign=tuple(str(Path(file).absolute()) for file in config.benign),
     )
-
-
-def _sweep(
-    run: "RunDirectory", settings: "PlanSettings", context: "TrialContext", concurrency: int, cache: "CachePlan"
-) -> int:
-    """Run the plan to its end; the exit status."""
-    import pandas as pd
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    from analysis.decide import decide
-    from sweeps.plan import SweepPlan
-    from sweeps.progress import EventLines, summary_lines
-    from sweeps.search import PlanSearcher
-
-    plan = SweepPlan(settings, JournalStorage(JournalFileBackend(str(run.path / "study.log"))))
-    started = time.monotonic()
-    try:
-        context, spared = _with_cache(context, cache, run)
-        events = EventLines(plan)
-
-        def on_change() -> None:
-            rows = plan.rows()
-            run.write_trials(rows)
-            if plan.tolerance is not None and run.record["tolerance"] is None:
-                run.update(tolerance=plan.tolerance)
-            events.update(rows)
-
-        _tune(PlanSearcher(plan, on_change), context, concurrency)
-    except BaseException as stop:
-        with contextlib.suppress(OSError):  # a full disk must not hide what happened
-            run.update(status="failed" if isinstance(stop, Exception) else "interrupted")
-        if isinstance(stop, KeyboardInterrupt):
-            print(f"\nthe trials that ended are in {run.shown}/trials.csv", file=sys.stderr)
-        raise
-    wall_s = time.monotonic() - started
-    run.update(status="finished", wall_s=wall_s)
-    rows = plan.rows()
-    decision = decide(pd.DataFrame(rows), reroute_tolerance=settings.reroute_tolerance, confidence=settings.confidence)
-    print("\n".join(summary_lines(rows, decision, wall_s, concurrency, run.shown, spared)))
-    return EXIT_STATUS.get(decision.verdict, 0)
-
-
-def _with_cache(
-    context: "TrialContext", plan: "CachePlan", run: "RunDirectory"
-) -> tuple["TrialContext", "CacheReport | None"]:
-    """The trials' context with a filled cache; without one, and a line that says why, where it cannot be filled."""
-    if plan.directory is None:
-        return context, None
-    from cbtrain.recall import LIVE, CacheUnavailableError
-    from sweeps.cache import fill_cache
-    from sweeps.progress import wrapped
-
-    try:
-        report = fill_cache(plan, context)
-    except CacheUnavailableError as error:
-        print("\n".join(wrapped(f"cache     off, {LIVE}: {error}")) + "\n", flush=True)
-        run.update(teacher_cache=f"off: {error}")
-        return context, None
-    run.update(teacher_cache={"directory": plan.directory, **dataclasses.asdict(report)})
-    return dataclasses.replace(context, teacher_cache=plan.directory), report
-
-
-def _tune(searcher: "PlanSearcher", context: "TrialContext", concurrency: int) -> None:
-    """Run the searcher's trials on Ray Tune."""
-    from ray import tune
-
-    from sweeps.trial import run_trial
-
-    trainable = tune.with_parameters(run_trial, context=context)
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, context.workers.tune_resources()),
-        tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            num_samples=searcher.plan.settings.num_samples,
-            max_concurrent_trials=concurrency,
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(context.run_dir / "ray"), verbose=0),
-    )
-    tuner.fit()
-    if searcher.failure is not None:
-        raise searcher.failure
-
-
-def _log_to(path: Path) -> None:
-    """Send what libraries log or warn of to a file, off the screen."""
-    logging.captureWarnings(True)
-    logging.basicConfig(filename=path, level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", force=True)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class SweepPlan:
             return None
         if asked["ablation"] < self.budget.ablation:
             return self._journal.add("ablation", *ABLATION_POINTS[asked["ablation"]], self.settings.seed)
-        if not self._baseline_in() or len(self._entries) >= self.budget.total:
+        if not self._fixed_part_in() or len(self._entries) >= self.budget.total:
             return None
         if asked["search"] < self.budget.search:
             return self._search(asked["search"])
@@ -133,6 +133,11 @@ class SweepPlan:
     def _baseline_in(self) -> bool:
         ended = sum(entry.outcome is not None for entry in self._baselines())
         return ended >= self.budget.baseline and ended == len(self._baselines())
+
+    def _fixed_part_in(self) -> bool:
+        """Whether baseline and ablation have ended: a search that starts on less spends its trials on guesses."""
+        fixed = [entry for entry in self._entries.values() if entry.spec.phase in ("baseline", "ablation")]
+        return self._baseline_in() and all(entry.outcome is not None for entry in fixed)
 
     def _baseline_losses(self) -> dict[int, float]:
         """`eval_loss_reroute` by seed of the baselines that completed."""

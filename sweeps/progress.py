@@ -6,15 +6,17 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from analysis.decision import Decision
+from analysis.noise import MIN_SEEDS, is_noisy, samples_for, seeds_needed
 from analysis.report import explanation
-from analysis.wording import count, with_relation
+from analysis.surrogate import MAX_MODELLED
+from analysis.wording import count, number, percent, with_relation
 from sweeps.budget import Budget, PlanSettings
 from sweeps.cache import CacheReport
 from sweeps.plan import SweepPlan
@@ -23,29 +25,87 @@ Row = dict[str, Any]
 WIDTH = 80
 INDENT = " " * 10
 HEADER = " time      phase    beta_kl    T seed"
+SAMPLERS = {"gp": "Gaussian process", "tpe": "TPE", "random": "random"}
 
 
-def plan_lines(settings: PlanSettings, budget: Budget, cache: str, run_dir: Path) -> list[str]:
+def plan_lines(
+    settings: PlanSettings, budget: Budget, cache: str, run_dir: Path, early_stop: bool = False
+) -> list[str]:
     """The plan, in the order in which it will run; `cache` says what the teacher cache takes."""
     (low, high), (cold, hot) = settings.beta_kl_range, settings.kl_temperature_range
     phases = ("baseline", "ablation", "search", "confirm")
     parts = " + ".join(f"{getattr(budget, phase)} {phase}" for phase in phases if getattr(budget, phase))
     lines = [f"plan      {budget.total} trials = {parts}"]
     if budget.dropped:
-        left_out = f"left out for want of trials: {', '.join(budget.dropped)}"
-        lines += textwrap.wrap(left_out, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
+        lines += _indented(f"left out for want of trials: {', '.join(budget.dropped)}")
     return [
         *lines,
         f"search    beta_kl {low:g}–{high:g} (log) × kl_temperature {cold:g}–{hot:g} · minimise benign drift",
+        *_indented(f"{SAMPLERS[settings.sampler]}{_handed_over(settings, budget)}"),
         f"subject   rerouting lost ≤ {100 * settings.reroute_tolerance:g} % of what the baseline achieves",
+        *(wrapped(f"stop      {_stopped_early(budget)}") if early_stop else []),
         *wrapped(f"cache     {cache}"),
         f"run       {run_dir}",
     ]
 
 
+def _handed_over(settings: PlanSettings, budget: Budget) -> str:
+    """That the Gaussian process does not search to the end of a long sweep, where it does not."""
+    if settings.sampler != "gp" or budget.total <= MAX_MODELLED:
+        return ""
+    return f" up to trial {MAX_MODELLED}, TPE from there on: the cost of the former grows with the cube of the trials"
+
+
+def _stopped_early(budget: Budget) -> str:
+    if budget.search == 0:
+        return "nothing: only search trials are stopped early, and the plan has none"
+    return "search trials early whose held-out rerouting stays over the limit"
+
+
+def noise_lines(rows: Sequence[Row], tolerance: float, settings: PlanSettings) -> list[str]:
+    """What the spread between the baseline's seeds asks for, where it is large for the limit; else nothing.
+
+    Args:
+        rows: of trials.csv, with the whole baseline.
+        tolerance: the allowed rise of `eval_loss_reroute`.
+        settings: of the sweep.
+    """
+    completed = [row for row in rows if row["phase"] == "baseline" and row["status"] == "completed"]
+    losses = [row["eval_loss_reroute"] for row in completed]
+    if len(losses) < MIN_SEEDS or not is_noisy(sigma := stdev(losses), tolerance):
+        return []
+    seeds = seeds_needed(sigma, tolerance)
+    samples = samples_for(seeds)
+    more = f" (--num-samples {samples})" if samples > settings.num_samples else ""
+    again = "; settings that ran are repeated where a new one is worth no more" if settings.sampler == "gp" else ""
+    return wrapped(
+        f"noise     σ {number(sigma, 2)} between seeds is {percent(sigma / tolerance)} of the limit "
+        f"{number(tolerance, 2)}: an answer may need up to {seeds} seeds a setting{more}{again}"
+    )
+
+
+def resume_lines(ended: int, total: int, steps: Sequence[int], done: bool) -> list[str]:
+    """What a resumed sweep found; `steps` are those from which the interrupted trials go on."""
+    found = f"resume    {ended} of {count(total, 'trial')} ended"
+    if done:
+        more = " (--num-samples N adds trials)" if ended == total else ""
+        return wrapped(f"{found}: nothing is left to run{more}")
+    if steps:
+        places = [f"step {step}" if step else "the start" for step in steps]
+        listed = " and from ".join(filter(None, [", ".join(places[:-1]), places[-1]]))
+        verb, they = ("was", "it goes") if len(steps) == 1 else ("were", "they go")
+        found += f", {len(steps)} {verb} interrupted: {they} on from {listed}"
+    return wrapped(found)
+
+
 def wrapped(text: str) -> list[str]:
     """A labelled text in lines of the screen's width."""
     return textwrap.wrap(text, WIDTH, subsequent_indent=INDENT)
+
+
+def _indented(text: str) -> list[str]:
+    """What goes on under a label."""
+    return textwrap.wrap(text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
 
 
 @contextlib.contextmanager
@@ -59,11 +119,15 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class EventLines:
-    """Prints a line when a trial starts and when it ends, told by comparing the plan with what was printed."""
+    """Prints a line when a trial starts and when it ends, told by comparing the plan with what was printed.
 
-    def __init__(self, plan: SweepPlan) -> None:
+    Args:
+        before: rows that are not news.
+    """
+
+    def __init__(self, plan: SweepPlan, before: Sequence[Row] = ()) -> None:
         self._plan = plan
-        self._printed: dict[str, str] = {}
+        self._printed = {str(row["trial_id"]): str(row["status"]) for row in before}
         self._started = time.monotonic()
         print(HEADER)
 
@@ -91,6 +155,8 @@ def _event(row: Row, tolerance: float | None) -> str:
 def _result(row: Row, tolerance: float | None) -> str:
     if row["status"] == "running":
         return "started"
+    if row["status"] == "stopped" and row["steps"] is not None:
+        return f"stopped: step {row['steps']}, reroute {row['eval_loss_reroute']:.4f}"
     if row["status"] != "completed":
         return f"{row['status']}: {row['error']}"
     text = f"reroute {row['eval_loss_reroute']:.4f} drift {row['eval_benign_kl']:<7.3g}"
@@ -107,21 +173,41 @@ def summary_lines(
     concurrency: int,
     run_dir: Path,
     cache: CacheReport | None = None,
+    before: int = 0,
 ) -> list[str]:
-    """What the sweep did, what it cost and what to do next."""
+    """What the sweep did, what it cost and what to do next.
+
+    Args:
+        wall_s: of all sessions of the sweep.
+        before: trials that had ended when it was resumed.
+    """
     quoted = shlex.quote(str(run_dir))
     ended = [row for row in rows if row["status"] == "completed"]
-    failed = sum(row["status"] == "failed" for row in rows)
-    training = sum(row["train_s"] for row in ended)
+    stopped, failed = ([row for row in rows if row["status"] == status] for status in ("stopped", "failed"))
+    timed = [*ended, *(row for row in stopped if row["train_s"] is not None)]
+    training = sum(row["train_s"] for row in timed)
     lines = [
         "",
-        f"{len(rows)} trials in {wall_s:.0f} s · {len(ended)} done, {failed} failed",
+        f"{len(rows)} trials{f' ({before} before this session)' if before else ''} in {wall_s:.0f} s · "
+        f"{len(ended)} done, {f'{len(stopped)} stopped, ' if stopped else ''}{len(failed)} failed",
         f"cost      training {training:.0f} s = {training / (wall_s * concurrency):.0%} of "
         f"{wall_s:.0f} s × {concurrency} at a time",
-        *_overhead(ended),
+        *_overhead(timed),
         *(_spared(cache, len(ended)) if cache else []),
     ]
-    baseline = decision.baseline
+    return [
+        *lines,
+        *_found(decision),
+        f"next      python analysis/pick_beta.py {quoted}",
+        "          the decision, with its evidence",
+        f"          optuna-dashboard {quoted}/study.log",
+        "          explore the trials",
+    ]
+
+
+def _found(decision: Decision) -> list[str]:
+    """The baseline, and the best setting or why there is none."""
+    lines, baseline = [], decision.baseline
     if baseline is not None:
         spread = "" if baseline.reroute_sd is None else f" ± {baseline.reroute_sd:.4f}"
         lines.append(
@@ -138,13 +224,7 @@ def summary_lines(
             lines += wrapped(f"but       {decision.behaviour_warning}")
     else:
         lines += wrapped(f"verdict   {decision.verdict}: {explanation(decision)}")
-    return [
-        *lines,
-        f"next      python analysis/pick_beta.py {quoted}",
-        "          the decision, with its evidence",
-        f"          optuna-dashboard {quoted}/study.log",
-        "          explore the trials",
-    ]
+    return lines
 
 
 def _spared(cache: CacheReport, trials: int) -> list[str]:

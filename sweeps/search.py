@@ -11,8 +11,9 @@ from typing import Any, cast, get_args
 from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_EXPERIMENT_INFO_KEYS, DEFAULT_RESULT_KEYS, DONE
 from ray.tune.search.searcher import Searcher
 
-from sweeps.journal import Status, TrialOutcome
+from sweeps.journal import Status, TrialOutcome, TrialSpec
 from sweeps.plan import PLAN_COLUMNS, REQUIRED_METRICS, SweepPlan
+from sweeps.stopping import StopRule
 
 RAY_KEYS = {*AUTO_RESULT_KEYS, *DEFAULT_EXPERIMENT_INFO_KEYS, *DEFAULT_RESULT_KEYS, DONE}
 """What Ray adds to a result; the rest is the trial's own. Nested ones arrive as `config/seed`."""
@@ -22,23 +23,39 @@ def _nothing() -> None:
     """The hook of a caller that has none."""
 
 
+def _never(_spec: TrialSpec) -> None:
+    """The rule of a caller that stops no trial early."""
+
+
 class PlanSearcher(Searcher):
-    """Gives each Tune trial a `TrialSpec` as its config (the fields of it and nothing else).
+    """Gives each Tune trial a `TrialSpec` as its config: its fields, and `stop_rule` where the trial has one.
 
     A trial function ends by reporting `status` ("completed", "stopped" or "failed"), `error` and the metric columns.
     """
 
-    def __init__(self, plan: SweepPlan, on_change: Callable[[], None] = _nothing) -> None:
+    def __init__(
+        self,
+        plan: SweepPlan,
+        on_change: Callable[[], None] = _nothing,
+        rule_for: Callable[[TrialSpec], StopRule | None] = _never,
+    ) -> None:
         """
         Args:
             plan: where trials come from.
             on_change: called after each trial given and each outcome taken, to rewrite trials.csv.
+            rule_for: when the trial that is about to be given stops early; None where it does not.
         """
         super().__init__()
         self.plan = plan
         self.failure: Exception | None = None
         self._on_change = on_change
+        self._rule_for = rule_for
         self._trial_ids: dict[str, str] = {}
+
+    @property
+    def given(self) -> set[str]:
+        """Ids of the plan's trials that this searcher has given."""
+        return set(self._trial_ids.values())
 
     def suggest(self, trial_id: str) -> dict[str, object] | str | None:
         """The config of the Tune trial `trial_id`; None when nothing can start now, FINISHED when nothing more will."""
@@ -49,11 +66,12 @@ class PlanSearcher(Searcher):
             if spec is None:
                 return None
             self._trial_ids[trial_id] = spec.trial_id
+            rule = self._rule_for(spec)
             self._on_change()
         except Exception as failure:
             self.failure = failure
             return Searcher.FINISHED
-        return asdict(spec)
+        return asdict(spec) | ({"stop_rule": rule} if rule else {})
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, object] | None = None, error: bool = False) -> None:
         """Tell the plan how the Tune trial `trial_id` ended, by the last result that it reported."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import TYPE_CHECKING
 
+from analysis.wording import count
 from cbtrain.config import CircuitBreakerConfig, InputError
 
 if TYPE_CHECKING:
@@ -173,11 +174,11 @@ def require_stoppable(config: CircuitBreakerConfig, baselines: int) -> None:
         if steps < MIN_EVALUATIONS:
             mend = "give more --steps or leave --early-stop out"
         raise InputError(
-            f"--early-stop: with --eval-every {every} a trial of {steps} steps has {evaluations} held-out "
-            f"evaluation{'s' if evaluations > 1 else ''}, stopping needs {MIN_EVALUATIONS}; {mend}"
+            f"--early-stop: with --eval-every {every} a trial of {count(steps, 'step')} has "
+            f"{count(evaluations, 'held-out evaluation')}, stopping needs {MIN_EVALUATIONS}; {mend}"
         )
     if baselines < MIN_BASELINES:
         raise InputError(
-            f"--early-stop: {baselines} baseline seed{'s' if baselines > 1 else ''}, stopping needs {MIN_BASELINES}; "
+            f"--early-stop: {count(baselines, 'baseline seed')}, stopping needs {MIN_BASELINES}; "
             f"give --baseline-seeds {MIN_BASELINES} or leave --early-stop out"
         )

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import pytest
 from synthetic import BASE_HARMFUL_NLL, Surface, make_trials
 
 from analysis import pick_beta, report
+from analysis.decide import decide
 from analysis.pick_beta import main, write_report
+from analysis.trials import load_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MakeRun = Callable[..., Path]
@@ -114,6 +117,25 @@ def test_every_other_verdict_exits_3_and_says_so_first(
         assert not any("cbtrain.train" in line for line in lines)
         assert any(line.startswith("python sweeps/kl_ablation.py --preset tiny --num-samples") for line in lines)
     assert (run / "report" / "report.html").stat().st_size > 5000
+
+
+def test_what_would_help_is_the_same_sweep_with_more_trials_where_its_baseline_has_seeds_enough(
+    make_run: MakeRun,
+) -> None:
+    trials = make_trials(Surface(), noise=0.08, searched=0, rng_seed=2)
+    run = make_run(trials)
+    decision, sweep = decide(trials), load_settings(run)
+    assert decision.baseline is not None
+    assert decision.needed is not None
+    for seeds, start in ((decision.baseline.n_seeds, f"--resume {run}"), (30, "--preset tiny")):
+        asked = replace(decision, needed=replace(decision.needed, seeds=seeds, num_samples=80))
+        command = report.sweep_command(asked, sweep, len(trials))
+        assert command is not None
+        assert command.startswith(f"python sweeps/kl_ablation.py {start} --num-samples 80"), command
+        assert ("--baseline-seeds 30" in command) == (seeds == 30)
+    otherwise = report.sweep_command(replace(asked, reroute_tolerance=0.2), sweep, len(trials))
+    assert otherwise is not None
+    assert "--resume" not in otherwise
 
 
 def test_a_baseline_that_never_rerouted_is_told_to_train_longer(make_run: MakeRun) -> None:

@@ -239,7 +239,7 @@ def jobs(runs: int, seed: int, family: Family, methods: Sequence[str], noises: S
         for method in methods
         for run in range(runs)
     ]
-    shares: dict[Kind, float] = {"none_feasible": 1.0, "never_rerouted": 0.2}
+    shares: dict[Kind, float] = {"none_feasible": 0.5, "never_rerouted": 0.1}
     refused = [
         Job("plan", noise, CORRELATIONS[run % len(CORRELATIONS)], run, seed, family, kind)
         for kind, share in shares.items()

@@ -200,9 +200,11 @@ def test_plain_peft_loads_the_adapter_with_the_trained_models_logits(small_confi
     assert not torch.allclose(loaded, plain, atol=1e-3)
 
 
-def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_weights(small_config, tmp_path):
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_weights(small_config, tmp_path, cached):
     config = replace(small_config, steps=6, checkpoint_every=2, lora_dropout=0.1, warmup_steps=1)
-    whole = run(config, tmp_path / "whole")
+    cache = {"teacher_cache": tmp_path / "cache"} if cached else {}
+    whole = run(config, tmp_path / "whole", **cache)
 
     class Killed(Exception):
         pass
@@ -212,12 +214,17 @@ def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_weights(small_confi
             raise Killed
 
     with pytest.raises(Killed):
-        train(config, tmp_path / "cut", die_at_5)
-    resumed = run(config, tmp_path / "cut", resume=True)
+        train(config, tmp_path / "cut", die_at_5, **cache)
+    taken = json.loads((tmp_path / "cut" / "checkpoint" / "manifest.json").read_text())["seconds"]
+    final = train(config, tmp_path / "cut", lambda _metrics: None, resume=True, **cache)
+    assert (final["resumed_from"], final["earlier_s"]) == (4, sum(taken.values()))
+    resumed = lines_of(tmp_path / "cut")
     assert [line["step"] for line in resumed] == [1, 2, 3, 4, 5, 6]
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert taken["train"] < resumed[4]["train_s"] < resumed[5]["train_s"]
     for ours, theirs in zip(resumed, whole, strict=True):
-        assert ours["loss"] == theirs["loss"]
+        measured = {name for name in theirs if not name.endswith("_s")}
+        assert {name: ours[name] for name in measured} == {name: theirs[name] for name in measured}
 
 
 def test_resuming_without_a_checkpoint_is_refused_and_leaves_the_run_alone(small_config, tmp_path):

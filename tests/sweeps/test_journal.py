@@ -2,6 +2,7 @@
 
 import random
 import tempfile
+from collections import Counter
 
 import numpy as np
 import optuna
@@ -21,6 +22,7 @@ from simulated import (
     world,
 )
 
+from cbtrain.config import InputError
 from sweeps.journal import CONSTRAINT, TrialOutcome, TrialSpec
 
 
@@ -94,6 +96,52 @@ def test_a_killed_sweep_keeps_its_results_and_asks_interrupted_trials_first(seed
         ids = [row["trial_id"] for row in rebuilt.rows()]
         assert ids == [f"t{index:03d}" for index in range(20)], ids
         assert {row["status"] for row in rebuilt.rows()} == {"completed"}
+
+
+@pytest.mark.usefixtures("quick")
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10**6), num_samples=st.integers(8, 24))
+def test_rebuilt_after_tells_at_random_with_four_at_a_time_every_trial_runs_once(seed: int, num_samples: int) -> None:
+    draw = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        plan, running, told = plan_of(num_samples, file_storage(folder)), list[TrialSpec](), list[TrialSpec]()
+        while not plan.done:
+            while len(running) < 4 and (spec := plan.ask()) is not None:
+                running.append(spec)
+            spec = running.pop(draw.randrange(len(running)))
+            plan.tell(spec.trial_id, failed() if draw.random() < 0.2 and spec.trial_id != "t000" else world(spec))
+            told.append(spec)
+            if draw.random() < 0.5:
+                plan = plan_of(num_samples, file_storage(folder))
+                again = [plan.ask() for _ in running]
+                assert again == sorted(running, key=lambda spec: spec.trial_id)
+        phases, budget = Counter(spec.phase for spec in told), plan.budget
+        assert sorted(spec.trial_id for spec in told) == [f"t{index:03d}" for index in range(num_samples)]
+        assert (phases["baseline"], phases["ablation"]) == (budget.baseline, budget.ablation)
+        assert phases["search"] + phases["confirm"] == budget.search + budget.confirm
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_sweep_that_grows_keeps_its_baselines_and_spends_the_new_total() -> None:
+    storage = InMemoryStorage()
+    before = drive(plan_of(20, storage))
+    grown = plan_of(40, storage)
+    after = drive(grown)
+    phases = Counter(spec.phase for spec in [*before, *after])
+    assert phases == {"baseline": 4, "ablation": 4, "search": 28, "confirm": 4}, phases
+    assert [spec.trial_id for spec in after] == [f"t{index:03d}" for index in range(20, 40)]
+
+
+def test_a_journal_is_continued_with_the_settings_it_was_begun_with() -> None:
+    storage = InMemoryStorage()
+    plan = plan_of(10, storage, reroute_tolerance=0.1)
+    tell_baselines(plan, 0.02)
+    other = r"the journal holds a sweep with reroute_tolerance 0.1, not 0.05: continue it as it was, or start another"
+    with pytest.raises(InputError, match=other):
+        plan_of(10, storage)
+    with pytest.raises(InputError, match="baseline_seeds 3, not 5"):
+        plan_of(10, storage, reroute_tolerance=0.1, baseline_seeds=5)
+    assert plan_of(12, storage, reroute_tolerance=0.1).rows() == plan.rows()
 
 
 @pytest.mark.filterwarnings("error")

@@ -1,22 +1,19 @@
 """The command, whole: real Ray, Train, Tune, DeepSpeed and Optuna, on models of a few thousand parameters."""
 
-import contextlib
 import html
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
+from typing import get_type_hints
 
 import optuna
 import pandas as pd
-import psutil
 import pytest
-from children import heed_interrupts
+from commands import QUICK, ROOT, Sweep, world
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from peft import PeftModel
@@ -28,66 +25,13 @@ from cbtrain import cli, tiny
 from cbtrain.config import get_config
 from cbtrain.loop import train
 from sweeps import kl_ablation
+from sweeps.budget import PlanSettings, SamplerName
 
-ROOT = Path(__file__).parents[2]
-QUICK = ("--warmup-steps", "2", "--batch-size", "8", "--eval-every", "0")
 COLUMNS = {
     *("trial_id", "phase", "status", "beta_kl", "kl_temperature", "seed", "steps", "loss_reroute", "loss_retain"),
     *("loss_kl", "eval_loss_reroute", "eval_loss_retain", "eval_benign_kl", "eval_benign_nll", "eval_harmful_nll"),
     *("reroute_regression", "feasible", "train_s", "wall_s", "error"),
 }
-
-
-class Sweep:
-    """The command as a process, and what of it is left when it has ended."""
-
-    def __init__(self, cwd: Path, *arguments: str) -> None:
-        self.mark = uuid.uuid4().hex
-        self._shared_memory = set(os.listdir("/dev/shm"))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "SWEEP_TEST_MARK": self.mark}
-        environment.pop("RAY_ADDRESS", None)
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "sweeps" / "kl_ablation.py"), *arguments],
-            cwd=cwd,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=heed_interrupts,
-        )
-
-    def wait(self) -> tuple[int, str, str]:
-        """Exit status, output and errors; whatever hangs is killed by its own handle."""
-        try:
-            output, errors = self.process.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
-        return self.process.returncode, output, errors
-
-    def processes(self) -> list[psutil.Process]:
-        """Processes that inherited this command's environment."""
-        found = []
-        for process in psutil.process_iter(["name"]):
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-                if process.environ().get("SWEEP_TEST_MARK") == self.mark:
-                    found.append(process)
-        return found
-
-    def left_behind(self) -> list[str]:
-        """What is still there of them a little later, and new files in shared memory."""
-        _, alive = psutil.wait_procs(self.processes(), timeout=10)
-        return [str(process) for process in alive] + sorted(set(os.listdir("/dev/shm")) - self._shared_memory)
-
-
-def world(directory: Path, cwd: Path) -> list[str]:
-    """Flags for model and data, relative to where the command starts."""
-    directory = Path(os.path.relpath(directory, cwd))
-    return [
-        *("--model", str(directory)),
-        *("--harmful", str(directory / "harmful.jsonl")),
-        *("--benign", str(directory / "benign.jsonl")),
-    ]
 
 
 def test_a_sweep_from_command_to_report(tmp_path):
@@ -134,7 +78,9 @@ def test_a_sweep_from_command_to_report(tmp_path):
     again = Sweep(tmp_path, "--num-samples", "15", "--run-dir", "elsewhere/a")
     status, _, errors = again.wait()
     assert (status, errors.count("\n")) == (2, 1), errors
-    assert "elsewhere/a already holds a sweep (15 of 15 trials ended)" in errors
+    mend = "--resume elsewhere/a to continue it, or another --run-dir"
+    assert f"elsewhere/a already holds a sweep (15 of 15 trials ended): {mend}" in errors
+    assert not list(run_dir.glob("trials/*/checkpoint")), "a trial that has ended needs none"
 
 
 def check_constraint(trials: pd.DataFrame, record: dict) -> None:
@@ -232,13 +178,22 @@ def test_a_sweep_whose_cache_cannot_be_written_says_so_and_runs_the_teacher(smal
 
 def test_a_dry_run_says_what_it_would_take_and_starts_nothing(small_world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["kl_ablation.py", *world(small_world, tmp_path), "--dry-run", "--run-dir", "run"])
+    arguments = ["--dry-run", "--run-dir", "run", "--sampler", "tpe", "--early-stop"]
+    monkeypatch.setattr(sys, "argv", ["kl_ablation.py", *world(small_world, tmp_path), *arguments])
     assert cli.run(kl_ablation.main) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80, lines
     assert any(line.startswith("plan      20 trials") for line in lines)
+    assert "          TPE" in lines
+    assert any(line.startswith("stop      search trials early") for line in lines)
     assert any(re.match(r"cache     teacher states of 64 rows, \d+ kB of .* free", line) for line in lines), lines
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_knows_the_samplers_of_the_plan_and_stops_nothing_by_default():
+    assert get_type_hints(kl_ablation.SweepSettings)["sampler"] == SamplerName
+    settings = kl_ablation.SweepSettings()
+    assert (settings.sampler, settings.early_stop) == (PlanSettings().sampler, False)
 
 
 def test_a_baseline_that_never_reroutes_ends_the_sweep(small_world, tmp_path):
@@ -249,6 +204,7 @@ def test_a_baseline_that_never_reroutes_ends_the_sweep(small_world, tmp_path):
     assert status == 3, errors
     assert not (tmp_path / "run" / "teacher_cache").exists()
     assert "baseline_never_rerouted" in output
+    assert "more --steps, a higher --lr" in " ".join(output.split())
     trials = pd.read_csv(tmp_path / "run" / "trials.csv")
     assert 2 <= len(trials) < 8
     assert set(trials.phase) <= {"baseline", "ablation"}
@@ -335,6 +291,8 @@ def test_an_interrupted_sweep_leaves_no_process_and_a_readable_directory(small_w
         (["--run-dir", "{taken}/sweep.json/x"], "is not a directory that can be written to"),
         (["--reroute-tolerance", "1.5"], "--reroute-tolerance 1.5"),
         (["--teacher-cache", "{taken}/sweep.json"], "--teacher-cache"),
+        (["--early-stop", "--eval-every", "0"], "--early-stop: with --eval-every 0 a trial of 70 steps has 1 held-out"),
+        (["--early-stop", "--baseline-seeds", "2"], "--early-stop: 2 baseline seeds, stopping needs 3"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2_before_anything_is_written(

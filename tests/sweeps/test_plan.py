@@ -61,15 +61,17 @@ def test_phases_follow_one_another_with_paired_seeds() -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_ablation_starts_beside_the_baseline_but_search_waits_for_all_of_it() -> None:
+def test_ablation_starts_beside_the_baseline_but_search_waits_for_both() -> None:
     plan = plan_of(20)
     asked = [next_trial(plan) for _ in range(8)]
     assert [spec.phase for spec in asked] == ["baseline"] * 4 + ["ablation"] * 4
-    for spec in (*asked[4:], *asked[:3]):
+    for spec in (*asked[4:7], *asked[:3]):
         assert plan.ask() is None, "a search trial was given before the baseline was in"
         assert plan.tolerance is None
         plan.tell(spec.trial_id, world(spec))
     plan.tell("t003", failed())
+    assert plan.ask() is None, "a search trial was given before the ablation was in"
+    plan.tell("t007", world(asked[7]))
     assert next_trial(plan).phase == "search"
 
 

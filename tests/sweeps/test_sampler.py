@@ -110,6 +110,19 @@ def drive_until_search(plan: SweepPlan) -> list[TrialSpec]:
     return [next_trial(plan) for _ in range(plan.budget.baseline + plan.budget.ablation)]
 
 
+def test_where_seeds_differ_too_much_settings_that_ran_are_repeated_on_other_seeds() -> None:
+    noisy = drive(plan_of(24), lambda spec: world(spec, noise=0.05))
+    quiet = drive(plan_of(24), lambda spec: world(spec, noise=0.002))
+
+    def repeated(asked: list[TrialSpec]) -> int:
+        searched = [(s.beta_kl, s.kl_temperature) for s in asked if s.phase in ("ablation", "search")]
+        return len(searched) - len(set(searched))
+
+    assert repeated(quiet) == 0
+    assert repeated(noisy) >= 2, noisy
+    assert len({(s.beta_kl, s.kl_temperature, s.seed) for s in noisy}) == len(noisy), "the same training twice"
+
+
 def test_it_serves_any_optuna_study() -> None:
     plan = plan_of(13)
     drive(plan)

@@ -1,0 +1,66 @@
+"""What a sweep was made from, told by content: data files, and the model's files."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from cbtrain.config import CircuitBreakerConfig, InputError
+from cbtrain.files import checksum
+
+MODEL_FILES = (
+    *("config.json", "adapter_config.json", "*.index.json", "*.safetensors", "*.bin"),
+    *("tokenizer*.json", "vocab.json", "special_tokens_map.json", "merges.txt", "*.jinja", "*.model"),
+)
+"""Structure, weights and tokenizer; whatever else lies beside them changes no trial."""
+_SAMPLED_ABOVE = 64 * 2**20
+_SAMPLES, _SAMPLE_BYTES = 64, 2**16
+
+
+def identities(config: CircuitBreakerConfig) -> dict[str, str]:
+    """A checksum for each file that the trials of a configuration read, by its path.
+
+    Files of more than 64 MB, which weights are, are told by their size and 64 samples: enough to know another model,
+    and a second's work for any of them. A model of the hub is told by its revision.
+    """
+    files = {file: checksum(Path(file)) for file in (*config.harmful, *config.benign)}
+    for name in filter(None, (config.model, config.tokenizer)):
+        if Path(name).is_dir():
+            found = {file for pattern in MODEL_FILES for file in Path(name).glob(pattern)}
+            files |= {str(file): _sampled(file) for file in sorted(found)}
+        else:
+            files[name] = _revision(name)
+    return files
+
+
+def require_unchanged(recorded: Mapping[str, str], config: CircuitBreakerConfig) -> None:
+    """Raise `InputError` naming the first file that is not what it was when the sweep began."""
+    for name in recorded:
+        if Path(name).is_absolute() and not Path(name).is_file():
+            raise InputError(f"{name}: gone since the sweep began; put it back, or begin another sweep")
+    now = identities(config)
+    for name, identity in recorded.items():
+        if now.get(name, identity) != identity:
+            raise InputError(f"{name}: changed since the sweep began; put it back as it was, or begin another sweep")
+
+
+def _sampled(file: Path) -> str:
+    """The file's checksum, or where it is large that of its size and samples, the first and last bytes among them."""
+    size = file.stat().st_size
+    if size <= _SAMPLED_ABOVE:
+        return checksum(file)
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        for index in range(_SAMPLES):
+            stream.seek(index * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return f"sampled {digest.hexdigest()}"
+
+
+def _revision(name: str) -> str:
+    """The commit of a hub model that this machine has, as its cache files it; empty for a repository without one."""
+    from transformers.utils import cached_file
+
+    try:
+        return Path(cached_file(name, "config.json")).parent.name
+    except OSError:
+        return ""

@@ -1,0 +1,74 @@
+"""The sweep's command as a process."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import psutil
+from children import heed_interrupts
+
+ROOT = Path(__file__).parents[2]
+QUICK = ("--warmup-steps", "2", "--batch-size", "8", "--eval-every", "0")
+
+
+class Sweep:
+    """The command as a process, and what of it is left when it has ended."""
+
+    def __init__(self, cwd: Path, *arguments: str) -> None:
+        self.mark = uuid.uuid4().hex
+        self._shared_memory = set(os.listdir("/dev/shm"))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "SWEEP_TEST_MARK": self.mark}
+        environment.pop("RAY_ADDRESS", None)
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "sweeps" / "kl_ablation.py"), *arguments],
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heed_interrupts,
+        )
+
+    def wait(self) -> tuple[int, str, str]:
+        """Exit status, output and errors; whatever hangs is killed by its own handle."""
+        try:
+            output, errors = self.process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        return self.process.returncode, output, errors
+
+    def processes(self) -> list[psutil.Process]:
+        """Processes that inherited this command's environment."""
+        found = []
+        for process in psutil.process_iter(["name"]):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+                if process.environ().get("SWEEP_TEST_MARK") == self.mark:
+                    found.append(process)
+        return found
+
+    def kill(self) -> None:
+        """End the driver, then everything that it has started, with no warning."""
+        self.process.kill()
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.communicate()
+
+    def left_behind(self) -> list[str]:
+        """What is still there of them a little later, and new files in shared memory."""
+        _, alive = psutil.wait_procs(self.processes(), timeout=10)
+        return [str(process) for process in alive] + sorted(set(os.listdir("/dev/shm")) - self._shared_memory)
+
+
+def world(directory: Path, cwd: Path) -> list[str]:
+    """Flags for model and data, relative to where the command starts."""
+    directory = Path(os.path.relpath(directory, cwd))
+    return [
+        *("--model", str(directory)),
+        *("--harmful", str(directory / "harmful.jsonl")),
+        *("--benign", str(directory / "benign.jsonl")),
+    ]
