@@ -16,7 +16,7 @@ from analysis.decision import Baseline, Decision, Needed, SettingAssessment
 from analysis.kernel import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, Array, coordinates
 from analysis.noise import MIN_SEEDS, is_noisy, samples_for, seeds_needed
 from analysis.rules import Outlook, evaluate_rules
-from analysis.surrogate import MAX_MODELLED, METRICS, MIN_DRIFT, Surrogate, finite_trials
+from analysis.surrogate import MAX_MODELLED, METRICS, MIN_DRIFT, Surrogate, finite_trials, modelled
 from analysis.wording import count, number, percent, signed, temperature, with_relation
 
 _REQUIRED = ("beta_kl", "kl_temperature", "seed", "status", *METRICS)
@@ -31,7 +31,10 @@ def decide(trials: pd.DataFrame, *, reroute_tolerance: float = 0.05, confidence:
     _check(trials, reroute_tolerance, confidence)
     usable, warnings = finite_trials(trials)
     if len(usable) > MAX_MODELLED:
-        warnings.append(f"The model rests on {MAX_MODELLED} of {len(usable)} trials, since its cost grows cubically.")
+        warnings.append(
+            f"The decision rests on {MAX_MODELLED} of {len(usable)} trials, and is between their settings: "
+            "the model's cost grows cubically."
+        )
     baselines, candidates = usable[usable["beta_kl"] == 0], usable[usable["beta_kl"] > 0]
     decision = Decision(
         verdict="baseline_failed",
@@ -53,6 +56,8 @@ def decide(trials: pd.DataFrame, *, reroute_tolerance: float = 0.05, confidence:
     model = Surrogate.of(trials, reroute_tolerance)
     needed = _needed(model, baseline, tolerance, len(trials))
     decision = replace(decision, verdict="insufficient_evidence", needed=needed)
+    if len(usable) > MAX_MODELLED:
+        candidates = modelled(usable).query("beta_kl > 0")
     if candidates.empty:
         return replace(decision, reason="No trial with beta_kl > 0 completed.")
     settings = _assess(candidates, model, baseline, confidence)
@@ -99,12 +104,14 @@ def _mean(rows: pd.DataFrame, column: str) -> float | None:
 
 def _baseline(baselines: pd.DataFrame, usable: pd.DataFrame) -> Baseline:
     losses = baselines["eval_loss_reroute"].astype(float)
+    log_drift = np.log(baselines["eval_benign_kl"].astype(float).clip(lower=MIN_DRIFT))
     return Baseline(
         n_seeds=int(baselines["seed"].nunique()),
         eval_loss_reroute=float(losses.mean()),
         achieved=float(1 - losses.mean()),
         reroute_sd=float(losses.std(ddof=1)) if len(losses) > 1 else None,
-        drift=float(np.exp(np.log(baselines["eval_benign_kl"].astype(float).clip(lower=MIN_DRIFT)).mean())),
+        drift=float(np.exp(log_drift.mean())),
+        drift_sd=float(log_drift.std(ddof=1)) if len(log_drift) > 1 else None,
         harmful_nll=_mean(baselines, "eval_harmful_nll"),
         base_harmful_nll=_mean(usable, "base_harmful_nll"),
     )
@@ -245,7 +252,7 @@ def _needed(model: Surrogate, baseline: Baseline, tolerance: float, n_trials: in
     shared, own = model.reroute.seed_and_noise_variance()
     correlation = shared / (shared + own)
     measured = baseline.reroute_sd if baseline.n_seeds >= MIN_SEEDS else None
-    sigma = measured or math.sqrt(shared + own) * baseline.achieved
+    sigma = measured if measured is not None else math.sqrt(shared + own) * baseline.achieved
     seeds = seeds_needed(sigma, tolerance, correlation)
     return Needed(seeds, max(2 * n_trials, samples_for(seeds)), sigma, correlation, measured is not None)
 

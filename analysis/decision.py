@@ -23,6 +23,8 @@ class Baseline:
     """Standard deviation of `eval_loss_reroute` between trials; None with one."""
     drift: float
     """Geometric mean of `eval_benign_kl`, nats per token."""
+    drift_sd: float | None
+    """Standard deviation of its logarithm between trials; None with one."""
     harmful_nll: float | None
     """Mean `eval_harmful_nll`, nats per scored prediction; None where it was not recorded."""
     base_harmful_nll: float | None

@@ -99,6 +99,8 @@ def sweep_command(decision: Decision, sweep: Mapping[str, Any], n_trials: int) -
     needed, seeds = decision.needed, decision.baseline.n_seeds if decision.baseline else 0
     if needed is not None and needed.seeds <= seeds and _as_swept(decision, sweep):
         more = {"resume": sweep["run_dir"], "num_samples": needed.num_samples}
+        if n_trials < sweep["settings"].get("num_samples", n_trials):  # what was planned comes first
+            del more["num_samples"]
         return f"python sweeps/kl_ablation.py {_flags(more)}"
     values: dict[str, Any] = {"preset": sweep.get("preset", "tiny")}
     overrides = _overrides(sweep)

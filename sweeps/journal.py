@@ -114,15 +114,15 @@ class Journal:
         """Tell Optuna the end of a trial that has an outcome.
 
         Args:
-            constraint: `reroute_regression`; a searched trial without it cannot count as complete, since Optuna
-                would take it for feasible, and is told as failed.
+            constraint: `reroute_regression`, or for a stopped trial what it is taken to be; a searched trial without
+                it cannot count as complete, since Optuna would take it for feasible, and is told as failed.
         """
         assert entry.outcome is not None
+        # A sweep killed between the constraint and the tell has it already, and Optuna warns at a second one.
+        if constraint is not None and CONSTRAINT not in self._storage.get_trial(entry.storage_id).constraints:
+            entry.trial.set_constraint(CONSTRAINT, constraint)
         if entry.outcome.status == "completed" and (entry.spec.phase == "baseline" or constraint is not None):
             assert entry.outcome.eval_benign_kl is not None
-            # A sweep killed between the constraint and the tell has it already, and Optuna warns at a second one.
-            if constraint is not None and CONSTRAINT not in self._storage.get_trial(entry.storage_id).constraints:
-                entry.trial.set_constraint(CONSTRAINT, constraint)
             entry.trial.study.tell(entry.trial, math.log(max(entry.outcome.eval_benign_kl, MIN_DRIFT)))
         else:
             state = TrialState.PRUNED if entry.outcome.status == "stopped" else TrialState.FAIL

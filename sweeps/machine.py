@@ -40,14 +40,16 @@ def started_ray() -> Iterator[Mapping[str, float]]:
     if address and ":" in address and "://" not in address:
         _require_listening(address)
     try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            # One malloc arena keeps a kept process's memory flat over many trials.
-            runtime_env={"env_vars": {"PYTHONPATH": python_path, "MALLOC_ARENA_MAX": "1"}},
-            **own,
-        )
+        # Workers import from the directory in which Ray is started before they look into PYTHONPATH.
+        with contextlib.chdir(ROOT):
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                # One malloc arena keeps a kept process's memory flat over many trials.
+                runtime_env={"env_vars": {"PYTHONPATH": python_path, "MALLOC_ARENA_MAX": "1"}},
+                **own,
+            )
     except (ConnectionError, RuntimeError, OSError) as error:
         where = f"RAY_ADDRESS {address}" if address else "starting Ray on this machine"
         raise InputError(f"{where}: {str(error).strip().splitlines()[0]}") from error

@@ -17,6 +17,7 @@ from optuna.storages import BaseStorage, InMemoryStorage
 
 from analysis.constraint import absolute_tolerance, baseline_rerouted, reroute_regression
 from analysis.decide import decide
+from analysis.surrogate import STOPPED_LOSS
 from cbtrain.config import InputError
 from sweeps.budget import ABLATION_POINTS, PlanSettings, allocate
 from sweeps.journal import Entry, Journal, TrialOutcome, TrialSpec
@@ -151,6 +152,8 @@ class SweepPlan:
             if entry.outcome is None or entry.settled or not (in_ or entry.spec.phase == "baseline"):
                 continue
             constraint = None if entry.spec.phase == "baseline" else _regression(entry, baseline, tolerance)
+            if entry.outcome.status == "stopped" and tolerance is not None:
+                constraint = (STOPPED_LOSS - 1) * tolerance
             self._journal.settle(entry, constraint)
 
     def _search(self, index: int) -> TrialSpec:

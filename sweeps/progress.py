@@ -1,6 +1,7 @@
 """What a sweep prints: the plan before it starts, a line for each trial event, the summary at the end."""
 
 import contextlib
+import math
 import shlex
 import textwrap
 import time
@@ -51,9 +52,9 @@ def plan_lines(
 
 def _handed_over(settings: PlanSettings, budget: Budget) -> str:
     """That the Gaussian process does not search to the end of a long sweep, where it does not."""
-    if settings.sampler != "gp" or budget.total <= MAX_MODELLED:
+    if settings.sampler != "gp" or budget.ablation + budget.search <= MAX_MODELLED:
         return ""
-    return f" up to trial {MAX_MODELLED}, TPE from there on: the cost of the former grows with the cube of the trials"
+    return f" for {MAX_MODELLED} trials beside the baseline, then TPE: the cost of the former grows with their cube"
 
 
 def _stopped_early(budget: Budget) -> str:
@@ -77,6 +78,9 @@ def noise_lines(rows: Sequence[Row], tolerance: float, settings: PlanSettings) -
     seeds = seeds_needed(sigma, tolerance)
     samples = samples_for(seeds)
     more = f" (--num-samples {samples})" if samples > settings.num_samples else ""
+    if seeds > len(losses):  # which a sweep that goes on cannot have
+        samples = max(samples, settings.num_samples)
+        more = f" (another sweep, --num-samples {samples} --baseline-seeds {seeds})"
     again = "; settings that ran are repeated where a new one is worth no more" if settings.sampler == "gp" else ""
     return wrapped(
         f"noise     σ {number(sigma, 2)} between seeds is {percent(sigma / tolerance)} of the limit "
@@ -100,7 +104,7 @@ def resume_lines(ended: int, total: int, steps: Sequence[int], done: bool) -> li
 
 def wrapped(text: str) -> list[str]:
     """A labelled text in lines of the screen's width."""
-    return textwrap.wrap(text, WIDTH, subsequent_indent=INDENT)
+    return textwrap.wrap(text, WIDTH, subsequent_indent=INDENT, break_on_hyphens=False)
 
 
 def _indented(text: str) -> list[str]:
@@ -205,6 +209,11 @@ def summary_lines(
     ]
 
 
+def _times(log_sd: float | None) -> str:
+    """A spread of logarithms as the percentage that it is."""
+    return "" if log_sd is None else f" ± {100 * math.expm1(log_sd):.0f} %"
+
+
 def _found(decision: Decision) -> list[str]:
     """The baseline, and the best setting or why there is none."""
     lines, baseline = [], decision.baseline
@@ -212,7 +221,7 @@ def _found(decision: Decision) -> list[str]:
         spread = "" if baseline.reroute_sd is None else f" ± {baseline.reroute_sd:.4f}"
         lines.append(
             f"baseline  reroute {baseline.eval_loss_reroute:.4f}{spread} over {count(baseline.n_seeds, 'seed')} · "
-            f"drift {baseline.drift:.3g} nats/token"
+            f"drift {baseline.drift:.3g}{_times(baseline.drift_sd)} nats/token"
         )
     if decision.verdict == "choose":
         lines.append(

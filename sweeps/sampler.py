@@ -64,7 +64,7 @@ def suggest(
     sampler: BaseSampler
     if settings.sampler == "random" or completed < MIN_MODELLED_TRIALS:
         sampler = RandomSampler(seed=draw)
-    elif settings.sampler == "tpe" or completed > MAX_MODELLED:
+    elif settings.sampler == "tpe" or number >= MAX_MODELLED:
         sampler = TPESampler(seed=draw, multivariate=False, constant_liar=True, n_startup_trials=MIN_MODELLED_TRIALS)
     else:
         sampler = PosteriorSampler(trials(), settings, seed, draw)
@@ -141,11 +141,13 @@ def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw
     taken = _to_unit(asked["beta_kl"].to_numpy(float), asked["kl_temperature"].to_numpy(float), settings)
     apart = np.abs(unit[:, None] - taken).max(axis=2).min(axis=1, initial=np.inf) >= SAME_POINT
     worth = np.where(apart, worth.ravel(), -1)
-    again = _not_on(seed, known) if _noisy(trials, settings) else []
+    again = _not_on(seed, known, asked) if _noisy(trials, settings) else []
     if again:
         worth_again = np.prod(saved_and_proved(coordinates(*np.transpose(again))), axis=0)
         if worth_again.max() >= worth.max():
             return again[np.argmax(worth_again)]
+    if not apart.any():
+        unit, worth = np.random.default_rng(draw).random((1, 2)), np.zeros(1)
     beta_kl, kl_temperature = _from_unit(unit[[np.argmax(worth)]], settings)
     return float(beta_kl[0]), float(kl_temperature[0])
 
@@ -157,12 +159,11 @@ def _noisy(trials: pd.DataFrame, settings: PlanSettings) -> bool:
     return len(losses) >= MIN_SEEDS and is_noisy(float(losses.std()), tolerance)
 
 
-def _not_on(seed: int, known: pd.DataFrame) -> list[tuple[float, float]]:
-    """The settings of `known` that were not trained on `seed`, in the order of their weights."""
-    settings = {(row.beta_kl, row.kl_temperature): set[int]() for row in known.itertuples()}
-    for row in known.itertuples():
-        settings[row.beta_kl, row.kl_temperature].add(row.seed)
-    return sorted(setting for setting, seeds in settings.items() if seed not in seeds)
+def _not_on(seed: int, known: pd.DataFrame, asked: pd.DataFrame) -> list[tuple[float, float]]:
+    """The settings of `known` that no trial of `asked`, failed ones included, has on `seed`, by their weights."""
+    here = asked[asked["seed"] == seed]
+    tried = set(zip(here["beta_kl"], here["kl_temperature"], strict=True))
+    return sorted(set(zip(known["beta_kl"], known["kl_temperature"], strict=True)) - tried)
 
 
 def _incumbent(model: Surrogate, ran: pd.DataFrame, confidence: float) -> Array:

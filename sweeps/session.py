@@ -57,7 +57,9 @@ class Session:
             self._tune(context)
         except BaseException as stop:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
-                self.run.update(status="failed" if isinstance(stop, Exception) else "interrupted")
+                self.run.update(
+                    status="failed" if isinstance(stop, Exception) else "interrupted", wall_s=self._wall_s()
+                )
             if isinstance(stop, KeyboardInterrupt):
                 shown = self.run.shown
                 print(f"\nthe trials that ended are in {shown}/trials.csv; --resume {shown} goes on", file=sys.stderr)

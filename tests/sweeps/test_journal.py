@@ -144,6 +144,17 @@ def test_a_journal_is_continued_with_the_settings_it_was_begun_with() -> None:
     assert plan_of(12, storage, reroute_tolerance=0.1).rows() == plan.rows()
 
 
+def test_optuna_learns_of_a_stopped_trial_that_its_place_is_infeasible() -> None:
+    storage = InMemoryStorage()
+    plan = plan_of(10, storage)
+    tell_baselines(plan, 0.01, 0.01, 0.01)
+    spec = next_trial(plan)
+    plan.tell(spec.trial_id, TrialOutcome("stopped", 0.001, 0.5, 1.0, error="step 30: over the limit"))
+    told = optuna.load_study(study_name="kl_ablation", storage=storage).trials[0]
+    assert (told.state, told.constraints[CONSTRAINT] > 0) == (TrialState.PRUNED, True)
+    assert (plan.rows()[3]["status"], plan.rows()[3]["feasible"]) == ("stopped", None)
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_sweep_killed_between_constraint_and_tell_is_settled_when_rebuilt() -> None:
     storage = InMemoryStorage()

@@ -104,9 +104,9 @@ def test_overhead_leaves_out_the_first_trial_of_every_process(quick):
         ({"num_samples": 300}, "Gaussian process"),
         ({"num_samples": 301, "sampler": "tpe"}, "TPE"),
         (
-            {"num_samples": 301},
-            "Gaussian process up to trial 300, TPE from there on: the cost of the former grows with the cube of the "
-            "trials",
+            {"num_samples": 340},
+            "Gaussian process for 300 trials beside the baseline, then TPE: the cost of the former grows with their "
+            "cube",
         ),
     ],
 )
@@ -164,13 +164,15 @@ def test_seeds_that_differ_too_much_for_the_limit_are_told_with_what_would_help(
     # σ of (0, 0.031, 0.062) is 0.031; 12.4 (0.031 / 0.049)² = 4.96 seeds.
     expected = (
         "noise     σ 0.031 between seeds is 63 % of the limit 0.049: an answer may need up to 5 seeds a setting "
-        "(--num-samples 30)"
+        "(another sweep, --num-samples 30 --baseline-seeds 5)"
     )
     again = "; settings that ran are repeated where a new one is worth no more"
     assert noise_of([0.0, 0.031, 0.062], 0.049) == expected + again
     assert noise_of([0.0, 0.031, 0.062], 0.049, sampler="tpe") == expected
-    plan = plan_of(30, baseline_seeds=3)
-    tell_baselines(plan, 0.0, 0.031, 0.062)
+    enough = [0.0, 0.031, 0.062, 0.0, 0.062]
+    assert "(--num-samples 30)" in noise_of(enough, 0.049), "its baseline has seeds enough"
+    plan = plan_of(30, baseline_seeds=5)
+    tell_baselines(plan, *enough)
     assert "--num-samples" not in " ".join(noise_lines(plan.rows(), 0.049, plan.settings)), "it has as many"
 
 

@@ -1,6 +1,7 @@
 """Where the search looks: the model decides, at the limit, and the same history gives the same place."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from simulated import BASELINE_LOSS, drive, file_storage, next_trial, plan_of, q
 
 import sweeps.plan
 import sweeps.sampler
+from analysis.kernel import coordinates
 from analysis.posterior import Mixture
 from sweeps.budget import PlanSettings, SamplerName
 from sweeps.journal import TrialSpec
@@ -82,7 +84,7 @@ def test_beyond_what_the_model_can_bear_tpe_takes_over(monkeypatch: pytest.Monke
     drive(plan_of(30))
     assert modelled, "the model never searched"
     # 6 baselines are not of the searched study, whose trials are counted.
-    assert max(modelled) == 6 + 12
+    assert max(modelled) == 6 + 11
 
 
 def test_no_point_is_asked_for_twice_also_while_it_runs() -> None:
@@ -156,3 +158,64 @@ def test_the_search_continues_from_a_journal_as_it_would_have(tmp_path: Path) ->
         plan = plan_of(13, file_storage(tmp_path))
         assert plan.ask() == spec
         plan.tell(spec.trial_id, world(spec))
+
+
+class FakeModel:
+    """A model that is told what to say, and keeps what it was asked."""
+
+    def __init__(self, qualifying: Callable[[np.ndarray], np.ndarray], feasible: dict[float, float]) -> None:
+        self.probability_of_qualifying = lambda points, *_: qualifying(points)
+        self.drift = self
+        self.feasible = {coordinates(beta, 1.0)[0, 0]: p for beta, p in feasible.items()}
+        self.references: list[float] = []
+        self.believed: list[np.ndarray] = []
+
+    def probability_feasible(self, points: np.ndarray) -> np.ndarray:
+        return np.array([self.feasible[weight] for weight in points[:, 0]])
+
+    def value(self, points: np.ndarray) -> Mixture:
+        return Mixture(-points[None, :, 0], np.ones((1, len(points))), np.ones(1))
+
+    def log_drift_over(self, points: np.ndarray, reference: np.ndarray) -> Mixture:
+        self.references.append(float(reference[0]))
+        return Mixture(np.full((1, len(points)), -1.0), np.full((1, len(points)), 0.1), np.ones(1))
+
+    def believing_drift(self, points: np.ndarray, _: object) -> "FakeModel":
+        self.believed.append(points)
+        return self
+
+
+def suggested(monkeypatch: pytest.MonkeyPatch, model: FakeModel, statuses: dict[float, str]) -> float:
+    """The weight that is suggested after trials of these weights and statuses at T = 1."""
+    monkeypatch.setattr(sweeps.sampler.Surrogate, "of", lambda *_: model)
+    rows = [{"beta_kl": beta, "status": status, "seed": 0} for beta, status in [(0.0, "completed"), *statuses.items()]]
+    trials = pd.DataFrame(rows).assign(kl_temperature=1.0, eval_loss_reroute=0.01, eval_benign_kl=1.0)
+    trial = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
+    sampler = PosteriorSampler(trials, PlanSettings(), seed=1)
+    return sampler.sample_relative(optuna.create_study(), trial, {})["beta_kl"]
+
+
+def test_a_weight_proves_no_more_than_the_weights_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    dip, end = coordinates([0.1, 1.0], [1.0, 1.0])[:, 0]
+
+    def qualifying(points: np.ndarray) -> np.ndarray:
+        return np.where(points[:, 0] < dip, 0.5 + 0.1 * points[:, 0], np.where(points[:, 0] < end, 0.1, 1.0))
+
+    beta_kl = suggested(monkeypatch, FakeModel(qualifying, {0.3: 0.5}), {0.3: "completed"})
+    assert beta_kl < 0.1, f"{beta_kl} lies beyond what is known to be infeasible"
+
+
+def test_the_saving_is_counted_over_the_best_setting_that_qualifies(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FakeModel(lambda points: np.ones(len(points)), {0.01: 0.99, 0.1: 0.97, 0.5: 0.6})
+    suggested(monkeypatch, model, dict.fromkeys((0.01, 0.1, 0.5), "completed"))
+    assert model.references == [coordinates(0.1, 1.0)[0, 0]]
+    none = FakeModel(lambda points: np.ones(len(points)), {0.5: 0.6})
+    suggested(monkeypatch, none, {0.5: "completed"})
+    assert none.references == [0.0], "the baseline"
+
+
+def test_the_drift_of_running_trials_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FakeModel(lambda points: np.ones(len(points)), {0.1: 0.97, 0.2: 0.5})
+    suggested(monkeypatch, model, {0.1: "completed", 0.2: "running"})
+    assert [points.tolist() for points in model.believed] == [coordinates(0.2, 1.0).tolist()]
+    assert model.references == [coordinates(0.1, 1.0)[0, 0]]
