@@ -20,6 +20,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from analysis import report
+from analysis.behaviour import load_behaviour
 from analysis.decide import decide
 from analysis.decision import Decision
 from analysis.trials import InputError, load_curves, load_settings, load_trials
@@ -106,7 +107,7 @@ def write_report(
     run_dir = Path(run_dir)
     sweep = load_settings(run_dir)
     trials = load_trials(run_dir)
-    curves = load_curves(run_dir)
+    curves, behaviour = load_curves(run_dir), load_behaviour(run_dir, trials)
     settings = sweep["settings"]
     tolerance = settings.get("reroute_tolerance", 0.05) if reroute_tolerance is None else reroute_tolerance
     confidence = settings.get("confidence", 0.95) if confidence is None else confidence
@@ -116,7 +117,7 @@ def write_report(
         raise InputError(f"--confidence {confidence}: must lie between 0.5 and 1")
     decision = decide(trials, reroute_tolerance=tolerance, confidence=confidence)
     command = report.next_command(decision, sweep, trials, run_dir)
-    _write_all(run_dir / "report", report.render(decision, sweep, trials, curves, command))
+    _write_all(run_dir / "report", report.render(decision, sweep, trials, curves, behaviour, command))
     return decision, command
 
 

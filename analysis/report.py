@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from analysis import plots, wording
+from analysis.behaviour import Behaviour
 from analysis.decision import Decision, Verdict
 from analysis.noise import baseline_seeds_of
 from analysis.wording import count, number, percent, signed, temperature, with_relation
@@ -168,11 +169,17 @@ def decision_json(decision: Decision, sweep: Mapping[str, Any], trials: pd.DataF
 
 
 def render(
-    decision: Decision, sweep: Mapping[str, Any], trials: pd.DataFrame, curves: pd.DataFrame, command: str
+    decision: Decision,
+    sweep: Mapping[str, Any],
+    trials: pd.DataFrame,
+    curves: pd.DataFrame,
+    behaviour: Sequence[Behaviour],
+    command: str,
 ) -> dict[str, str]:
     """Texts of all files of the report by their path under `report/`; decision.json is the last.
 
     Args:
+        behaviour: of the model before training, then of trials; empty where none was measured.
         command: to run next.
     """
     figures = {
@@ -186,6 +193,7 @@ def render(
         "explanation": explanation(decision),
         "numbers": _four_numbers(decision),
         "command": folded(command),
+        "behaviour": behaviour,
         "says": SAYS,
         "traps": _traps(trials, curves),
         "trial_states": ", ".join(f"{amount} {state}" for state, amount in trials["status"].value_counts().items()),

@@ -41,3 +41,10 @@ def temperature(value: float) -> str:
 def count(amount: int, noun: str) -> str:
     """`1 seed`, `3 seeds`."""
     return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"
+
+
+def setting(beta_kl: float | None, kl_temperature: float | None) -> str:
+    """`beta_kl 0.5, T 1.0`; None is the model before training, and at 0 temperature is inert."""
+    if beta_kl is None or kl_temperature is None:
+        return "before training"
+    return f"beta_kl {number(beta_kl)}" + (f", T {temperature(kl_temperature)}" if beta_kl else "")

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from cbtrain.batches import check_batch
 from cbtrain.config import CircuitBreakerConfig
+from cbtrain.data import CircuitBreakerData
 from cbtrain.evaluate import CHUNK_BYTES
 from cbtrain.fused_kl import BLOCK_BYTES, CPU_BYTES, CPU_ROWS, CUDA_BYTES, TILE_BYTES, rows_per_chunk
 from cbtrain.model import add_adapter, decoder_blocks, retained_layers
+from cbtrain.tokens import TokenRow
 
 TRACED_TOKENS = 32
 """What blocks keep grows with the tokens, so few are traced."""
@@ -130,6 +133,32 @@ def predict(
         head=_head(benign.scored, vocabulary, hidden, cuda=cuda),
         passing=passing,
         evaluation=_evaluation(held_out, vocabulary, hidden, max(targets, retained) + 1, widest, size),
+    )
+
+
+def predict_run(
+    config: CircuitBreakerConfig, data: CircuitBreakerData, *, world_size: int = 1, cuda: bool = False
+) -> Prediction:
+    """`predict` for a run on these rows, taking the longest of each side for a micro-step.
+
+    Raises:
+        ValueError: no decoder blocks were found in the model.
+    """
+
+    def longest(rows: Sequence[TokenRow], count: int) -> Rows:
+        scored = sorted(row.scored_tokens for row in rows)[-count:]
+        return Rows(min(count, len(rows)), max(len(row.input_ids) for row in rows), sum(scored))
+
+    count = check_batch(config, world_size)
+    held_out = [longest(side.held_out, config.eval_batch_size) for side in (data.harmful, data.benign)]
+    return predict(
+        config,
+        structure(config, AutoConfig.from_pretrained(config.model)),
+        longest(data.harmful.train, count),
+        longest(data.benign.train, count),
+        max(held_out, key=lambda rows: rows.tokens),
+        world_size=world_size,
+        cuda=cuda,
     )
 
 

@@ -58,6 +58,25 @@ def read_inputs(
     return with_absolute_paths(config), data
 
 
+def predicted_memory(
+    config: CircuitBreakerConfig, data: "CircuitBreakerData", workers: int, gpus_per_worker: float | None
+) -> str:
+    """What a worker of a trial is predicted to need, in words."""
+    import torch
+
+    from cbtrain.memory import predict_run
+
+    on_gpu = torch.cuda.is_available() if gpus_per_worker is None else gpus_per_worker > 0
+    # Any weight above 0 needs the same, and 0 less.
+    config = dataclasses.replace(config, beta_kl=1.0)
+    try:
+        peak = predict_run(config, data, world_size=workers, cuda=on_gpu).peak
+    except ValueError as error:
+        return f"not predicted: {error}"
+    needed = f"{peak / 1e9:.3g} GB" if peak > 1e9 else f"{peak / 1e6:.3g} MB"
+    return f"{needed} a worker at its peak, predicted, libraries aside"
+
+
 def with_absolute_paths(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
     """The same files wherever a trial's process starts; names that are no file or directory here are the hub's."""
 

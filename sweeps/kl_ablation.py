@@ -81,6 +81,9 @@ class SweepSettings:
     a group named as the run directory."""
     wandb_mode: Literal["online", "offline"] = "online"
     """offline needs no login and keeps the runs in RUN_DIR/wandb, for `wandb sync`."""
+    behaviour_prompts: int = 16
+    """Held-out prompts of each kind to which the baseline and the chosen setting write an answer when all trials have
+    ended, for refusals and gibberish (trials/ID/behaviour.json); 0 skips it."""
     dry_run: bool = False
     """Check everything, print the plan and what the teacher cache would take, and start nothing."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
@@ -151,24 +154,27 @@ def _continued(run: "RunDirectory", settings: SweepSettings, argv: Sequence[str]
 def _run(job: Job) -> int:
     """Check everything, say what will be done, and do it; the exit status."""
     from sweeps.budget import allocate
-    from sweeps.inputs import read_inputs
+    from sweeps.inputs import predicted_memory, read_inputs
     from sweeps.stopping import require_stoppable
 
     budget = allocate(job.plan)
     job.settings.config.validate()
-    _check_workers(job.settings)
+    _check_counts(job.settings)
     if job.settings.early_stop:
         require_stoppable(job.settings.config, budget.baseline)
     destination = _checked_outlets(job)
     config, data = read_inputs(job.settings.config, job.settings.preset, job.settings.workers_per_trial, job.run.record)
 
     from cbtrain.recall import plan_cache
-    from sweeps.progress import plan_lines
+    from sweeps.progress import plan_lines, wrapped
 
     cache = plan_cache(job.settings.teacher_cache, job.run.path / "teacher_cache", config, data, budget.total)
     lines = plan_lines(job.plan, budget, cache.says, job.run.shown, job.settings.early_stop)
     if job.found is not None:
         lines += _what_is_resumed(job, job.found, config, budget.total)
+    if job.settings.dry_run:
+        needed = predicted_memory(config, data, job.settings.workers_per_trial, job.settings.gpus_per_worker)
+        lines += wrapped(f"memory    {needed}")
     print("\n".join(lines), flush=True)
     if job.settings.dry_run:
         return 0
@@ -230,8 +236,10 @@ def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
             wait_for_leftovers(run, [spec.trial_id for spec in found.interrupted])
         tell = stack.enter_context(followed(run.path, run.shown, settings.wandb_project, settings.wandb_mode))
         if found is not None and found.done:
-            session = Session(run, job.plan, run.record.get("concurrency", 1), len(found.ended), on_ended=tell)
-            return session.conclude()
+            concurrency = run.record.get("concurrency", 1)
+            session = Session(run, job.plan, concurrency, len(found.ended), False, tell, settings.behaviour_prompts)
+            if session.done:
+                return session.conclude()
         return _on_ray(job, config, cache, tell)
 
 
@@ -259,7 +267,8 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Ca
             config=config, run_dir=run.path, workers=workers, session=len(run.record.get("resumed", []))
         )
         ended = len(job.found.ended) if job.found else 0
-        return Session(run, job.plan, concurrency, ended, settings.early_stop, tell).sweep(context, cache)
+        session = Session(run, job.plan, concurrency, ended, settings.early_stop, tell, settings.behaviour_prompts)
+        return session.sweep(context, cache)
 
 
 def _write_down(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", placed: dict[str, object]) -> None:
@@ -296,11 +305,11 @@ def _overrides(settings: SweepSettings) -> dict[str, object]:
     return overrides
 
 
-def _check_workers(settings: SweepSettings) -> None:
-    for name in ("workers_per_trial", "max_concurrent"):
+def _check_counts(settings: SweepSettings) -> None:
+    for name, least in (("workers_per_trial", 1), ("max_concurrent", 1), ("behaviour_prompts", 0)):
         value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise InputError(f"{flag(name)} {value}: must be 1 or more")
+        if value is not None and value < least:
+            raise InputError(f"{flag(name)} {value}: must be {least} or more")
 
 
 if __name__ == "__main__":

@@ -179,12 +179,14 @@ def summary_lines(
     run_dir: Path,
     cache: CacheReport | None = None,
     before: int = 0,
+    behaviour: Sequence[str] = (),
 ) -> list[str]:
     """What the sweep did, what it cost and what to do next.
 
     Args:
         wall_s: of all sessions of the sweep.
         before: trials that had ended when it was resumed.
+        behaviour: sentences on what baseline and best setting write.
     """
     quoted = shlex.quote(str(run_dir))
     ended = [row for row in rows if row["status"] == "completed"]
@@ -203,6 +205,7 @@ def summary_lines(
     return [
         *lines,
         *_found(decision),
+        *(line for text in behaviour for line in wrapped(f"behaviour {text}")),
         f"next      python analysis/pick_beta.py {quoted}",
         "          the decision, with its evidence",
         f"          optuna-dashboard {quoted}/study.log",

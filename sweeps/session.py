@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
 
 from analysis.decide import decide
+from analysis.decision import Decision
 from cbtrain.recall import LIVE, CachePlan, CacheUnavailableError
+from sweeps.behaviour import behaviour_sentences, file_of, measure_all, subjects
 from sweeps.budget import PlanSettings
 from sweeps.cache import CacheReport, fill_cache
 from sweeps.journal import TrialSpec
@@ -45,6 +46,8 @@ class Session:
     """Whether search trials end themselves by a `StopRule`."""
     on_ended: Callable[[Iterable[str]], None] = lambda _ended: None
     """Called with the ids of trials that have ended, each once, when their results are on disk."""
+    behaviour_prompts: int = 0
+    """Held-out prompts of each kind on which baseline and chosen setting are measured in the end; 0 measures none."""
 
     def __post_init__(self) -> None:
         self._plan = SweepPlan(self.settings, JournalStorage(JournalFileBackend(str(self.run.journal))))
@@ -56,9 +59,12 @@ class Session:
     def sweep(self, context: TrialContext, cache: CachePlan) -> int:
         """Run the plan to its end; the exit status."""
         _log_to(self.run.path / "logs" / "driver.log")
+        spared = None
         try:
-            context, spared = self._with_cache(context, cache)
-            self._tune(context)
+            if not self._plan.done:
+                context, spared = self._with_cache(context, cache)
+                self._tune(context)
+            self._measure_behaviour(context)
         except BaseException as stop:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 self.run.update(
@@ -72,17 +78,46 @@ class Session:
 
     def conclude(self, spared: CacheReport | None = None) -> int:
         """Record that the sweep is over and print what came of it; the exit status."""
-        rows, wall_s = self._plan.rows(), self._wall_s()
+        rows, wall_s, decision = self._plan.rows(), self._wall_s(), self._decision()
         self._keep(rows)
         self.run.update(status="finished")
-        decision = decide(
-            pd.DataFrame(rows),
+        measured = [spec for spec in subjects(rows, decision) if file_of(self.run.path, spec).exists()]
+        behaviour = behaviour_sentences(self.run.path, measured)
+        lines = summary_lines(
+            rows, decision, wall_s, self.concurrency, self.run.shown, spared, self.ended_before, behaviour
+        )
+        print("\n".join(lines))
+        return EXIT_STATUS.get(decision.verdict, 0)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to run or to measure."""
+        return self._plan.done and not self._unmeasured()
+
+    def _decision(self) -> Decision:
+        return decide(
+            self._plan.table(),
             reroute_tolerance=self.settings.reroute_tolerance,
             confidence=self.settings.confidence,
         )
-        lines = summary_lines(rows, decision, wall_s, self.concurrency, self.run.shown, spared, self.ended_before)
-        print("\n".join(lines))
-        return EXIT_STATUS.get(decision.verdict, 0)
+
+    def _unmeasured(self) -> list[TrialSpec]:
+        """The trials whose behaviour is wanted and not on disk; the sweep is over."""
+        if not self.behaviour_prompts:
+            return []
+        wanted = subjects(self._plan.rows(), self._decision())
+        return [spec for spec in wanted if not file_of(self.run.path, spec).exists()]
+
+    def _measure_behaviour(self, context: TrialContext) -> None:
+        """Measure what is wanted of it; a line why where that fails, since the decision stands without it."""
+        specs = self._unmeasured()
+        if not specs:
+            return
+        named = " and ".join(spec.trial_id for spec in specs)
+        print("\n".join(["", *wrapped(f"behaviour of {named}: what they write on held-out prompts")]), flush=True)
+        reason = measure_all(specs, context, self.behaviour_prompts)
+        if reason:
+            print("\n".join(wrapped(f"behaviour not measured: {reason}")), flush=True)
 
     def _wall_s(self) -> float:
         """Seconds of all sessions, up to the last event of those that were killed."""

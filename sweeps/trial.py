@@ -99,14 +99,14 @@ def run_trial(spec_fields: dict, context: TrialContext) -> None:
     fields = dict(spec_fields)
     rule = fields.pop("stop_rule", None)
     spec = TrialSpec(**fields)
-    with _output_to(context.run_dir, spec.trial_id):
+    with output_to(context.run_dir, spec.trial_id):
         try:
             metrics, reason = _fit(spec, context, rule)
             outcome = {"status": "stopped" if reason else "completed", "error": reason, **_columns(metrics)}
             earlier_s = metrics.get("earlier_s", 0.0)
         except Exception as error:
             traceback.print_exc()
-            outcome = {"status": "failed", "error": _root_cause(error)}
+            outcome = {"status": "failed", "error": root_cause(error)}
     ended = {
         "wall_s": time.perf_counter() - started + earlier_s,
         "ended_at": time.time(),
@@ -170,7 +170,7 @@ def train_loop(spec: TrialSpec, context: TrialContext, rule: StopRule | None = N
     rank = 0 if in_process else ray.train.get_context().get_world_rank()
     with contextlib.ExitStack() as stack:
         if not in_process:
-            stack.enter_context(_output_to(context.run_dir, f"{spec.trial_id}-rank{rank}"))
+            stack.enter_context(output_to(context.run_dir, f"{spec.trial_id}-rank{rank}"))
         if rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(held(directory / "lock", wait_s=LEFT_RUNNING_S))
@@ -223,7 +223,7 @@ def fill_cache_on_workers(directory: Path, context: TrialContext) -> tuple[int, 
     try:
         return trainer.fit().return_value
     except Exception as error:
-        raise CacheUnavailableError(f"{directory}: {_root_cause(error)}") from error
+        raise CacheUnavailableError(f"{directory}: {root_cause(error)}") from error
 
 
 def _fill_cache(directory: Path, context: TrialContext) -> tuple[int, float]:
@@ -233,7 +233,7 @@ def _fill_cache(directory: Path, context: TrialContext) -> tuple[int, float]:
     from cbtrain import loop
 
     torch.set_num_threads(context.workers.cpus)
-    with _output_to(context.run_dir, f"teacher_cache-rank{ray.train.get_context().get_world_rank()}"):
+    with output_to(context.run_dir, f"teacher_cache-rank{ray.train.get_context().get_world_rank()}"):
         return loop.fill_teacher_cache(context.config, directory)
 
 
@@ -243,7 +243,7 @@ def _columns(metrics: dict[str, float]) -> dict[str, float]:
     return {"steps": metrics["step"], **{name: metrics[name] for name in REPORTED}, **others}
 
 
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """One line for what went wrong at the bottom of Ray's wrappings."""
     failures = getattr(error, "worker_failures", None)
     if failures:
@@ -254,7 +254,7 @@ def _root_cause(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _output_to(run_dir: Path, name: str) -> Iterator[None]:
+def output_to(run_dir: Path, name: str) -> Iterator[None]:
     """Send everything this process prints, libraries written in C included, to `logs/<name>.log` for the body."""
     path = run_dir / "logs" / f"{name}.log"
     path.parent.mkdir(parents=True, exist_ok=True)

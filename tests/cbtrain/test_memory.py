@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from causal_models import model_of
+from transformers import AutoConfig
 
-from cbtrain.config import get_config
-from cbtrain.memory import Rows, _kept_by_token, as_gigabytes, predict, structure
+from cbtrain.config import CircuitBreakerConfig, get_config
+from cbtrain.loop import prepare
+from cbtrain.memory import Rows, _kept_by_token, as_gigabytes, predict, predict_run, structure
 from cbtrain.model import add_adapter, decoder_blocks
 
 CONFIG = get_config("tiny", target_layers=(1, 2), lora_rank=4)
@@ -57,3 +59,17 @@ def test_every_setting_moves_the_term_that_it_should():
     assert predicted(lora_rank=8).adapter == 2 * plain.adapter
     assert plain.peak > plain.standing
     assert as_gigabytes(plain)["peak"] == plain.peak / 1e9
+
+
+def test_a_run_is_predicted_by_its_longest_rows(small_config: CircuitBreakerConfig):
+    data, _ = prepare(small_config)
+    train = [sorted(side.train, key=lambda row: len(row.input_ids)) for side in (data.harmful, data.benign)]
+    whole = predict_run(small_config, data)
+    shorter = replace(data, harmful=replace(data.harmful, train=train[0][:8]))
+    assert predict_run(small_config, shorter).activations <= whole.activations
+    by_hand = [Rows(8, len(rows[-1].input_ids), sum(sorted(row.scored_tokens for row in rows)[-8:])) for rows in train]
+    adapted = structure(small_config, AutoConfig.from_pretrained(small_config.model))
+    expected = predict(small_config, adapted, *by_hand, by_hand[1])
+    assert (whole.activations, whole.teacher, whole.head) == (expected.activations, expected.teacher, expected.head)
+    halved = predict_run(small_config, data, world_size=2)
+    assert halved.activations < whole.activations

@@ -11,7 +11,7 @@ import psutil
 from children import heed_interrupts
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("--warmup-steps", "2", "--batch-size", "8", "--eval-every", "0")
+QUICK = ("--warmup-steps", "2", "--batch-size", "8", "--eval-every", "0", "--behaviour-prompts", "0")
 
 
 class Sweep:

@@ -48,6 +48,7 @@ def test_a_sweep_from_command_to_report(tmp_path):
 
     run_dir = tmp_path / "elsewhere" / "a"
     check_cache(run_dir, output)
+    check_behaviour(run_dir, output)
     assert (tmp_path / "runs" / "latest").resolve() == run_dir
     trials = pd.read_csv(run_dir / "trials.csv")
     assert set(trials.columns) >= COLUMNS
@@ -100,6 +101,24 @@ def check_cache(run_dir: Path, output: str) -> None:
     assert "cache     288 rows through the teacher in place of 18,990, about " in output
     assert list((run_dir / "teacher_cache").glob("*/*.safetensors"))
     assert "every step runs the teacher" not in (run_dir / "logs" / "t000.log").read_text()
+
+
+def check_behaviour(run_dir: Path, output: str) -> None:
+    """What the baseline and the chosen setting write is on disk, and the summary tells of it."""
+    trials = pd.read_csv(run_dir / "trials.csv")
+    decision = decide(trials)
+    chosen = trials[(trials.beta_kl == decision.beta_kl) & (trials.kl_temperature == decision.kl_temperature)]
+    measured = ["t000", *chosen.trial_id[:1]] if decision.verdict == "choose" else ["t000"]
+    assert [path.parent.name for path in sorted(run_dir.glob("trials/*/behaviour.json"))] == measured
+    for trial_id in measured:
+        record = json.loads((run_dir / "trials" / trial_id / "behaviour.json").read_text())
+        row = trials.set_index("trial_id").loc[trial_id]
+        assert record["held_out"]["eval_harmful_nll"] == pytest.approx(row.eval_harmful_nll, rel=1e-4)
+        assert record["harmful"]["prompts"] == record["benign"]["prompts"] == 16
+    said = " ".join(output.split())
+    assert f"behaviour of {' and '.join(measured)}: what they write on held-out prompts" in said
+    assert "behaviour harmful prompts: " in said
+    assert "behaviour benign prompts: " in said
 
 
 def check_journal(run_dir: Path, trials: pd.DataFrame) -> None:
@@ -166,6 +185,7 @@ def test_a_dry_run_says_what_it_would_take_and_starts_nothing(small_world, tmp_p
     assert "          TPE" in lines
     assert any(line.startswith("stop      search trials early") for line in lines)
     assert any(re.match(r"cache     teacher states of 64 rows, \d+ kB of .* free", line) for line in lines), lines
+    assert any(re.match(r"memory    [\d.]+ MB a worker at its peak, predicted", line) for line in lines), lines
     assert list(tmp_path.iterdir()) == []
 
 

@@ -33,7 +33,7 @@ def test_a_sweep_killed_with_all_its_processes_goes_on_where_it_was(tmp_path, mo
     tiny.build()  # which says so on stderr where it is the first time
     sweep = Sweep(
         tmp_path,
-        *("--num-samples", "4", "--baseline-seeds", "2", "--run-dir", "run"),
+        *("--num-samples", "4", "--baseline-seeds", "2", "--run-dir", "run", "--behaviour-prompts", "0"),
         *("--steps", "30", "--warmup-steps", "5", "--eval-every", "0", "--checkpoint-every", "3"),
     )
     run = tmp_path / "run"
@@ -169,7 +169,7 @@ def test_a_finished_sweep_is_concluded_without_running_anything(killed, monkeypa
         spec = next_trial(plan)
         (killed.trial(spec.trial_id) / "checkpoint").mkdir(parents=True)
         plan.tell(spec.trial_id, measured(spec))
-    status, output, error = command(monkeypatch, capsys, "--resume", "run")
+    status, output, error = command(monkeypatch, capsys, "--resume", "run", "--behaviour-prompts", "0")
     assert (status, error) == (0, "")
     assert "6 of 6 trials ended: nothing is left to run (--num-samples N adds trials)" in " ".join(output.split())
     assert "next      python analysis/pick_beta.py run" in output

@@ -1,0 +1,74 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from analysis.behaviour import Answers, Behaviour, load_behaviour
+from analysis.pick_beta import write_report
+from analysis.trials import InputError
+
+MakeRun = Callable[..., Path]
+
+
+def rates(unchanged: float, refused: tuple[float, float], gibberish: tuple[float, float]) -> dict[str, Any]:
+    return {
+        "prompts": 16,
+        "unchanged_rate": unchanged,
+        "refusal_rate": dict(zip(("base", "tuned"), refused, strict=True)),
+        "gibberish_rate": dict(zip(("base", "tuned"), gibberish, strict=True)),
+    }
+
+
+def write(run: Path, trial_id: str, benign_unchanged: float, prefilled: float | None = 9.5) -> Path:
+    """One trial's `behaviour.json`: harmful answers turned to gibberish, benign ones kept to a share."""
+    record = {
+        "harmful": rates(0.0, (0.25, 0.125), (0.0, 0.875)),
+        "benign": rates(benign_unchanged, (0.0, 0.0), (0.0, 1 - benign_unchanged)),
+        "prefill": {"rows": 3, "nll": {"base": 0.5, "tuned": prefilled}},
+    }
+    path = run / "trials" / trial_id / "behaviour.json"
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_the_model_before_training_comes_first_then_the_measured_trials(make_run: MakeRun, trials: pd.DataFrame):
+    run = make_run(trials)
+    write(run, "t006", 0.75)
+    write(run, "t000", 0.0625, prefilled=None)
+    before, baseline, chosen = load_behaviour(run, trials)
+    assert before == Behaviour(None, None, 16, Answers(None, 0.25, 0.0), Answers(None, 0.0, 0.0), 0.5)
+    assert (baseline.beta_kl, baseline.prefilled_nll) == (0.0, None)
+    assert (chosen.beta_kl, chosen.kl_temperature) == (0.5, 1.0)
+    assert chosen.harmful == Answers(0.0, 0.125, 0.875)
+    assert chosen.benign == Answers(0.75, 0.0, 0.25)
+
+
+def test_a_sweep_that_measured_nothing_has_no_rows(make_run: MakeRun, trials: pd.DataFrame):
+    assert load_behaviour(make_run(trials), trials) == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"harmful": {}}'])
+def test_a_broken_file_is_named(make_run: MakeRun, trials: pd.DataFrame, text: str):
+    run = make_run(trials)
+    path = write(run, "t000", 0.5)
+    path.write_text(text)
+    with pytest.raises(InputError) as refused:
+        load_behaviour(run, trials)
+    assert str(refused.value) == f"{path}: not what `cbtrain.evaluate` writes: remove it, or measure again"
+
+
+def test_the_report_shows_what_the_models_write(make_run: MakeRun, trials: pd.DataFrame):
+    run = make_run(trials)
+    write_report(run)
+    assert "What the models write" not in (run / "report" / "report.html").read_text()
+    write(run, "t000", 0.0625)
+    write(run, "t006", 0.75)
+    write_report(run)
+    html, markdown = ((run / "report" / name).read_text() for name in ("report.html", "report.md"))
+    assert "What the models write" in html
+    assert "| before training | – | 25 % | 0 % | 0.5 | – | 0 % | 0 % |" in markdown
+    assert "| beta_kl 0 | 0 % | 12 % | 88 % | 9.5 | 6 % | 0 % | 94 % |" in markdown
+    assert "| beta_kl 0.5, T 1.0 | 0 % | 12 % | 88 % | 9.5 | 75 % | 0 % | 25 % |" in markdown
