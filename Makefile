@@ -1,6 +1,8 @@
 # Every target makes its own virtual environment from the pinned versions in constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+# Modules are compiled when they are first imported: most of what the packages bring never is.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable
 
 .PHONY: sweep test check bench setup clean
 
@@ -9,7 +11,7 @@ sweep: setup  ## sweep the embedded default, then decide
 	$(BIN)/python analysis/pick_beta.py
 
 test: setup  ## the whole test suite
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: setup  ## lint, format and types
 	$(BIN)/ruff check .
@@ -31,11 +33,11 @@ setup: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(INSTALL) '.[test]'
 	touch $@
 
 .venv/ready-bench: .venv/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(INSTALL) '.[bench]'
 	touch $@
 
 clean:  ## remove the environment and caches, never runs/

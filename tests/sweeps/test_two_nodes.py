@@ -30,7 +30,6 @@ def two_nodes() -> Iterator[str]:
         ray.shutdown()
 
 
-@pytest.mark.skipif("TWO_NODES" not in os.environ, reason="four minutes on two cores: TWO_NODES=1 runs it")
 def test_a_trials_workers_on_two_nodes_run_the_loop_that_one_process_runs(small_world, two_nodes, tmp_path):
     # An adapter that starts far from 0 has rerouted at once, so that the sweep goes on after its baseline.
     arguments = ["--num-samples", "4", "--steps", "3", "--lora-init-std", "0.3", "--run-dir", "run", *QUICK]
