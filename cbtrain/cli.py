@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -59,15 +60,19 @@ def parse(
     return settings
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, or a closed terminal, treated as Ctrl-C is; some libraries would catch a `SystemExit`."""
+_terminated = threading.Event()
+"""Whether SIGTERM came: a library that waits in C raises its own `KeyboardInterrupt`, whatever a handler raises."""
 
 
 def catch_sigterm() -> None:
-    """Have SIGTERM and SIGHUP raise `Terminated` from now on; Ray puts a handler of its own in that place."""
+    """Have SIGTERM and SIGHUP stop the program as Ctrl-C does; Ray puts a handler of its own in that place.
+
+    Some libraries would catch a `SystemExit`.
+    """
 
     def terminate(_signal: int, _frame: object) -> None:
-        raise Terminated
+        _terminated.set()
+        raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminate)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup asks for that
@@ -76,6 +81,7 @@ def catch_sigterm() -> None:
 
 def run(main: Callable[[], int]) -> int:
     """The exit status of a command: 2 for bad input and 1 for a full disk, in one line; 130 or 143 when stopped."""
+    _terminated.clear()
     catch_sigterm()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -91,9 +97,9 @@ def run(main: Callable[[], int]) -> int:
     except OSError as error:
         print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
+        return 143 if _terminated.is_set() else 130
 
 
 def value_of(name: str, argv: Sequence[str]) -> str | None:
