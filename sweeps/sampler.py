@@ -34,6 +34,9 @@ MIN_MODELLED_TRIALS = 3
 """Completed trials at `beta_kl` > 0 from which the model suggests; with fewer, points are drawn at random."""
 SAME_POINT = 0.02
 """Points closer than this share of the searched ranges in both parameters are one point."""
+WORTH_A_TRIAL = 0.01
+"""Of the drift without KL: a point that is expected to save less is worth no trial as long as the setting that would be
+chosen has run on one seed only."""
 SIGNIFICANT_DIGITS = 4
 
 _DRAWS, _DRAWS_OF_MANY, _MANY = 64, 16, 80
@@ -118,7 +121,8 @@ def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw
     """The point of the highest value on a grid that `draw` shifts, apart from those that were asked for.
 
     Where the seeds differ by too much for the limit, a setting that ran already and not yet on this seed comes first
-    if it is worth as much: there a second look at few settings tells more than a first at many.
+    if it is worth as much: there a second look at few settings tells more than a first at many. Where no point is
+    worth a trial, the setting that would be chosen now runs again, if on this seed and on a second one at all.
     """
     model = Surrogate.of(trials, settings.reroute_tolerance, _DRAWS if len(trials) <= _MANY else _DRAWS_OF_MANY)
     asked = trials[trials["beta_kl"] > 0]
@@ -126,7 +130,8 @@ def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw
     if len(running):
         model = model.believing_drift(coordinates(running["beta_kl"], running["kl_temperature"]), running["seed"])
     known = pd.concat([finite_trials(asked)[0], running])
-    reference = _incumbent(model, known, settings.confidence)
+    pick = _pick(model, known, settings.confidence)
+    reference = BASELINE if pick is None else coordinates(*pick)[0]
     left = max(1, settings.num_samples - len(trials))
 
     def saved_and_proved(points: Array) -> tuple[Array, Array]:
@@ -145,6 +150,11 @@ def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw
         worth_again = np.prod(saved_and_proved(coordinates(*np.transpose(again))), axis=0)
         if worth_again.max() >= worth.max():
             return again[np.argmax(worth_again)]
+    seeds = [] if pick is None else _seeds_of(pick, asked)
+    if pick is not None and len(seeds) == 1 and seed not in seeds:
+        of_pick, of_baseline = model.drift.value(np.stack([reference, BASELINE])).expectation()
+        if np.exp(of_pick - of_baseline) * worth.max() < WORTH_A_TRIAL:
+            return pick
     if not apart.any():
         unit, worth = np.random.default_rng(draw).random((1, 2)), np.zeros(1)
     beta_kl, kl_temperature = _from_unit(unit[[np.argmax(worth)]], settings)
@@ -164,13 +174,20 @@ def _not_on(seed: int, known: pd.DataFrame, asked: pd.DataFrame) -> list[tuple[f
     return sorted(set(zip(known["beta_kl"], known["kl_temperature"], strict=True)) - tried)
 
 
-def _incumbent(model: Surrogate, ran: pd.DataFrame, confidence: float) -> Array:
-    """`[2]`: the setting with the least drift among those that qualify, else the baseline."""
+def _pick(model: Surrogate, ran: pd.DataFrame, confidence: float) -> tuple[float, float] | None:
+    """The setting with the least drift among those that qualify, which would be chosen now; None where none does."""
     points = coordinates(ran["beta_kl"], ran["kl_temperature"])
-    qualified = points[model.probability_feasible(points) >= confidence]
-    if not len(qualified):
-        return BASELINE
-    return qualified[np.argmin(model.drift.value(qualified).expectation())]
+    drift = model.drift.value(points).expectation()
+    drift[model.probability_feasible(points) < confidence] = np.inf
+    best = int(np.argmin(drift))
+    if not np.isfinite(drift[best]):
+        return None
+    return float(ran["beta_kl"].iloc[best]), float(ran["kl_temperature"].iloc[best])
+
+
+def _seeds_of(setting: tuple[float, float], asked: pd.DataFrame) -> set[int]:
+    """The seeds on which a setting was asked for."""
+    return set(asked.loc[(asked["beta_kl"] == setting[0]) & (asked["kl_temperature"] == setting[1]), "seed"])
 
 
 def expected_saving(change: Mixture) -> Array:

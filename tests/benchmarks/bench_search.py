@@ -10,6 +10,7 @@ loss        regret of the recommended setting as a share of the reachable gain, 
             beta_kl 0 − best), best being the least true drift among feasible settings; 1 where the recommendation is
             truly infeasible, or none is made
 log loss    the same by the logarithm of drift, which also tells good settings from each other
+confirmed   share of the recommendations that ran on two seeds beside their first
 infeasible  share of the runs that recommend a setting which truly loses more rerouting than the limit
 s a trial   seconds in the plan (or the peer's sampler) a trial
 
@@ -75,6 +76,8 @@ class Recommendation:
     probability: float
     seconds: float
     """In the plan or the sampler, over all trials."""
+    confirmed: bool = False
+    """By two more seeds; peers confirm nothing."""
 
 
 def simulate(job: Job) -> dict[str, Any]:
@@ -122,6 +125,7 @@ def _by_plan(job: Job, world: Callable[[TrialSpec], TrialOutcome], concurrency: 
         decision.kl_temperature if chosen else None,
         decision.probability_feasible if chosen and decision.probability_feasible is not None else math.nan,
         seconds,
+        decision.confirmed,
     )
 
 
@@ -210,6 +214,7 @@ def comparison(results: pd.DataFrame) -> pd.DataFrame:
                 "log loss": f"{runs['log_loss'].mean():.3f}",
                 "infeasible %": interval(100 * runs["infeasible"]),
                 "no choice %": f"{100 * (runs['verdict'] != 'choose').mean():.1f}",
+                "confirmed %": f"{100 * runs.loc[runs['verdict'] == 'choose', 'confirmed'].mean():.0f}",
                 "s a trial": f"{runs['seconds'].mean() / NUM_SAMPLES:.3f}",
             }
         )

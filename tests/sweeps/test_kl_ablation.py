@@ -182,38 +182,23 @@ def test_the_command_knows_the_samplers_of_the_plan_and_stops_nothing_by_default
     assert (settings.sampler, settings.early_stop) == (PlanSettings().sampler, False)
 
 
-def test_a_cache_that_cannot_be_written_is_a_line_and_a_baseline_that_never_reroutes_ends_the_sweep(
-    small_world, tmp_path, full_disk
-):
-    arguments = ["--num-samples", "8", "--baseline-seeds", "2", "--steps", "3", "--lr", "1e-6", *QUICK]
+def test_failed_trials_and_a_full_disk_leave_their_reasons_and_nothing_running(small_world, tmp_path, full_disk):
+    arguments = ["--num-samples", "3", "--baseline-seeds", "2", "--steps", "4", "--lr", "1e30", *QUICK]
     arguments += ["--teacher-cache", str(full_disk), "--max-concurrent", "1"]
     sweep = Sweep(tmp_path, *arguments, *world(small_world, tmp_path), "--run-dir", "run")
     status, output, errors = sweep.wait()
     assert status == 3, errors
+    assert "Traceback" not in output + errors
+    assert sweep.left_behind() == []
     said = " ".join(output.split())
     assert "cache off, every step runs the teacher: " in said
     assert "No space left on device" in said
     assert "No space left" in json.loads((tmp_path / "run" / "sweep.json").read_text())["teacher_cache"]
     assert not list(full_disk.rglob("*.safetensors"))
-    assert "baseline_never_rerouted" in output
-    assert "more --steps, a higher --lr" in said
-    trials = pd.read_csv(tmp_path / "run" / "trials.csv")
-    assert trials.phase.tolist() == ["baseline"] * 2
-    assert set(trials.status) == {"completed"}
-
-
-def test_failed_trials_leave_their_reason_and_nothing_running(small_world, tmp_path):
-    arguments = ["--num-samples", "3", "--baseline-seeds", "2", "--steps", "4", "--lr", "1e30", *QUICK]
-    arguments += ["--max-concurrent", "1"]
-    sweep = Sweep(tmp_path, *arguments, *world(small_world, tmp_path), "--run-dir", str(tmp_path / "run"))
-    status, output, errors = sweep.wait()
-    assert status == 3, errors
     assert "baseline_failed" in output
     assert "NonFiniteLossError" in output
-    assert "Traceback" not in output + errors
-    assert sweep.left_behind() == []
     trials = pd.read_csv(tmp_path / "run" / "trials.csv")
-    assert set(trials[trials.phase == "baseline"].status) == {"failed"}
+    assert trials[trials.phase == "baseline"].status.tolist() == ["failed"] * 2
     assert "NonFiniteLossError" in (tmp_path / "run" / "logs" / "t000.log").read_text()
 
 

@@ -37,9 +37,10 @@ def test_a_sweep_killed_with_all_its_processes_goes_on_where_it_was(tmp_path, mo
         *("--steps", "30", "--warmup-steps", "5", "--eval-every", "0", "--checkpoint-every", "3"),
     )
     run = tmp_path / "run"
-    wait_for_a_checkpoint_after(run, ended=2)
+    wait_for_a_checkpoint_after(run, ended=0)
     status, _, error = command(monkeypatch, capsys, "--resume", str(run))
     assert (status, f"{run}: its sweep is still running (" in error) == (2, True), error
+    wait_for_a_checkpoint_after(run, ended=2)
     sweep.kill()
     before = pd.read_csv(run / "trials.csv")
     ended = before[before.status == "completed"]
@@ -176,6 +177,20 @@ def test_a_finished_sweep_is_concluded_without_running_anything(killed, monkeypa
     assert json.loads((killed.path / "sweep.json").read_text())["status"] == "finished"
     assert pd.read_csv(killed.path / "trials.csv").status.tolist() == ["completed"] * 6
     assert not list(killed.path.glob("trials/*/checkpoint"))
+
+
+def test_a_sweep_whose_baseline_never_rerouted_ends_there_and_says_which_knob_to_turn(killed, monkeypatch, capsys):
+    killed.journal.unlink()
+    plan = plan_of(6, file_storage(killed.path), baseline_seeds=3)
+    while not plan.done:
+        spec = next_trial(plan)
+        plan.tell(spec.trial_id, dataclasses.replace(measured(spec), eval_loss_reroute=0.9))
+    status, output, error = command(monkeypatch, capsys, "--resume", "run")
+    assert (status, error) == (3, "")
+    said = " ".join(output.split())
+    assert "verdict baseline_never_rerouted" in said
+    assert "more --steps, a higher --lr" in said
+    assert pd.read_csv(killed.path / "trials.csv").phase.tolist() == ["baseline"] * 3
 
 
 @pytest.mark.parametrize(

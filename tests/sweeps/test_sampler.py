@@ -87,10 +87,12 @@ def test_beyond_what_the_model_can_bear_tpe_takes_over(monkeypatch: pytest.Monke
     assert max(modelled) == 6 + 11
 
 
-def test_no_point_is_asked_for_twice_also_while_it_runs() -> None:
-    asked = drive(plan_of(16), concurrent=4)
+def test_new_points_lie_apart_also_while_others_run_and_none_is_trained_twice_on_a_seed() -> None:
+    asked = [spec for spec in drive(plan_of(16), concurrent=4) if spec.phase in ("ablation", "search")]
     log_range, heat_range = np.log(2 / 1e-3), 3
-    points = [(s.beta_kl, s.kl_temperature) for s in asked if s.phase in ("ablation", "search")]
+    points = {(spec.beta_kl, spec.kl_temperature) for spec in asked}
+    assert len({(spec.beta_kl, spec.kl_temperature, spec.seed) for spec in asked}) == len(asked)
+    assert len(points) >= len(asked) - 2
     for (beta, heat), (other_beta, other_heat) in itertools.combinations(points, 2):
         apart = max(abs(np.log(beta / other_beta)) / log_range, abs(heat - other_heat) / heat_range)
         assert apart >= 0.019, points  # two per cent, and what rounding to four digits takes
@@ -120,8 +122,8 @@ def test_where_seeds_differ_too_much_settings_that_ran_are_repeated_on_other_see
         searched = [(s.beta_kl, s.kl_temperature) for s in asked if s.phase in ("ablation", "search")]
         return len(searched) - len(set(searched))
 
-    assert repeated(quiet) == 0
-    assert repeated(noisy) >= 2, noisy
+    assert repeated(quiet) <= 1
+    assert repeated(noisy) > 1 + repeated(quiet), noisy
     assert len({(s.beta_kl, s.kl_temperature, s.seed) for s in noisy}) == len(noisy), "the same training twice"
 
 
@@ -163,7 +165,10 @@ def test_the_search_continues_from_a_journal_as_it_would_have(tmp_path: Path) ->
 class FakeModel:
     """A model that is told what to say, and keeps what it was asked."""
 
-    def __init__(self, qualifying: Callable[[np.ndarray], np.ndarray], feasible: dict[float, float]) -> None:
+    def __init__(
+        self, qualifying: Callable[[np.ndarray], np.ndarray], feasible: dict[float, float], change: float = -1.0
+    ) -> None:
+        self.change = change
         self.probability_of_qualifying = lambda points, *_: qualifying(points)
         self.drift = self
         self.feasible = {coordinates(beta, 1.0)[0, 0]: p for beta, p in feasible.items()}
@@ -178,20 +183,20 @@ class FakeModel:
 
     def log_drift_over(self, points: np.ndarray, reference: np.ndarray) -> Mixture:
         self.references.append(float(reference[0]))
-        return Mixture(np.full((1, len(points)), -1.0), np.full((1, len(points)), 0.1), np.ones(1))
+        return Mixture(np.full((1, len(points)), self.change), np.full((1, len(points)), 0.1), np.ones(1))
 
     def believing_drift(self, points: np.ndarray, _: object) -> "FakeModel":
         self.believed.append(points)
         return self
 
 
-def suggested(monkeypatch: pytest.MonkeyPatch, model: FakeModel, statuses: dict[float, str]) -> float:
-    """The weight that is suggested after trials of these weights and statuses at T = 1."""
+def suggested(monkeypatch: pytest.MonkeyPatch, model: FakeModel, statuses: dict[float, str], seed: int = 1) -> float:
+    """The weight that is suggested for a seed after trials of these weights and statuses at T = 1 on seed 0."""
     monkeypatch.setattr(sweeps.sampler.Surrogate, "of", lambda *_: model)
     rows = [{"beta_kl": beta, "status": status, "seed": 0} for beta, status in [(0.0, "completed"), *statuses.items()]]
     trials = pd.DataFrame(rows).assign(kl_temperature=1.0, eval_loss_reroute=0.01, eval_benign_kl=1.0)
     trial = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
-    sampler = PosteriorSampler(trials, PlanSettings(), seed=1)
+    sampler = PosteriorSampler(trials, PlanSettings(), seed=seed)
     return sampler.sample_relative(optuna.create_study(), trial, {})["beta_kl"]
 
 
@@ -212,6 +217,23 @@ def test_the_saving_is_counted_over_the_best_setting_that_qualifies(monkeypatch:
     none = FakeModel(lambda points: np.ones(len(points)), {0.5: 0.6})
     suggested(monkeypatch, none, {0.5: "completed"})
     assert none.references == [0.0], "the baseline"
+
+
+def test_where_no_point_is_worth_a_trial_the_pick_runs_on_a_second_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def after(change: float, seed: int = 1) -> float:
+        model = FakeModel(lambda points: np.ones(len(points)), {0.1: 0.97, 0.5: 0.6}, change)
+        return suggested(monkeypatch, model, {0.1: "completed", 0.5: "completed"}, seed)
+
+    pays, does_not = -0.5, 0.3  # change of the logarithm of the pick's drift, which is half of that without KL
+    assert after(pays) not in (0.1, 0.5)
+    assert after(does_not) == 0.1
+    assert after(does_not, seed=0) not in (0.1, 0.5), "the same training twice"
+
+
+def test_a_pick_on_two_seeds_is_left_to_the_confirmation() -> None:
+    asked = drive(plan_of(24), lambda spec: world(spec, noise=0.002))
+    searched = [(s.beta_kl, s.kl_temperature) for s in asked if s.phase in ("ablation", "search")]
+    assert max(searched.count(setting) for setting in searched) <= 2, searched
 
 
 def test_the_drift_of_running_trials_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ import ray
 from simulated import completed, drive, failed, plan_of, world
 
 from analysis.decide import decide
-from cbtrain.config import get_config
-from sweeps.behaviour import behaviour_sentences, measure_all, subjects
+from cbtrain.config import CircuitBreakerConfig, InputError
+from sweeps.behaviour import _measure, behaviour_sentences, measure_all, subjects
 from sweeps.journal import TrialSpec
 from sweeps.trial import TrialContext, Workers
 
@@ -65,14 +65,22 @@ def test_the_summary_tells_of_both_kinds_of_prompts_with_the_baseline_in_bracket
     )
 
 
-def test_a_model_that_cannot_be_measured_is_a_line_that_names_the_log(small_world: Path, tmp_path: Path) -> None:
-    files = {side: (str(small_world / f"{side}.jsonl"),) for side in ("harmful", "benign")}
-    context = TrialContext(get_config("tiny", model=str(small_world), **files), tmp_path, Workers())
+def test_why_a_model_cannot_be_measured_is_printed(
+    small_config: CircuitBreakerConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError, match="--adapter"):
+        _measure([BASELINE], TrialContext(small_config, tmp_path, Workers()), prompts=1)
+    assert "InputError: --adapter" in capsys.readouterr().err
+
+
+def test_a_process_that_cannot_measure_is_a_line_that_names_the_log(
+    small_config: CircuitBreakerConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "logs").write_text("a file, where a directory should be")
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
     try:
-        reason = measure_all([BASELINE], context, prompts=1)
+        reason = measure_all([BASELINE], TrialContext(small_config, tmp_path, Workers()), prompts=1)
     finally:
         ray.shutdown()
-    assert reason.startswith("InputError: --adapter "), reason
+    assert reason.startswith("FileExistsError: "), reason
     assert reason.endswith(" (logs/behaviour.log)")
-    assert "InputError" in (tmp_path / "logs" / "behaviour.log").read_text()
