@@ -80,10 +80,6 @@ class Decoder:
         if teacher is None:
             with teacher_view(self.model):
                 teacher = self._select(batch, self._run(entry, shared, self._top(layers, final), layers), layers, final)
-        if any(getattr(block, "gradient_checkpointing", False) for block in self._blocks):
-            # Reentrant checkpoints keep a graph only for inputs that require gradient.
-            start = max(shared)
-            shared[start] = shared[start].detach().requires_grad_(torch.is_grad_enabled())
         hidden = self._run(entry, shared, max(layers), layers)
         with torch.set_grad_enabled(torch.is_grad_enabled() and final_gradient):
             hidden = self._run(entry, hidden, self._top(layers, final), layers)

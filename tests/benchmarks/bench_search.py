@@ -262,9 +262,11 @@ def jobs(runs: int, seed: int, family: Family, methods: Sequence[str], noises: S
     ]
     shares: dict[Kind, float] = {"none_feasible": 0.5, "never_rerouted": 0.1}
     refused = [
-        Job("plan", noise, CORRELATIONS[run % len(CORRELATIONS)], run, seed, family, kind)
+        Job(method, noise, CORRELATIONS[run % len(CORRELATIONS)], run, seed, family, kind)
         for kind, share in shares.items()
         for noise in noises
+        for method in methods
+        if method in PLANS and method != "plan, stopping early"
         for run in range(int(share * runs))
     ]
     return reachable + refused
