@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sweeps.copying import Destination
     from sweeps.resume import Found
     from sweeps.run_directory import RunDirectory
+    from sweeps.session import Session
 
 SEARCHED = ("beta_kl", "kl_temperature")
 CHECKPOINTS = 4
@@ -225,7 +226,6 @@ def _what_is_resumed(job: Job, found: "Found", config: CircuitBreakerConfig, tot
 def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
     """Run the sweep to its end, where anything is left to run, with W&B beside it; the exit status."""
     from sweeps.resume import wait_for_leftovers
-    from sweeps.session import Session
     from sweeps.tracking import followed
 
     run, settings, found = job.run, job.settings, job.found
@@ -236,8 +236,7 @@ def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
             wait_for_leftovers(run, [spec.trial_id for spec in found.interrupted])
         tell = stack.enter_context(followed(run.path, run.shown, settings.wandb_project, settings.wandb_mode))
         if found is not None and found.done:
-            concurrency = run.record.get("concurrency", 1)
-            session = Session(run, job.plan, concurrency, len(found.ended), False, tell, settings.behaviour_prompts)
+            session = _session(job, run.record.get("concurrency", 1), tell)
             if session.done:
                 return session.conclude()
         return _on_ray(job, config, cache, tell)
@@ -247,7 +246,6 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Ca
     """Start Ray and run what is left of the sweep; the exit status. The caller holds the run directory's lock."""
     from sweeps.machine import place, placement_line, started_ray
     from sweeps.progress import indented
-    from sweeps.session import Session
     from sweeps.storage import require_shared
     from sweeps.trial import TrialContext
 
@@ -266,9 +264,21 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Ca
         context = TrialContext(
             config=config, run_dir=run.path, workers=workers, session=len(run.record.get("resumed", []))
         )
-        ended = len(job.found.ended) if job.found else 0
-        session = Session(run, job.plan, concurrency, ended, settings.early_stop, tell, settings.behaviour_prompts)
-        return session.sweep(context, cache)
+        return _session(job, concurrency, tell).sweep(context, cache)
+
+
+def _session(job: Job, concurrency: int, tell: Callable[[Iterable[str]], None]) -> "Session":
+    from sweeps.session import Session
+
+    return Session(
+        job.run,
+        job.plan,
+        concurrency,
+        ended_before=len(job.found.ended) if job.found else 0,
+        early_stop=job.settings.early_stop,
+        on_ended=tell,
+        behaviour_prompts=job.settings.behaviour_prompts,
+    )
 
 
 def _write_down(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", placed: dict[str, object]) -> None:
