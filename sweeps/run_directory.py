@@ -103,7 +103,8 @@ class RunDirectory:
         changes = [f"{name} {then[name]} → {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
         commits = self.record.get("git_commit"), _git_commit()
         if all(commits) and commits[0] != commits[1]:
-            changes.append("this repository {} → {}".format(*(f"{commit:.7}" for commit in commits)))
+            short = [f"{commit:.7}" + "-dirty" * str(commit).endswith("-dirty") for commit in commits]
+            changes.append(f"this repository {' → '.join(short)}")
         return changes
 
     def refuse_if_taken(self) -> None:
