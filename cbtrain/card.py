@@ -4,7 +4,6 @@ Names are relative or a hub's: where files lie on one machine says nothing to wh
 """
 
 import dataclasses
-import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -15,7 +14,7 @@ from huggingface_hub import ModelCardData
 
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.data import CircuitBreakerData, SideData
-from cbtrain.files import checksum, stamp, write_whole
+from cbtrain.files import known_checksum, write_whole
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
 METRICS = {
@@ -116,14 +115,8 @@ def _rows_by_file(side: SideData, files: Sequence[str]) -> list[tuple[str, int]]
 
 
 def _sha256(file: str) -> str:
-    path = Path(file)
-    return f"`{_checksum(path, tuple(stamp(path)))}`" if path.is_file() else "not a file"
-
-
-@functools.lru_cache(maxsize=64)
-def _checksum(path: Path, _stamp: tuple[int, ...]) -> str:
-    """Trials of a sweep read the same files."""
-    return checksum(path)
+    known = known_checksum(Path(file))
+    return f"`{known}`" if known else "not a file"
 
 
 def _settings(config: CircuitBreakerConfig) -> list[tuple[str, str]]:

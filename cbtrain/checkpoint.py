@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from cbtrain import distributed
 from cbtrain.config import CircuitBreakerConfig, InputError
-from cbtrain.files import checksum, write_whole
+from cbtrain.files import checksum, known_checksum, write_whole
 
 MANIFEST = "manifest.json"
 
@@ -44,6 +44,11 @@ def fingerprint(config: CircuitBreakerConfig) -> str:
     return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def data_checksums(config: CircuitBreakerConfig) -> dict[str, str]:
+    """Of each data file, by its name; whoever goes on must read the same rows."""
+    return {name: known_checksum(Path(name)) for name in (*config.harmful, *config.benign)}
+
+
 def save(engine, directory: Path, step: int, config: CircuitBreakerConfig, seconds: Mapping[str, float]) -> None:
     """Write the adapter, the optimizer's state and this rank's random state after `step` updates; all ranks call it.
 
@@ -62,6 +67,7 @@ def save(engine, directory: Path, step: int, config: CircuitBreakerConfig, secon
             "step": step,
             "seconds": dict(seconds),
             "config": fingerprint(config),
+            "data": data_checksums(config),
             "workers": distributed.world_size(),
             "files": {p.name: checksum(p) for p in sorted((directory / tag).iterdir())},
         }
@@ -121,6 +127,11 @@ def _checked(directory: Path, config: CircuitBreakerConfig, workers: int) -> tup
         raise CheckpointError(f"{path}: damaged; remove {directory} to start anew") from error
     if written_by != fingerprint(config):
         raise CheckpointError(f"{path}: written by a run with other settings; start in another directory")
+    for name, digest in data_checksums(config).items():
+        if manifest.get("data", {}).get(name, digest) != digest:
+            raise CheckpointError(
+                f"{name}: changed since {path} was written; put it back, or start in another directory"
+            )
     if manifest.get("workers", workers) != workers:
         raise CheckpointError(f"{path}: written by {manifest['workers']} workers, and this run has {workers}")
     for name, digest in checksums:

@@ -7,7 +7,6 @@ import itertools
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -60,46 +59,58 @@ def parse(
     return settings
 
 
-_terminated = threading.Event()
-"""Whether SIGTERM came: a library that waits in C raises its own `KeyboardInterrupt`, whatever a handler raises."""
+_stopped: list[int] = []
+"""Exit statuses of the signals that came. Libraries that wait in C raise a `KeyboardInterrupt` of their own for any of
+them, and some that are just being imported make another error of it."""
 
 
-def catch_sigterm() -> None:
+def catch_signals() -> None:
     """Have SIGTERM and SIGHUP stop the program as Ctrl-C does; Ray puts a handler of its own in that place.
 
     Some libraries would catch a `SystemExit`.
     """
 
-    def terminate(_signal: int, _frame: object) -> None:
-        _terminated.set()
+    def stop(number: int, _frame: object) -> None:
+        _stopped.append(130 if number == signal.SIGINT else 143)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, terminate)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup asks for that
-        signal.signal(signal.SIGHUP, terminate)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup asks for that
+            signal.signal(number, stop)
 
 
 def run(main: Callable[[], int]) -> int:
     """The exit status of a command: 2 for bad input and 1 for a full disk, in one line; 130 or 143 when stopped."""
-    _terminated.clear()
-    catch_sigterm()
+    _stopped.clear()
+    catch_signals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without "β" is no reason to stop
     try:
         return main()
-    except InputError as error:
+    except KeyboardInterrupt:
+        return _interrupted()
+    except Exception as error:
+        return _interrupted() if _stopped else _ended_by(error)
+
+
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return _stopped[0] if _stopped else 130
+
+
+def _ended_by(error: Exception) -> int:
+    """The exit status for what is the user's to mend, when it was told; anything else is raised again."""
+    if isinstance(error, InputError):
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
+    if isinstance(error, OSError):
         print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 143 if _terminated.is_set() else 130
+    raise error
 
 
 def value_of(name: str, argv: Sequence[str]) -> str | None:

@@ -45,6 +45,8 @@ class SideCounts:
     """Truncated rows that lost scored tokens."""
     first_dropped: str = ""
     """Where the first row without a scored token stands."""
+    unknown: int = 0
+    """Scored tokens that stand for text which the tokenizer does not know."""
     duplicates: int = 0
     """Rows of the same tokens and mask as an earlier one of the side; they are kept."""
     left_out_because: Mapping[str, int] = field(default_factory=dict)
@@ -172,6 +174,7 @@ class _Tokenised:
             tokens=sum(len(row.input_ids) for row in self.rows),
             cut_short=self.cut_short,
             first_dropped=self.first_dropped,
+            unknown=self._unknown(),
             duplicates=len(self.rows) - len({(row.input_ids, row.scored) for row in self.rows}),
             left_out_because=dict(side_rows.left_out),
             rewritten=dict(self.rewritten),
@@ -200,6 +203,17 @@ class _Tokenised:
                 prompt = tokenised_prompt(row.input_ids, row.given, self._special_ids)
                 ready[place] = (list(row.input_ids), scored, prompt)
         return ready
+
+    def _unknown(self) -> int:
+        unknown, known = self._tokenizer.unk_token_id, self._tokenizer
+        if unknown is None or unknown in (known.eos_token_id, known.bos_token_id, known.pad_token_id):
+            return 0  # where one stands for several, nothing can be told
+        return sum(
+            token == unknown
+            for row in self.rows
+            for token, scored in zip(row.input_ids, row.scored, strict=True)
+            if scored
+        )
 
     @cached_property
     def _special_ids(self) -> set[int]:

@@ -1,6 +1,7 @@
 """Files written whole or not at all, told apart by their content, and a lock that dies with its holder."""
 
 import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -36,6 +37,16 @@ def checksum(path: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_checksum(path: Path) -> str:
+    """`checksum`, read once for as long as the file stays as it is; empty for what is no file."""
+    return _checksum(path, tuple(stamp(path))) if path.is_file() else ""
+
+
+@functools.lru_cache(maxsize=64)
+def _checksum(path: Path, _stamp: tuple[int, ...]) -> str:
+    return checksum(path)
 
 
 def stamp(path: Path) -> list[int]:

@@ -125,7 +125,7 @@ def _side_lines(side: SideData, config: CircuitBreakerConfig) -> Iterator[tuple[
     yield "dropped", rows_of(counts.dropped_unscored) + why
     yield "duplicates", rows_of(counts.duplicates)
     for what, count in counts.rewritten.items():
-        yield "rewritten", f"{rows_of(count)}, for the chat template: {what}"
+        yield "rendered", f"{rows_of(count)} otherwise than given: {what}"
     yield "split", f"{len(side.train):,} train / {len(side.held_out):,} held out"
 
 

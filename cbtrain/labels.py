@@ -9,7 +9,7 @@
   words the one that is among them. Any other value is no label, since fields of that name mean many things: token ids,
   for one.
 
-The first of these that a row has counts.
+The first of these that a row has counts; a trace's label that says otherwise is an error.
 """
 
 from dataclasses import dataclass
@@ -38,12 +38,25 @@ def label_of(row: dict[str, Any], source: str) -> Label | None:
     Raises:
         InputError: a label that contradicts itself or lacks a part, with the row's place.
     """
-    metadata = row.get("metadata")
-    if "messages" in row and isinstance(metadata, dict) and "injection_task_id" in metadata:
-        return _agentdojo(metadata, source)
-    if "final_label" in row:
-        return _xstest(row, source)
-    return _trace(row, source)
+    metadata, trace = row.get("metadata"), _trace(row, source)
+    if "messages" in row and isinstance(metadata, dict) and is_agentdojo(metadata):
+        return _agreeing(_agentdojo(metadata, source), trace, "an AgentDojo run", source)
+    if row.get("final_label") is not None:
+        return _agreeing(_xstest(row, source), trace, "an XSTest row", source)
+    return trace
+
+
+def is_agentdojo(metadata: dict[str, Any]) -> bool:
+    """Whether metadata are an AgentDojo run's; where a column of structs gives every row all fields, by its values."""
+    task, security = metadata.get("injection_task_id"), metadata.get("security", "absent")
+    return "injection_task_id" in metadata and not (task is None and security is None)
+
+
+def _agreeing(label: Label, trace: Label | None, kind: str, source: str) -> Label:
+    if trace and trace.side and trace.side != label.side:
+        says = label.side or label.left_out
+        raise InputError(f"{source}: is {kind} ({says}) labelled {trace.side}; a row belongs to one side")
+    return label
 
 
 def _agentdojo(metadata: dict[str, Any], source: str) -> Label:
@@ -61,7 +74,12 @@ def _xstest(row: dict[str, Any], source: str) -> Label:
         raise InputError(f"{source}: final_label is {label!r}; XSTest's are {', '.join(_XSTEST_LABELS)}")
     if label != "1_full_compliance":
         return Label(None, REFUSED)
-    return Label(None, UNSAFE) if str(row.get("type")).startswith("contrast") else Label("benign")
+    return Label(None, UNSAFE) if is_unsafe(row) else Label("benign")
+
+
+def is_unsafe(row: dict[str, Any]) -> bool:
+    """XSTest marks the contrasts to its safe prompts by `label`, in its first release by `type`."""
+    return row.get("label") == "unsafe" or str(row.get("type", "")).startswith("contrast")
 
 
 def _trace(row: dict[str, Any], source: str) -> Label | None:

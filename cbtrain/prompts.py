@@ -3,13 +3,14 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from cbtrain.config import InputError
 from cbtrain.data import normalized_prompt
+from cbtrain.labels import is_unsafe
 from cbtrain.readers import read_rows
+from cbtrain.render import ChatTemplate
 from cbtrain.tokens import TokenRow
 
 
@@ -65,6 +66,9 @@ def from_xstest(
     safe: dict[str, Prompt] = {}
     unsafe: dict[str, Prompt] = {}
     left_out: set[str] = set()
+    if not files:
+        return [], [], 0
+    template = ChatTemplate(tokenizer)
     for file in files:
         for number, row in read_rows(file):
             if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
@@ -73,21 +77,15 @@ def from_xstest(
             if key in trained:
                 left_out.add(key)
                 continue
-            tokens = tokenizer.apply_chat_template(
-                [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_dict=False
-            )
-            kind = unsafe if _unsafe(row) else safe
+            text = template.prompt(row["prompt"], f"{file}:{number}")
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            kind = unsafe if is_unsafe(row) else safe
             kind.setdefault(key, Prompt(tuple(tokens), f"{Path(file).name}:{number}"))
-    if files and not safe:
+    if not safe:
         raise InputError(
             f"--xstest {' '.join(files)}: no safe prompt that the model was not trained on ({len(left_out)} were)"
         )
     return _spread(list(safe.values()), limit), _spread(list(unsafe.values()), limit), len(left_out)
-
-
-def _unsafe(row: dict[str, Any]) -> bool:
-    """XSTest marks the contrasts to its safe prompts by `label`, in its first release by `type`."""
-    return row.get("label") == "unsafe" or str(row.get("type", "")).startswith("contrast_")
 
 
 def _spread(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:

@@ -76,8 +76,13 @@ def _decode(file: str, number: int, line: str) -> object:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise _not_json(file, number, error) from None
-    except RecursionError:
-        raise InputError(f"{file}:{number}: not a row (JSON nested too deeply)") from None
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{file}:{number}: not a row ({_beyond(error)})") from None
+
+
+def _beyond(error: Exception) -> str:
+    """What valid JSON has too much of."""
+    return "JSON nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def _not_json(file: str, number: int, error: json.JSONDecodeError) -> InputError:
@@ -90,8 +95,8 @@ def _list_items(file: str, text: str) -> Iterator[tuple[int, object]]:
         json.loads(text)
     except json.JSONDecodeError as error:
         raise _not_json(file, error.lineno, error) from None
-    except RecursionError:
-        raise InputError(f"{file}: not rows (JSON nested too deeply)") from None
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{file}: not rows ({_beyond(error)})") from None
     decoder = json.JSONDecoder()
     position, counted, line = text.index("[") + 1, 0, 1
     while True:
@@ -112,6 +117,8 @@ def _skip(text: str, position: int, characters: str) -> int:
 def _is_csv(file: str, text: str) -> bool:
     """Whether a file is CSV by its name, or by a first line that names columns known here."""
     names = Path(file).name.lower().removesuffix(".gz")
+    if text.lstrip()[0] == "{":
+        return False
     return names.endswith((".csv", ".tsv")) or bool(_KNOWN_COLUMNS & set(_header(text)))
 
 
@@ -137,6 +144,8 @@ def _csv_rows(file: str, text: str) -> Iterator[tuple[int, object]]:
                 continue
             if columns is None:
                 columns = [cell.strip() for cell in cells]
+                if twice := [name for name in columns if columns.count(name) > 1]:
+                    raise InputError(f"{file}:{line}: two columns are named {twice[0]!r}")
                 continue
             if len(cells) != len(columns):
                 raise InputError(f"{file}:{line}: {len(cells)} cells in a row, the header names {len(columns)} columns")

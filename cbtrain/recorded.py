@@ -33,7 +33,7 @@ def config_of_decision(file: Path) -> CircuitBreakerConfig:
     if not isinstance(sweep.get("config"), dict) or not isinstance(sweep.get("preset"), str):
         raise InputError(f"{source}: not the sweep.json of a KL ablation; leave the decision in its run directory")
     preset = get_config(sweep["preset"])
-    told = sweep.get("config_overrides", {})
+    told = sweep.get("config_overrides") or {}
     own = {name: getattr(preset, name) for name in _PLACES if name not in told}
     chosen = {name: decision.get(name) for name in ("beta_kl", "kl_temperature")}
     return _with_fields(preset, sweep["config"] | own | chosen, source)

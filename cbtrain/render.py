@@ -29,6 +29,10 @@ so that an empty thought belongs to the prompt and is not scored."""
 
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_END_OF_THOUGHT = "</think>"
+EARLIER = "an earlier turn is scored, as the last one is empty"
+THOUGHTS = "thoughts left out"
+"""What some templates make of the text up to an end of thought."""
 _SAID = "said7x"
 """Stands for the text of a turn, to see what a template writes behind it."""
 
@@ -42,7 +46,7 @@ class Rendering:
     text: str
     spans: tuple[Span, ...] | None
     rewritten: tuple[str, ...] = ()
-    """What of the row was written in another way, for a template that could not render it as it is."""
+    """What is otherwise than the row has it."""
 
 
 class ChatTemplate:
@@ -83,12 +87,26 @@ class ChatTemplate:
             try:
                 if self._shows_everything(messages):
                     text = self._text(messages)
-                    spans = None if turns is None else tuple(self._spans(messages, turns, text, policy))
-                    return Rendering(text, spans, form.changes)
+                    if turns is None:
+                        return Rendering(text, None, form.changes)
+                    spans, left_out = self._verified_spans(messages, turns, text, policy)
+                    earlier = (EARLIER,) if policy == "completion_only" and _ends_on_nothing(row.messages) else ()
+                    return Rendering(text, spans, form.changes + left_out + earlier)
             except _TEMPLATE_ERRORS as error:
                 problem = error
         reason = " ".join(str(problem).split())
         raise InputError(f"{row.source}: the tokenizer's chat template refuses the row ({reason})")
+
+    def prompt(self, text: str, source: str) -> str:
+        """A user's text up to where the assistant answers.
+
+        Raises:
+            InputError: the template refuses it; names `source`.
+        """
+        try:
+            return self._text([{"role": "user", "content": text}], add_generation_prompt=True)
+        except _TEMPLATE_ERRORS as error:
+            raise InputError(f"{source}: the tokenizer's chat template refuses the prompt ({error})") from None
 
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         text = self._tokenizer.apply_chat_template(
@@ -99,18 +117,40 @@ class ChatTemplate:
         )
         return _encodable(str(text))
 
-    def _spans(self, messages: Sequence[Message], turns: Sequence[int], text: str, policy: MaskPolicy) -> list[Span]:
+    def _verified_spans(
+        self, messages: Sequence[Message], turns: Sequence[int], text: str, policy: MaskPolicy
+    ) -> tuple[tuple[Span, ...], tuple[str, ...]]:
+        """The scored characters, which hold what the assistant says in `turns`; and what the template left out of it.
+
+        Marks are taken where they hold it, else prefixes tell.
+        """
+        ways = [self._by_prefixes]
         if policy == "tool_calls_only":
-            return [span for turn in turns for span in self._call_spans(messages, turn, text)]
-        if not self._marks_turns:
-            return [self._span(messages, turn, text) for turn in turns]
+            ways = [self._by_calls]
+        elif self._marks_turns:
+            ways = [self._by_marks, self._by_prefixes]
+        for way in ways:
+            by_turn = way(messages, turns, text)
+            said = ["".join(text[start:stop] for start, stop in spans) for spans in by_turn]
+            lost = {_lost(messages[turn], words, policy) for turn, words in zip(turns, said, strict=True)}
+            if lost <= {"", THOUGHTS}:
+                return tuple(span for spans in by_turn for span in spans), tuple(filter(None, lost))
+        raise ValueError(f"{', '.join(sorted(filter(None, lost)))} cannot be found in what it writes")
+
+    def _by_calls(self, messages: Sequence[Message], turns: Sequence[int], text: str) -> list[list[Span]]:
+        return [self._call_spans(messages, turn, text) for turn in turns]
+
+    def _by_prefixes(self, messages: Sequence[Message], turns: Sequence[int], text: str) -> list[list[Span]]:
+        return [[self._span(messages, turn, text)] for turn in turns]
+
+    def _by_marks(self, messages: Sequence[Message], turns: Sequence[int], text: str) -> list[list[Span]]:
         marks = self._marks(messages)
-        spans: list[Span] = []
+        by_turn: list[list[Span]] = []
         for turn in turns:
             before, behind = (len(self._marks(messages[:end])) for end in (turn, turn + 1))
             said = [(start, stop) for start, stop in marks[before:behind] if text[start:stop].strip()]
-            spans += said or [self._span(messages, turn, text)]
-        return spans
+            by_turn.append(said or [self._span(messages, turn, text)])
+        return by_turn
 
     def _marks(self, messages: Sequence[Message]) -> list[Span]:
         """The character ranges that the template itself marks as generated, in their order."""
@@ -177,6 +217,23 @@ class ChatTemplate:
         return self._shown[shape]
 
 
+def _lost(message: Message, scored: str, policy: MaskPolicy) -> str:
+    """What of an assistant turn is not in the text that is scored for it; empty where all of it is.
+
+    White space is not compared, as templates trim it.
+    """
+    scored = " ".join(scored.split())
+
+    def holds(text: str) -> bool:
+        return " ".join(_encodable(text).split()) in scored
+
+    if not all(holds(call["function"]["name"]) for call in message.get("tool_calls", ())):
+        return "a tool call"
+    if policy == "tool_calls_only" or holds(message["content"]):
+        return ""
+    return THOUGHTS if holds(message["content"].rpartition(_END_OF_THOUGHT)[2]) else "what the assistant says"
+
+
 def _shown_to_template(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != CALLS_AS_TEXT}
 
@@ -199,6 +256,12 @@ def _scored_turns(messages: Sequence[Message], policy: MaskPolicy) -> list[int]:
     if policy == "tool_calls_only":
         return [i for i in turns if messages[i].get("tool_calls") or messages[i].get(CALLS_AS_TEXT)]
     return turns[-1:] if policy == "completion_only" else turns
+
+
+def _ends_on_nothing(messages: Sequence[Message]) -> bool:
+    """Whether the last assistant turn neither speaks nor calls."""
+    last = next((message for message in reversed(messages) if message["role"] == "assistant"), None)
+    return last is not None and not last["content"].strip() and not last.get("tool_calls")
 
 
 def _overlap(spoken: str, text: str) -> int:

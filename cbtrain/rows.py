@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cbtrain.config import InputError, flag
-from cbtrain.labels import label_of
+from cbtrain.labels import is_agentdojo, label_of
 from cbtrain.pretokenised import Renders, TokenisedRow, is_mask, is_tokenised
 from cbtrain.readers import read_rows
 
@@ -30,6 +30,8 @@ Message = dict[str, Any]
 Side = Literal["harmful", "benign"]
 SIDES: tuple[Side, ...] = get_args(Side)
 ROLES = ("system", "user", "assistant", "tool")
+_READ = ("role", "content", "tool_calls", "function_call", "tool_call_id", "name")
+"""Fields of a message."""
 SHAPES = "messages; prompt and completion; prompt, output and llama3_output; input_ids"
 MASK_SHAPE = "masks of tokenised rows"
 
@@ -96,6 +98,7 @@ class _Reading:
         self._side: Side = side
         self._found = SideRows(files)
         self._renders = Renders()
+        self._unused: Counter[str] = Counter()
 
     def read(self, given_to_both: set[str]) -> SideRows:
         found: list[Row | tuple[dict[str, Any], str]] = []
@@ -116,12 +119,15 @@ class _Reading:
                 if belongs and is_tokenised(value):
                     found.append((value, source))
                 elif belongs:
+                    self._unused.update(_unused(value))
                     found.append(Row(tuple(_messages(value, self._side, source)), source))
             if len(labelled) == 2:
                 self._found.remarks.append(
                     f"{file}: rows without a label {labelled[False]:,}, with one {labelled[True]:,}; those without are "
                     f"taken as {self._side}"
                 )
+        for name, count in self._unused.items():
+            self._found.remarks.append(f"rows with {name}, which nothing here reads: {count:,}")
         self._found.rows = [row if isinstance(row, Row) else self._renders.row(*row) for row in found]
         self._remark_masks()
         return self._found
@@ -176,8 +182,8 @@ def _shape(row: dict[str, Any], source: str) -> str:
     if is_tokenised(row):
         return "tokenised rows"
     if "messages" in row:
-        attacked = isinstance(row.get("metadata"), dict) and "injection_task_id" in row["metadata"]
-        return "AgentDojo runs" if attacked else "chats"
+        of_dojo = isinstance(row.get("metadata"), dict) and is_agentdojo(row["metadata"])
+        return "AgentDojo runs" if of_dojo else "chats"
     if {"prompt", "output", "llama3_output"} <= row.keys():
         return "circuit-breakers rows"
     if {"prompt", "completion"} <= row.keys():
@@ -207,13 +213,21 @@ def _messages(row: dict[str, Any], side: Side, source: str) -> list[Message]:
     ]
 
 
+def _unused(row: dict[str, Any]) -> set[str]:
+    """What a conversation says in fields that are not read."""
+    turns = row["messages"] if isinstance(row.get("messages"), list) else []
+    assistant = [turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "assistant"]
+    told = {f"{name} of assistant turns" for turn in assistant for name in turn if turn[name] and name not in _READ}
+    return told | ({"tools"} if row.get("tools") else set())
+
+
 def _message(value: object, where: str) -> Message:
     if not isinstance(value, dict) or value.get("role") not in ROLES:
         raise InputError(f"{where}: must be an object whose role is one of {', '.join(ROLES)}")
     message: Message = {"role": value["role"], "content": _content(value.get("content"), f"{where}: content")}
-    # Templates test for the key: an empty list of calls would be rendered as a call.
-    if value.get("tool_calls"):
-        message["tool_calls"] = _tool_calls(value["tool_calls"], f"{where}: tool_calls")
+    # Templates test for the key: an empty list of calls would be rendered as a call. OpenAI's first form had one call.
+    if calls := value.get("tool_calls") or value.get("function_call"):
+        message["tool_calls"] = _tool_calls(calls, f"{where}: tool_calls")
     return message | {key: value[key] for key in ("tool_call_id", "name") if isinstance(value.get(key), str)}
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 FEW_SCORED = 4
 """Scored tokens a row, in the median, below which a mask has probably missed the answer."""
-MANY_TRUNCATED, MANY_CUT_SHORT, MANY_DUPLICATES, MANY_DROPPED = 0.2, 0.05, 0.1, 0.2
+MANY_TRUNCATED, MANY_CUT_SHORT, MANY_DUPLICATES, MANY_DROPPED, MANY_UNKNOWN = 0.2, 0.05, 0.1, 0.2, 0.01
 """Shares of a side's rows above which they are worth a word."""
 
 
@@ -87,6 +87,9 @@ def _of_side(side: Side, data: "SideData", chosen: bool) -> Iterator[str]:
 def _shares(data: "SideData") -> Iterator[str]:
     counts = data.counts
     kept = max(1, counts.rows - counts.dropped_unscored)
+    if counts.unknown > MANY_UNKNOWN * counts.scored_tokens:
+        share = counts.unknown / counts.scored_tokens
+        yield f"{share:.0%} of the scored tokens are unknown to the tokenizer; is it the one for this text?"
     if counts.cut_short > MANY_CUT_SHORT * kept:
         yield f"{counts.cut_short:,} of {kept:,} rows lost scored tokens; raise {flag('max_length')}"
     elif counts.truncated > MANY_TRUNCATED * kept:

@@ -251,7 +251,7 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Ca
 
     run, settings = job.run, job.settings
     with started_ray() as nodes:
-        cli.catch_sigterm()
+        cli.catch_signals()
         workers, concurrency = place(
             nodes,
             workers=settings.workers_per_trial,

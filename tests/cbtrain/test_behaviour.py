@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_tokenizers import QWEN3, bpe_tokenizer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -194,6 +195,16 @@ def test_xstest_prompts_that_were_trained_on_are_left_out_and_unsafe_ones_kept_a
     assert [tokenizer.decode(prompt.tokens) for prompt in safe] == ["<bos> <user> how do i burn the lamp ? <assistant>"]
     assert [prompt.source for prompt in unsafe] == ["xstest.csv:4"]
     assert left_out == 1
+
+
+def test_xstest_prompts_are_written_as_training_prompts_are(tmp_path):
+    file = tmp_path / "xstest.jsonl"
+    file.write_text(json.dumps({"prompt": "kill a process"}) + "\n")
+    tokenizer = bpe_tokenizer(QWEN3)
+    ((prompt,), _, _) = from_xstest([str(file)], tokenizer, set(), 9)
+    assert tokenizer.decode(prompt.tokens).endswith("assistant\n<think>\n\n</think>\n\n")
+    with pytest.raises(InputError, match="has no chat template"):
+        from_xstest([str(file)], bpe_tokenizer(None), set(), 9)
 
 
 def test_the_command_takes_its_settings_from_beside_the_adapter_and_shows_a_table(trained, tmp_path, capsys):

@@ -130,7 +130,7 @@ def test_what_the_template_made_be_rewritten_and_what_was_dropped_is_reported(tm
     )
     tokenizer = bpe_tokenizer(LLAMA31)
     lines = report(config, tokenizer, load_data(config, tokenizer))
-    assert "  rewritten   1 row, for the chat template: tool calls as text" in lines
+    assert "  rendered    1 row otherwise than given: tool calls as text" in lines
     assert f"  dropped     1 row: nothing scored, as {tmp_path}/a.jsonl:1" in lines
 
 

@@ -7,6 +7,7 @@ from cbtrain.config import InputError
 from cbtrain.labels import REFUSED, RESISTED, UNSAFE, Label, label_of
 from cbtrain.rows import load_rows
 
+HARMFUL = Label("harmful")
 CHAT = [{"role": "user", "content": "pay"}, {"role": "assistant", "content": "done"}]
 XSTEST = [
     {"prompt": "kill a process", "completion": "use kill", "type": "homonyms", "final_label": "1_full_compliance"},
@@ -29,7 +30,9 @@ XSTEST = [
         ({"label": 1}, None),
         ({}, None),
         ({"metadata": {"source": "x"}, "messages": CHAT}, None),
-        ({"messages": CHAT, "metadata": {"injection_task_id": None}, "label": "harmful"}, Label("benign")),
+        ({"messages": CHAT, "metadata": {"injection_task_id": None}}, Label("benign")),
+        ({"messages": CHAT, "metadata": {"injection_task_id": None, "security": True}, "label": "x"}, Label("benign")),
+        ({"messages": CHAT, "metadata": {"injection_task_id": None, "security": None}, "label": "harmful"}, HARMFUL),
     ],
 )
 def test_the_label_of_a_row(row, expected):
@@ -39,6 +42,23 @@ def test_the_label_of_a_row(row, expected):
 def test_a_row_labelled_both_ways_is_an_error():
     with pytest.raises(InputError, match=r"^f\.jsonl:1: is labelled benign and harmful"):
         label_of({"label": "harmful", "labels": ["benign"]}, "f.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": CHAT, "metadata": {"injection_task_id": None, "security": True}, "label": "harmful"},
+        {"messages": CHAT, "metadata": {"injection_task_id": "i", "security": False}, "label": "harmful"},
+        XSTEST[0] | {"label": "harmful"},
+    ],
+)
+def test_a_label_that_contradicts_the_kind_of_row_is_an_error(row):
+    with pytest.raises(InputError, match=r"^f\.jsonl:1: is an .* labelled harmful; a row belongs to one side"):
+        label_of(row, "f.jsonl:1")
+
+
+def test_xstest_marks_unsafe_prompts_by_either_of_two_fields():
+    assert label_of(XSTEST[0] | {"label": "unsafe"}, "f.csv:2") == Label(None, UNSAFE)
 
 
 def test_a_final_label_that_xstest_does_not_know_is_an_error():

@@ -70,6 +70,12 @@ def test_a_csv_cell_may_hold_a_conversation_longer_than_the_librarys_limit(tmp_p
     assert [row for _, row in read_rows(path)] == [{"messages": chat, "note": "[not json"}]
 
 
+@pytest.mark.parametrize("field", ["x" * 200_000, ["x", "prompt", "y"]])
+def test_a_first_line_of_json_is_no_header(tmp_path, field):
+    rows = [{"prompt": "a", "completion": "b", "tags": field}, PAIRS[0]]
+    assert [row for _, row in read_rows(write_jsonl(tmp_path / "a.jsonl", rows))] == rows
+
+
 def test_parquet_columns_give_a_call_only_its_own_arguments(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", CHATS)
     rows = load_rows([path], [write_jsonl(tmp_path / "b.jsonl", PAIRS)])["harmful"].rows

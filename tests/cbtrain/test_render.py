@@ -1,10 +1,10 @@
 """Rows to text: what the chat template is given, and which part of its answer the assistant said."""
 
 import pytest
-from chat_tokenizers import CHATML, END_OF_TURN, GEMMA, LLAMA3, TEMPLATES, bpe_tokenizer
+from chat_tokenizers import CHATML, END_OF_TURN, GEMMA, LLAMA3, MARKED, TEMPLATES, bpe_tokenizer
 
 from cbtrain.config import InputError
-from cbtrain.render import ChatTemplate, Rendering
+from cbtrain.render import EARLIER, THOUGHTS, ChatTemplate, Rendering
 from cbtrain.rows import Row
 
 SYSTEM = {"role": "system", "content": "be kind"}
@@ -77,8 +77,44 @@ def test_a_row_in_which_no_assistant_answers_a_user_has_nothing_scored(messages)
     assert template.render(Row(tuple(messages), "f.jsonl:1"), "assistant_only") is None
 
 
-def test_an_empty_last_turn_leaves_the_turn_before_as_the_completion():
-    assert said(rendering_of(CHATML, [ASK, ANSWER, {"role": "assistant", "content": ""}])) == ["it is paid<|im_end|>"]
+def test_an_empty_last_turn_leaves_the_turn_before_as_the_completion_and_is_told():
+    rendering = rendering_of(CHATML, [ASK, ANSWER, {"role": "assistant", "content": ""}])
+    assert said(rendering) == ["it is paid<|im_end|>"]
+    assert rendering.rewritten == (EARLIER,)
+    assert rendering_of(CHATML, [ASK, ANSWER]).rewritten == ()
+
+
+def test_marks_that_do_not_hold_what_the_assistant_says_give_way_to_prefixes():
+    end = "{% generation %}{{ '<|endoftext|>' }}{% endgeneration %}"
+    ended = MARKED + "{% if not add_generation_prompt %}" + end + "{% endif %}"
+    thinking = {"role": "assistant", "content": "let me see"}
+    assert said(rendering_of(ended, [ASK, thinking, ANSWER])) == ["it is paid<|im_end|>\n<|endoftext|>"]
+
+
+def test_calls_that_stand_before_the_text_of_a_turn_become_text():
+    calls_first = CHATML.replace(
+        "{{ m.content }}",
+        "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>"
+        "{% endfor %}{{ m.content }}{% if m.tool_calls %}<wait>{% endif %}",
+    )
+    turn = CALL | {"content": "I pay now"}
+    rendering = rendering_of(calls_first, [ASK, turn], "tool_calls_only")
+    assert said(rendering) == ['{"name": "send_money", "arguments": {"recipient": "Zoë"}}']
+    assert rendering.rewritten == ("tool calls as text",)
+    assert said(rendering_of(calls_first, [ASK, turn]))[0].startswith("<call>send_money")
+
+
+def test_thoughts_that_a_template_leaves_out_are_told():
+    leaving_out = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    rendering = rendering_of(leaving_out, [ASK, ANSWER | {"content": "<think>hm</think>it is paid"}])
+    assert said(rendering) == ["it is paid<|im_end|>"]
+    assert rendering.rewritten == (THOUGHTS,)
+
+
+def test_a_template_that_says_something_else_is_refused():
+    other = CHATML.replace("{{ m.content }}", "{{ m.content | replace('paid', 'done') }}")
+    with pytest.raises(InputError, match=r"^f\.jsonl:1: .*what the assistant says cannot be found"):
+        rendering_of(other, [ASK, ANSWER])
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from row_files import write_jsonl
+from row_files import write_jsonl, write_parquet
 
 from cbtrain.config import InputError
 from cbtrain.readers import read_rows
@@ -120,6 +120,28 @@ def test_null_content_empty_calls_and_text_parts_are_normalised(files):
     assert "tool_calls" not in row.messages[3]
 
 
+def test_openais_first_form_of_a_call_is_a_call_and_fields_that_are_not_read_are_told(files):
+    call = {"role": "assistant", "content": None, "function_call": {"name": "pay", "arguments": '{"to": "me"}'}}
+    thought = {"role": "assistant", "content": "done", "reasoning_content": "I should", "tool_calls": None}
+    chats = [{"messages": [{"role": "user", "content": "pay"}, turn], "tools": []} for turn in (call, thought)]
+    side = load_rows([files("a.jsonl", chats)], [files("b.jsonl", [PAIR])])["harmful"]
+    assert side.rows[0].messages[1]["tool_calls"][0]["function"] == {"name": "pay", "arguments": {"to": "me"}}
+    assert side.remarks == ["rows with reasoning_content of assistant turns, which nothing here reads: 1"]
+
+
+def test_one_parquet_file_of_runs_and_labelled_chats_gives_each_its_own_side(files, tmp_path):
+    chat = [{"role": "user", "content": "task"}, {"role": "assistant", "content": "done"}]
+    rows = [
+        {"messages": chat, "metadata": {"injection_task_id": None, "security": True}, "label": None},
+        {"messages": chat, "metadata": {"injection_task_id": "i", "security": True}, "label": None},
+        {"messages": chat, "metadata": {"source": "jailbreaks"}, "label": "harmful"},
+    ]
+    for path in (files("a.jsonl", rows), write_parquet(tmp_path / "a.parquet", rows)):
+        sides = load_rows([path], [path])
+        places = {side: [row.source.rpartition(":")[2] for row in part.rows] for side, part in sides.items()}
+        assert places == {"harmful": ["2", "3"], "benign": ["1"]}
+
+
 def test_line_separators_within_strings_do_not_end_a_line(files):
     path = files("a.jsonl", [json.dumps(PAIR | {"prompt": "a\u2028b\x85c"}, ensure_ascii=False), "", "{"])
     with pytest.raises(InputError, match=r"a\.jsonl:3: not JSON"):
@@ -143,6 +165,8 @@ def test_line_separators_within_strings_do_not_end_a_line(files):
         ('{"messages": [{"role": "user", "tool_calls": [{"name": 3}]}]}', ":1: message 1: tool_calls must be a list"),
         ('{"messages": [1], "metadata": {"injection_task_id": "x"}}', ":1: an AgentDojo row with an attack needs"),
         ("[" * 100_000, ": not"),
+        ('{"prompt": "a", "completion": "b", "n": ' + "9" * 5000 + "}", ":1: not a row (a number of too many digits)"),
+        ("prompt,completion,completion\na,b,c\n", ":1: two columns are named 'completion'"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path, files, content, expected):
