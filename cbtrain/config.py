@@ -33,7 +33,8 @@ class CircuitBreakerConfig:
     """Weights and activations of the model; losses are always computed in float32."""
 
     harmful: tuple[str, ...] = ()
-    """Files of harmful rows (.jsonl or .json, also gzipped). A labelled file may be given to both sides."""
+    """Files of harmful rows: .jsonl, .json, .csv or .parquet, also gzipped, or a dataset of the hub. A labelled file
+    may be given to both sides."""
     benign: tuple[str, ...] = ()
     """Files of benign rows."""
     mask_policy: MaskPolicy = "completion_only"

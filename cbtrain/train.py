@@ -9,12 +9,14 @@ Under torchrun it uses every process that torchrun started.
 import dataclasses
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cbtrain import cli
 from cbtrain.config import CircuitBreakerConfig, InputError, get_config
+from cbtrain.files import nearest_existing
 from cbtrain.recorded import config_of_decision
 from cbtrain.tracking import Mode, open_tracker
 
@@ -48,10 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings.config.validate()
     if not settings.resume and (settings.output_dir / "metrics.jsonl").exists():
         raise InputError(f"{settings.output_dir} already holds a run: --resume to continue it, or another --output-dir")
-    try:
-        settings.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output-dir {settings.output_dir}: {error.strerror}") from error
+    _require_writable(settings.output_dir)
 
     from cbtrain.environment import quiet_libraries
 
@@ -85,6 +84,7 @@ def _train(settings: TrainSettings, teacher_cache: Path | None) -> int:
     from cbtrain.metrics import Metrics, NonFiniteLossError
 
     config, output_dir = settings.config, settings.output_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
     tracker = open_tracker(
         settings.wandb_project if _first() else None,
         settings.wandb_mode,
@@ -117,6 +117,15 @@ def _train(settings: TrainSettings, teacher_cache: Path | None) -> int:
         print(f"trained {metrics['step']} steps in {metrics['train_s']:.1f} s · adapter {output_dir / 'adapter'}")
         print(f"next  python -m cbtrain.evaluate --adapter {output_dir / 'adapter'}")
     return 0
+
+
+def _require_writable(output_dir: Path) -> None:
+    """See that a file can be written there, and leave nothing behind."""
+    try:
+        with tempfile.TemporaryFile(dir=nearest_existing(output_dir)):
+            pass
+    except OSError as error:
+        raise InputError(f"--output-dir {output_dir}: {error.strerror}") from error
 
 
 def _first() -> bool:

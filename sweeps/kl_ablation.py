@@ -10,6 +10,7 @@ cluster.
 
 import contextlib
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -316,6 +317,11 @@ def _overrides(settings: SweepSettings) -> dict[str, object]:
 
 
 def _check_counts(settings: SweepSettings) -> None:
+    gpus = settings.gpus_per_worker or 0.0
+    if not 0 <= gpus < math.inf:
+        raise InputError(f"--gpus-per-worker {gpus}: must be 0 or more")
+    if gpus > 1 and gpus != int(gpus):
+        raise InputError(f"--gpus-per-worker {gpus:g}: a share of one GPU, or a whole number")
     for name, least in (("workers_per_trial", 1), ("max_concurrent", 1), ("behaviour_prompts", 0)):
         value = getattr(settings, name)
         if value is not None and value < least:

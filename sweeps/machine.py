@@ -5,7 +5,6 @@ Capacity is counted node by node, since a worker needs its CPUs and its share of
 
 import contextlib
 import logging
-import math
 import os
 import socket
 import time
@@ -140,10 +139,6 @@ def place(
         InputError: not even one trial finds room, with the arithmetic.
     """
     gpus = float(any(node.gpus for node in nodes)) if gpus_per_worker is None else gpus_per_worker
-    if not 0 <= gpus < math.inf:
-        raise InputError(f"--gpus-per-worker {gpus}: must be 0 or more")
-    if gpus > 1 and gpus != int(gpus):
-        raise InputError(f"--gpus-per-worker {gpus:g}: a share of one GPU, or a whole number")
     free = [node.free() for node in nodes]
 
     def room(cpus: int) -> int:

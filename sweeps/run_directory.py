@@ -56,7 +56,19 @@ class RunDirectory:
                 stack.enter_context(held(self.path / "lock"))
             except HeldError as holder:
                 raise InputError(f"{self.shown}: its sweep is still running ({holder}); wait, or end it") from None
-            yield
+            try:
+                yield
+            finally:
+                self._remove_what_never_began()
+
+    def _remove_what_never_began(self) -> None:
+        """Take away an empty directory, of a sweep that was refused."""
+        if (self.path / "sweep.json").exists():
+            return
+        with contextlib.suppress(OSError):
+            (self.path / "logs").rmdir()
+            (self.path / "lock").unlink()
+            self.path.rmdir()
 
     def create(self, record: Mapping[str, object]) -> None:
         """Write sweep.json and point `runs/latest` here.

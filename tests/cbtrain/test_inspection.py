@@ -12,6 +12,7 @@ from row_files import write_csv, write_jsonl
 from cbtrain.config import InputError, get_config
 from cbtrain.data import CircuitBreakerData, SideCounts, SideData, load_data
 from cbtrain.inspection import main, marked, report, sample_rows
+from cbtrain.loop import prepare
 from cbtrain.suspicions import suspicions
 from cbtrain.tokens import TokenRow
 
@@ -189,6 +190,10 @@ def test_sound_data_gives_no_warning():
         (data_of(side_of([token_row(i, 2) for i in range(9)])), "harmful: 2 scored tokens a row in the median"),
         (data_of(side_of(SOUND, truncated=3)), "harmful: 3 of 10 rows are truncated, on the side not scored"),
         (data_of(side_of(SOUND, truncated=3, cut_short=1)), "harmful: 1 of 10 rows lost scored tokens"),
+        (
+            data_of(side_of(SOUND, unknown=30, scored_tokens=60)),
+            "harmful: 50% of the scored tokens are unknown to the tokenizer",
+        ),
         (data_of(side_of(SOUND, duplicates=2)), "harmful: 2 of 10 rows repeat an earlier one"),
         (
             data_of(side_of(SOUND, rows=20, dropped_unscored=10, first_dropped="f.jsonl:3")),
@@ -200,6 +205,14 @@ def test_each_suspicious_thing_is_named(data, expected):
     found = suspicions(data)
     assert len(found) == 1, found
     assert found[0].startswith(expected), found
+
+
+def test_text_that_the_tokenizer_does_not_know_is_counted(small_world, tmp_path):
+    rows = [{"prompt": f"how do i open the door {i}", "completion": "take the zweihänder"} for i in range(8)]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    config = get_config("tiny", model=str(small_world), harmful=(file,), benign=(str(small_world / "benign.jsonl"),))
+    data, _ = prepare(config)
+    assert (data.harmful.counts.unknown, data.benign.counts.unknown) == (8, 0)
 
 
 def test_full_sequence_is_no_suspicion_where_it_was_asked_for():

@@ -265,9 +265,11 @@ def test_resuming_without_a_checkpoint_is_refused_and_leaves_the_run_alone(small
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize("damage", ["flip", "settings"])
+@pytest.mark.parametrize("damage", ["flip", "settings", "data"])
 def test_a_checkpoint_that_is_not_this_runs_own_is_refused(small_config, tmp_path, damage):
-    config = replace(small_config, checkpoint_every=2)
+    benign = tmp_path / "benign.jsonl"
+    benign.write_bytes(Path(small_config.benign[0]).read_bytes())
+    config = replace(small_config, checkpoint_every=2, benign=(str(benign),))
     run(config, tmp_path)
     if damage == "flip":
         victim = next((tmp_path / "checkpoint").glob("step-2/*.pt"))
@@ -275,6 +277,9 @@ def test_a_checkpoint_that_is_not_this_runs_own_is_refused(small_config, tmp_pat
         content[len(content) // 2] ^= 1
         victim.write_bytes(bytes(content))
         message = "changed since it was written"
+    elif damage == "data":
+        benign.write_text(benign.read_text().replace("carry", "move"))
+        message = f"{benign}: changed since .* was written; put it back"
     else:
         config = replace(config, lr=1.0)
         message = "other settings"

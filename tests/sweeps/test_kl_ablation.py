@@ -251,6 +251,9 @@ def check_interrupted(sweep: Sweep, tmp_path: Path, sent: signal.Signals, expect
     ("arguments", "message"),
     [
         (["--harmful", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--gpus-per-worker", "-1"], "--gpus-per-worker -1.0: must be 0 or more"),
+        (["--gpus-per-worker", "nan"], "--gpus-per-worker nan: must be 0 or more"),
+        (["--gpus-per-worker", "1.5"], "--gpus-per-worker 1.5: a share of one GPU, or a whole number"),
         (["--harmful", "{broken}"], "broken.jsonl:2: not JSON"),
         (["--harmful", "{runs}", "--benign", "{runs}"], "harmful"),
         (["--harmful", "{user_only}"], "scored token"),
