@@ -85,7 +85,7 @@ class SweepSettings:
     """offline needs no login and keeps the runs in RUN_DIR/wandb, for `wandb sync`."""
     behaviour_prompts: int = 16
     """Held-out prompts of each kind to which the baseline and the chosen setting write an answer when all trials have
-    ended, for refusals and gibberish (trials/ID/behaviour.json); 0 skips it."""
+    ended, for refusals and gibberish (trials/ID/behaviour.json); 0 skips it, and so does ZeRO-3 on several workers."""
     dry_run: bool = False
     """Check everything, print the plan and what the teacher cache would take, and start nothing."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
@@ -271,14 +271,17 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Ca
 def _session(job: Job, concurrency: int, tell: Callable[[Iterable[str]], None]) -> "Session":
     from sweeps.session import Session
 
+    settings = job.settings
+    # It is measured on one device, which a model that is partitioned among workers is too large for.
+    partitioned = settings.config.zero_stage == 3 and settings.workers_per_trial > 1
     return Session(
         job.run,
         job.plan,
         concurrency,
         ended_before=len(job.found.ended) if job.found else 0,
-        early_stop=job.settings.early_stop,
+        early_stop=settings.early_stop,
         on_ended=tell,
-        behaviour_prompts=job.settings.behaviour_prompts,
+        behaviour_prompts=0 if partitioned else settings.behaviour_prompts,
     )
 
 
