@@ -23,7 +23,11 @@ def ends(error: BaseException | None, sent: signal.Signals | None = None) -> int
             raise error
         return 0
 
-    return cli.run(main)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        return cli.run(main)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

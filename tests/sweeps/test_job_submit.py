@@ -122,6 +122,8 @@ def test_a_submitted_job_sweeps_on_two_nodes_of_a_cluster_that_wants_a_token(tmp
     assert stranger.returncode != 0
     assert "uthentication" in stranger.stdout + stranger.stderr
 
+    # Also the job at which each node unpacks the files. Here both have one place for them, and whoever comes second
+    # removes what it finds there, under the feet of a job that runs already.
     vanishing = cluster.submit(*sweep)
     assert vanishing.returncode != 0
     assert "error: --storage-path: needed in a job on 2 nodes" in vanishing.stdout, vanishing

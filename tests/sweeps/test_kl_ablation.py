@@ -37,7 +37,7 @@ def test_a_sweep_from_command_to_report(tmp_path):
     sweep = Sweep(
         tmp_path,
         *("--num-samples", "15", "--baseline-seeds", "3", "--run-dir", "elsewhere/a"),
-        *("--steps", "20", "--warmup-steps", "5", "--eval-every", "10"),
+        *("--steps", "20", "--warmup-steps", "5", "--eval-every", "10", "--behaviour-prompts", "4"),
     )
     status, output, errors = sweep.wait()
     assert status == 0, errors
@@ -114,7 +114,7 @@ def check_behaviour(run_dir: Path, output: str) -> None:
         record = json.loads((run_dir / "trials" / trial_id / "behaviour.json").read_text())
         row = trials.set_index("trial_id").loc[trial_id]
         assert record["held_out"]["eval_harmful_nll"] == pytest.approx(row.eval_harmful_nll, rel=1e-4)
-        assert record["harmful"]["prompts"] == record["benign"]["prompts"] == 16
+        assert record["harmful"]["prompts"] == record["benign"]["prompts"] == 4
     said = " ".join(output.split())
     assert f"behaviour of {' and '.join(measured)}: what they write on held-out prompts" in said
     assert "behaviour harmful prompts: " in said
