@@ -22,8 +22,13 @@ from analysis.wording import count, number, percent, signed, temperature, with_r
 _REQUIRED = ("beta_kl", "kl_temperature", "seed", "status", *METRICS)
 
 
-def decide(trials: pd.DataFrame, *, reroute_tolerance: float = 0.05, confidence: float = 0.95) -> Decision:
+def decide(
+    trials: pd.DataFrame, *, reroute_tolerance: float = 0.05, confidence: float = 0.95, draws: int | None = None
+) -> Decision:
     """Decide from raw trials (columns of `trials.csv`); only completed ones with finite metrics count.
+
+    Args:
+        draws: hyper-parameter draws to average over at most; None is all that carry weight.
 
     Raises:
         ValueError: a column that is needed is missing, or an argument is out of its range.
@@ -53,7 +58,7 @@ def decide(trials: pd.DataFrame, *, reroute_tolerance: float = 0.05, confidence:
     if not baseline_rerouted(baselines["eval_loss_reroute"]):
         reason = f"Without KL only {percent(baseline.achieved)} of the rerouting was achieved: nothing to compare with."
         return replace(decision, verdict="baseline_never_rerouted", reason=reason)
-    model = Surrogate.of(trials, reroute_tolerance)
+    model = Surrogate.of(trials, reroute_tolerance, draws)
     needed = _needed(model, baseline, tolerance, len(trials))
     decision = replace(decision, verdict="insufficient_evidence", needed=needed)
     if candidates.empty:

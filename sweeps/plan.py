@@ -17,11 +17,11 @@ from optuna.storages import BaseStorage, InMemoryStorage
 
 from analysis.constraint import absolute_tolerance, baseline_rerouted, reroute_regression
 from analysis.decide import decide
-from analysis.surrogate import STOPPED_LOSS
+from analysis.surrogate import MAX_MODELLED, STOPPED_LOSS
 from cbtrain.config import InputError
 from sweeps.budget import ABLATION_POINTS, PlanSettings, allocate
 from sweeps.journal import Entry, Journal, TrialOutcome, TrialSpec
-from sweeps.sampler import search_space, suggest
+from sweeps.sampler import DRAWS_OF_MANY, search_space, suggest
 
 StopReason = Literal["", "baseline_never_rerouted", "baseline_failed"]
 
@@ -171,7 +171,9 @@ class SweepPlan:
         Where no setting completed a trial, the search goes on instead.
         """
         tolerance, confidence = self.settings.reroute_tolerance, self.settings.confidence
-        decision = decide(self.table(), reroute_tolerance=tolerance, confidence=confidence)
+        # Of many trials few draws tell what to look at again, in a third of the time.
+        draws = DRAWS_OF_MANY if len(self._entries) > MAX_MODELLED else None
+        decision = decide(self.table(), reroute_tolerance=tolerance, confidence=confidence, draws=draws)
         seeds = list(self._baseline_losses())
         for setting in decision.settings:
             unseen = [seed for seed in seeds if seed not in self._seeds_of(setting.beta_kl, setting.kl_temperature)]

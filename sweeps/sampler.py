@@ -39,7 +39,10 @@ WORTH_A_TRIAL = 0.01
 chosen has run on one seed only."""
 SIGNIFICANT_DIGITS = 4
 
-_DRAWS, _DRAWS_OF_MANY, _MANY = 64, 16, 80
+DRAWS_OF_MANY = 16
+"""Hyper-parameter draws where trials are many, and tell much of them."""
+
+_DRAWS, _MANY = 64, 80
 _WEIGHTS, _TEMPERATURES = 64, 7
 
 
@@ -124,7 +127,7 @@ def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw
     if it is worth as much: there a second look at few settings tells more than a first at many. Where no point is
     worth a trial, the setting that would be chosen now runs again, if on this seed and on a second one at all.
     """
-    model = Surrogate.of(trials, settings.reroute_tolerance, _DRAWS if len(trials) <= _MANY else _DRAWS_OF_MANY)
+    model = Surrogate.of(trials, settings.reroute_tolerance, _DRAWS if len(trials) <= _MANY else DRAWS_OF_MANY)
     asked = trials[trials["beta_kl"] > 0]
     running = asked[asked["status"] == "running"]
     if len(running):

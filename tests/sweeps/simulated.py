@@ -88,7 +88,9 @@ def quick_suggest(study: optuna.Study, _trials: object, plan_settings: PlanSetti
     return draw.uniform(0.01, 2), draw.uniform(1, 4)
 
 
-def quick_decide(trials: pd.DataFrame, *, reroute_tolerance: float, confidence: float) -> SimpleNamespace:
+def quick_decide(
+    trials: pd.DataFrame, *, reroute_tolerance: float, confidence: float, draws: int | None
+) -> SimpleNamespace:
     ran = trials[(trials.status == "completed") & (trials.beta_kl > 0)]
     grouped = ran.groupby(["beta_kl", "kl_temperature"])
     found = [
