@@ -16,6 +16,17 @@ s a trial   seconds in the plan (or the peer's sampler) a trial
 
 "plan, stopping early" ends the search trials that come out beyond the limit by more than the rule's slack, with a
 tenth of their drift as the partial value: it tells what the decision loses by doing without their numbers.
+
+Two shared x86-64 cores, 2026-11-23, softplus, 510 sweeps a cell of seed 0 (mean and 95 % interval):
+
+    noise                         loss     infeasible %   confirmed %   best peer's loss
+       0%         0.017 [0.014, 0.019]              0.0            96              0.159
+       1%         0.066 [0.057, 0.075]              0.2            85              0.244
+       2%         0.143 [0.126, 0.162]              1.2            75              0.340
+       5%         0.483 [0.448, 0.518]              2.5            72              0.531
+
+Four at a time, 210 sweeps: 0.074 at 1 % and 0.144 at 2 %; seed 1, 210 sweeps: 0.069 and 0.134. Of 1,935
+recommendations 99.0 % truly feasible; of 762 surfaces with no feasible weight one was not refused.
 """
 
 import argparse
