@@ -65,7 +65,7 @@ them, and some that are just being imported make another error of it."""
 
 
 def catch_signals() -> None:
-    """Have SIGTERM and SIGHUP stop the program as Ctrl-C does; Ray puts a handler of its own in that place.
+    """Have SIGTERM and SIGHUP stop the program as Ctrl-C does, and note which came; Ray puts handlers of its own there.
 
     Some libraries would catch a `SystemExit`.
     """

@@ -211,6 +211,7 @@ class _Tokenised:
         return sum(
             token == unknown
             for row in self.rows
+            if unknown in row.input_ids  # hardly any, and every trial reads all rows
             for token, scored in zip(row.input_ids, row.scored, strict=True)
             if scored
         )

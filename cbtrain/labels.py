@@ -38,16 +38,19 @@ def label_of(row: dict[str, Any], source: str) -> Label | None:
     Raises:
         InputError: a label that contradicts itself or lacks a part, with the row's place.
     """
-    metadata, trace = row.get("metadata"), _trace(row, source)
-    if "messages" in row and isinstance(metadata, dict) and is_agentdojo(metadata):
-        return _agreeing(_agentdojo(metadata, source), trace, "an AgentDojo run", source)
+    trace = _trace(row, source)
+    if is_agentdojo(row):
+        return _agreeing(_agentdojo(row["metadata"], source), trace, "an AgentDojo run", source)
     if row.get("final_label") is not None:
         return _agreeing(_xstest(row, source), trace, "an XSTest row", source)
     return trace
 
 
-def is_agentdojo(metadata: dict[str, Any]) -> bool:
-    """Whether metadata are an AgentDojo run's; where a column of structs gives every row all fields, by its values."""
+def is_agentdojo(row: dict[str, Any]) -> bool:
+    """Whether a row is an AgentDojo run; where a column of structs gives every row all fields, by their values."""
+    metadata = row.get("metadata")
+    if "messages" not in row or not isinstance(metadata, dict):
+        return False
     task, security = metadata.get("injection_task_id"), metadata.get("security", "absent")
     return "injection_task_id" in metadata and not (task is None and security is None)
 

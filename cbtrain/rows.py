@@ -182,8 +182,7 @@ def _shape(row: dict[str, Any], source: str) -> str:
     if is_tokenised(row):
         return "tokenised rows"
     if "messages" in row:
-        of_dojo = isinstance(row.get("metadata"), dict) and is_agentdojo(row["metadata"])
-        return "AgentDojo runs" if of_dojo else "chats"
+        return "AgentDojo runs" if is_agentdojo(row) else "chats"
     if {"prompt", "output", "llama3_output"} <= row.keys():
         return "circuit-breakers rows"
     if {"prompt", "completion"} <= row.keys():

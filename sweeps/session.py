@@ -5,6 +5,7 @@ A sweep is one session, and another for each time that it is resumed.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import sys
 import time
@@ -78,7 +79,7 @@ class Session:
 
     def conclude(self, spared: CacheReport | None = None) -> int:
         """Record that the sweep is over and print what came of it; the exit status."""
-        rows, wall_s, decision = self._plan.rows(), self._wall_s(), self._decision()
+        rows, wall_s, decision = self._plan.rows(), self._wall_s(), self._decision
         self._keep(rows)
         self.run.update(status="finished")
         measured = [spec for spec in subjects(rows, decision) if file_of(self.run.path, spec).exists()]
@@ -94,7 +95,9 @@ class Session:
         """Whether nothing is left to run or to measure."""
         return self._plan.done and not self._unmeasured()
 
+    @functools.cached_property
     def _decision(self) -> Decision:
+        """Of a plan that is done."""
         return decide(
             self._plan.table(),
             reroute_tolerance=self.settings.reroute_tolerance,
@@ -105,7 +108,7 @@ class Session:
         """The trials whose behaviour is wanted and not on disk; the sweep is over."""
         if not self.behaviour_prompts:
             return []
-        wanted = subjects(self._plan.rows(), self._decision())
+        wanted = subjects(self._plan.rows(), self._decision)
         return [spec for spec in wanted if not file_of(self.run.path, spec).exists()]
 
     def _measure_behaviour(self, context: TrialContext) -> None:

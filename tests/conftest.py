@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from worlds import config_on
+from worlds import config_on, save_llama
 
 from cbtrain import tiny
 from cbtrain.config import CircuitBreakerConfig
@@ -20,20 +19,8 @@ torch.set_num_threads(1)
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that holds model, tokenizer, harmful.jsonl and benign.jsonl."""
     directory = tmp_path_factory.mktemp("small_world")
-    tokenizer = tiny.make_tokenizer()
-    tokenizer.save_pretrained(directory)
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(shape).save_pretrained(directory)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "initializer_range": 0.2}
+    save_llama(directory, tiny.make_tokenizer(), tie_word_embeddings=True, **shape)
     rng = random.Random(0)
     for name, verbs, objects in (
         ("harmful", tiny.DUAL_USE_VERBS, tiny.GUARDED_OBJECTS),

@@ -1,6 +1,9 @@
-"""Configurations on the small world of `conftest.py`."""
+"""Small models of random weights, and configurations on the small world of `conftest.py`."""
 
 from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from cbtrain.config import CircuitBreakerConfig, get_config
 
@@ -14,3 +17,11 @@ def config_on(world: Path, **fields: object) -> CircuitBreakerConfig:
         benign=(str(world / "benign.jsonl"),),
         **{"steps": 4, "batch_size": 8, **fields},
     )
+
+
+def save_llama(directory: Path, tokenizer: PreTrainedTokenizerBase, **shape: object) -> None:
+    """A Llama of random weights, always the same, with its tokenizer as a model directory."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **heads, **shape)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

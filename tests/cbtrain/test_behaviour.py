@@ -12,10 +12,11 @@ import torch
 from chat_tokenizers import QWEN3, bpe_tokenizer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from worlds import config_on
 
 from cbtrain import compare, judging
 from cbtrain.behaviour import adapter, measure
-from cbtrain.config import InputError, get_config
+from cbtrain.config import InputError
 from cbtrain.generation import complete
 from cbtrain.loop import prepare, train
 from cbtrain.model import load_base
@@ -26,8 +27,7 @@ from cbtrain.prompts import beyond_prefill, from_rows, from_xstest
 def trained(small_world, tmp_path_factory):
     """A run's directory: an adapter that moves what is generated, config.json beside it."""
     directory = tmp_path_factory.mktemp("trained")
-    files = {side: (str(small_world / f"{side}.jsonl"),) for side in ("harmful", "benign")}
-    config = get_config("tiny", model=str(small_world), **files, steps=4, batch_size=8, warmup_steps=0, lr=0.02)
+    config = config_on(small_world, warmup_steps=0, lr=0.02)
     train(config, directory, lambda _metrics: None)
     return config, directory
 

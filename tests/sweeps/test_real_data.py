@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from chat_tokenizers import LLAMA31, bpe_tokenizer
 from commands import ROOT, Sweep
-from transformers import LlamaConfig, LlamaForCausalLM
+from worlds import save_llama
 
 DATA = ROOT.parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="real data, which is no part of the project, is not here")
@@ -26,18 +25,8 @@ def random_llama(directory: Path, vocabulary: int | None = None) -> Path:
     tokenizer = bpe_tokenizer(LLAMA31)
     if vocabulary:
         tokenizer.add_tokens([f"<x{i}>" for i in range(vocabulary - len(tokenizer))])
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-    )
-    LlamaForCausalLM(shape).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "initializer_range": 0.1}
+    save_llama(directory, tokenizer, **shape)
     return directory
 
 
