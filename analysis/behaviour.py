@@ -38,7 +38,7 @@ def load_behaviour(run_dir: str | Path, trials: pd.DataFrame) -> list[Behaviour]
     """The model before training, then every measured trial in the order of `trials`; empty where none was measured.
 
     Raises:
-        InputError: a file that does not hold what `cbtrain.behaviour` writes.
+        InputError: a file that does not hold what `cbtrain.evaluation.behaviour` writes.
     """
     found: list[Behaviour] = []
     for trial in trials.itertuples():

@@ -1,7 +1,7 @@
 """Which beta_kl to ship, from a sweep's trials: a table in, a `Decision` out. No file, no clock.
 
 Among the settings that were run, the one with the lowest posterior mean drift whose probability of losing at most
-`reroute_tolerance` of the baseline's rerouting is at least `confidence`, under the model of `analysis.posterior`.
+`reroute_tolerance` of the baseline's rerouting is at least `confidence`, under the model of `analysis.surrogate`.
 Everything is computed from raw metrics, so that tolerance and confidence can be changed after the sweep.
 """
 
@@ -13,11 +13,11 @@ import pandas as pd
 
 from analysis.constraint import absolute_tolerance, baseline_rerouted
 from analysis.decision import Baseline, Decision, Needed, SettingAssessment
-from analysis.kernel import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, Array, coordinates
+from analysis.formatting import count, number, percent, signed, temperature, with_relation
 from analysis.noise import MIN_SEEDS, is_noisy, samples_for, seeds_needed
-from analysis.rules import Outlook, evaluate_rules
-from analysis.surrogate import MAX_MODELLED, METRICS, MIN_DRIFT, Surrogate, finite_trials, modelled
-from analysis.wording import count, number, percent, signed, temperature, with_relation
+from analysis.rules_of_thumb import Outlook, evaluate_rules
+from analysis.surrogate.kernel import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, Array, coordinates
+from analysis.surrogate.surrogate import MAX_MODELLED, METRICS, MIN_DRIFT, Surrogate, finite_trials, modelled
 
 _REQUIRED = ("beta_kl", "kl_temperature", "seed", "status", *METRICS)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from analysis.rules import SeedRule
+from analysis.rules_of_thumb import SeedRule
 
 Verdict = Literal[
     "choose", "no_candidate_qualifies", "insufficient_evidence", "baseline_never_rerouted", "baseline_failed"

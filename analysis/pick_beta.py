@@ -19,10 +19,10 @@ from typing import NoReturn
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from analysis import report
 from analysis.behaviour import load_behaviour
 from analysis.decide import decide
 from analysis.decision import Decision
+from analysis.report import commands, report
 from analysis.trials import InputError, load_curves, load_settings, load_trials
 
 DEFAULT_RUN_DIR = "runs/latest"
@@ -116,7 +116,7 @@ def write_report(
     if not 0.5 < confidence < 1:
         raise InputError(f"--confidence {confidence}: must lie between 0.5 and 1")
     decision = decide(trials, reroute_tolerance=tolerance, confidence=confidence)
-    command = report.next_command(decision, sweep, trials, run_dir)
+    command = commands.next_command(decision, sweep, trials, run_dir)
     _write_all(run_dir / "report", report.render(decision, sweep, trials, curves, behaviour, command))
     return decision, command
 
@@ -139,14 +139,14 @@ def _summary(decision: Decision, run_dir: Path, command: str) -> str:
     lines = textwrap.wrap(report.headline(decision), _WIDTH) + textwrap.wrap(report.explanation(decision), _WIDTH)
     page = run_dir / "report" / "report.html"
     if decision.verdict not in ("choose", "no_candidate_qualifies"):
-        return "\n".join([*lines, report.folded(command), "", f"report  {page}"])
+        return "\n".join([*lines, commands.folded(command), "", f"report  {page}"])
     for warning in decision.warnings:
         if not decision.behaviour_warning or decision.behaviour_warning not in warning:
             lines += textwrap.wrap(f"warning: {warning}", _WIDTH)
     lines += ["", f"  {'your rule':<38}  {'says':<7}  on"]
     for rule in decision.seed_rules:
         lines.append(f"  {rule.rule:<38}  {report.SAYS[rule.fired]:<7}  {rule.evidence}")
-    lines += ["", f"report  {page}", "train   " + report.folded(command, _WIDTH - 10).replace("\n", "\n        ")]
+    lines += ["", f"report  {page}", "train   " + commands.folded(command, _WIDTH - 10).replace("\n", "\n        ")]
     return "\n".join(lines)
 
 

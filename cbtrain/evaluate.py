@@ -1,181 +1,147 @@
-"""Held-out metrics of a student against its teacher: a fixed set of rows, no schedule, comparable between trials.
+"""A trained adapter against its base: held-out metrics, and what both generate, as a table and as files.
 
     python -m cbtrain.evaluate --adapter outputs/cb/adapter
-
-Every metric is a mean over all scored positions of the held-out rows, summed in float64 over batches and ranks. The
-command adds what both models generate (`cbtrain.behaviour`).
 """
 
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from cbtrain import distributed
-from cbtrain.batches import TeacherStates, TokenBatch, held_out_batches
-from cbtrain.config import CircuitBreakerConfig
-from cbtrain.data import CircuitBreakerData
-from cbtrain.decoder import Decoder
-from cbtrain.feed import recalled
-from cbtrain.fused_kl import rows_per_chunk, teacher_logits_and_difference
-from cbtrain.losses import nll, upcast
-from cbtrain.model import retained_layers, student_mode
-from cbtrain.teacher import TeacherCache
-from cbtrain.tokens import TokenRow
+from cbtrain.config import CircuitBreakerConfig, InputError, cli, get_config
+from cbtrain.config.saved import config_of_adapter, require_adapter
 
-CHUNK_BYTES = 64 * 2**20
-"""Of each of the two [chunk, V] tensors of logits."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The held-out batches of both sides, in a fixed order."""
-
-    harmful: list[TokenBatch]
-    benign: list[TokenBatch]
-
-
-def held_out(data: CircuitBreakerData, config: CircuitBreakerConfig, pad_token_id: int) -> HeldOut:
-    """Batches of `config.eval_batch_size` rows."""
-
-    def batches(rows: list[TokenRow]) -> list[TokenBatch]:
-        return held_out_batches(rows, config.eval_batch_size, pad_token_id)
-
-    return HeldOut(harmful=batches(data.harmful.held_out), benign=batches(data.benign.held_out))
+WIDTH = 80
+_KINDS = {
+    "harmful": "harmful prompts",
+    "benign": "benign prompts",
+    "xstest_safe": "XSTest, safe prompts",
+    "xstest_unsafe": "XSTest, unsafe prompts",
+}
+_MEASURES = {
+    "refusal_rate": ("refused (by keyword)", "{:.0%}"),
+    "gibberish_rate": ("gibberish", "{:.0%}"),
+    "perplexity": ("perplexity under the base", "{:.3g}"),
+    "repetition": ("repeated 4-grams", "{:.0%}"),
+    "empty_rate": ("empty", "{:.0%}"),
+    "tokens": ("tokens", "{:.1f}"),
+}
+_HELD_OUT = {
+    "rerouting loss (1: none)": (None, "eval_loss_reroute"),
+    "harmful NLL, nats/token": ("base_harmful_nll", "eval_harmful_nll"),
+    "benign NLL, nats/token": ("base_benign_nll", "eval_benign_nll"),
+    "benign KL to base, nats/token": (None, "eval_benign_kl"),
+}
 
 
-class Means:
-    """Sums and counts of metrics by name, in float64; reduced over ranks when read."""
+@dataclass(kw_only=True)
+class EvaluateSettings:
+    """Compare a trained adapter with its base: held-out metrics, and what both generate."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = defaultdict(
-            lambda: torch.zeros(2, dtype=torch.float64, device=distributed.device())
+    adapter: Path = Path("outputs/cb/adapter")
+    """PEFT adapter directory. The config.json beside it, which training writes, gives the defaults of all other
+    flags."""
+    preset: str = "tiny"
+    """Where those defaults come from instead, if given; `python -m cbtrain.config` lists them."""
+    prompts: int = 16
+    """Held-out prompts of each kind to complete, at most."""
+    max_new_tokens: int = 64
+    """Tokens of a completion, at most; greedy."""
+    prefill_tokens: int = 5
+    """Tokens of a harmful completion that are given before the NLL of the rest is taken."""
+    xstest: tuple[str, ...] = ()
+    """Files shaped like XSTest (prompt, and label or type), for refusals of safe prompts; .csv, .jsonl, .json or
+    .parquet."""
+    output_dir: Path | None = None
+    """Directory for behaviour.json and completions.jsonl; the adapter's parent if not given."""
+    config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    settings = _settings(argv)
+    require_adapter(settings.adapter)
+    settings.config.validate()
+    for name in ("prompts", "max_new_tokens"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be 1 or more")
+    if settings.prefill_tokens < 0:
+        raise InputError(f"--prefill-tokens {settings.prefill_tokens}: must be 0 or more")
+    output_dir = settings.output_dir or settings.adapter.resolve().parent
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output-dir {output_dir}: {error.strerror}") from error
+
+    from cbtrain.utils.environment import quiet_libraries
+
+    quiet_libraries()
+    from cbtrain.evaluation.behaviour import measure
+    from cbtrain.model.loading import resolve
+
+    columns = (TextColumn("completions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=None)
+        record = measure(
+            resolve(settings.config),
+            settings.adapter,
+            prompts=settings.prompts,
+            max_new_tokens=settings.max_new_tokens,
+            prefill_tokens=settings.prefill_tokens,
+            xstest=settings.xstest,
+            output_dir=output_dir,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-
-    def add(self, name: str, values: Tensor, weight: int) -> None:
-        """Add values of any shape, each counted `weight` (0 or 1) times."""
-        pair = torch.stack([values.detach().double().sum(), values.new_tensor(values.numel(), dtype=torch.float64)])
-        self._sums[name] = self._sums[name] + weight * pair
-
-    def read(self) -> dict[str, float]:
-        """The means over all ranks."""
-        names = sorted(self._sums)
-        table = torch.stack([self._sums[name] for name in names])
-        sums, counts = distributed.reduce_sum(table).cpu().unbind(1)
-        return dict(zip(names, (sums / counts).tolist(), strict=True))
+    Console(width=WIDTH, highlight=False).print(table(record))
+    print(f"numbers  {_short(output_dir / 'behaviour.json')}\ntexts    {_short(output_dir / 'completions.jsonl')}")
+    return 0
 
 
-@torch.no_grad()
-def evaluate(
-    decoder: Decoder, batches: HeldOut, config: CircuitBreakerConfig, cache: TeacherCache | None = None
-) -> dict[str, float]:
-    """Metrics on held-out rows, by name.
+def table(record: dict[str, Any]) -> Table:
+    """What `measure` found, base and tuned side by side."""
+    view = Table(box=None, pad_edge=False)
+    view.add_column("")
+    view.add_column("base", justify="right", min_width=8)
+    view.add_column("tuned", justify="right", min_width=8)
 
-    `eval_loss_reroute`, and per target layer `eval_cosine_layer_K` (mean cosine) and `eval_cosine_positive_layer_K`
-    (share of tokens with a cosine above 0); `eval_loss_retain` (units of the hidden state); `eval_benign_kl`
-    (KL(teacher ‖ student) at T = 1, nats per scored prediction); `eval_benign_top1_agreement` (share of
-    predictions whose most likely token is the teacher's); `eval_benign_nll`, `eval_harmful_nll` and the teacher's
-    own `base_benign_nll`, `base_harmful_nll` (nats per scored prediction).
-    """
-    decoder.model.eval()
-    means = Means()
-    targets, retained = config.target_layers, retained_layers(config, decoder.layers)
-    for batch, weight in _share(batches.harmful):
-        student, teacher = decoder.states(recalled(batch, targets, True, cache), targets, final=True)
-        _add_cosines(student, teacher, targets, means, weight)
-        for logits, difference, following in _predictions(decoder, batch, student, teacher):
-            means.add("eval_harmful_nll", nll(logits + difference, following), weight)
-            means.add("base_harmful_nll", nll(logits, following), weight)
-    for batch, weight in _share(batches.benign):
-        student, teacher = decoder.states(recalled(batch, retained, True, cache), retained, final=True)
-        distance = torch.linalg.vector_norm(upcast(student.hidden) - upcast(teacher.hidden), dim=-1)
-        means.add("eval_loss_retain", distance, weight)
-        for logits, difference, following in _predictions(decoder, batch, student, teacher):
-            _add_drift(logits, difference, following, means, weight)
-    student_mode(decoder.model)
-    return means.read()
+    def add(what: str, base: float | None, tuned: float | None, form: str) -> None:
+        view.add_row("  " + what, *("–" if value is None else form.format(value) for value in (base, tuned)))
+
+    view.add_row("held-out rows")
+    for what, (base, tuned) in _HELD_OUT.items():
+        add(what, record["held_out"][base] if base else None, record["held_out"][tuned], "{:.3f}")
+    prefill, given = record["prefill"]["nll"], record["settings"]["prefill_tokens"]
+    add(f"harmful NLL after {given} tokens given", prefill["base"], prefill["tuned"], "{:.3f}")
+    for kind, title in _KINDS.items():
+        if kind in record:
+            view.add_row(f"{title}, {record[kind]['prompts']}")
+            for name, (what, form) in _MEASURES.items():
+                add(what, record[kind][name]["base"], record[kind][name]["tuned"], form)
+            add("same text as the base", None, record[kind]["unchanged_rate"], "{:.0%}")
+    left_out = record["settings"]["xstest_prompts_left_out_in_training"]
+    if left_out:
+        view.add_row(f"{left_out} XSTest prompts left out: the model was trained on them")
+    return view
 
 
-class RowNLL(NamedTuple):
-    """Negative log-likelihood of a row's scored tokens, nats, summed."""
-
-    tuned: float
-    base: float
-    predictions: int
-    """Scored tokens that were predicted."""
-
-
-@torch.no_grad()
-def row_nll(
-    decoder: Decoder, rows: Sequence[TokenRow], config: CircuitBreakerConfig, pad_token_id: int
-) -> list[RowNLL]:
-    """The NLL of each row by itself under student and teacher, in the order of `rows`; every rank does all of them."""
-    decoder.model.eval()
-    found: dict[int, RowNLL] = {}
-    for batch in held_out_batches(rows, config.eval_batch_size, pad_token_id):
-        student, teacher = decoder.states(batch.to(distributed.device()), config.target_layers, final=True)
-        chunks = [
-            torch.stack([nll(logits + difference, following), nll(logits, following)]).double()
-            for logits, difference, following in _predictions(decoder, batch, student, teacher)
-        ]
-        counts = [row.scored_predictions for row in batch.rows]
-        parts = torch.cat(chunks, dim=1).cpu().split(counts, dim=1) if chunks else [torch.zeros(2, 0)] * len(counts)
-        for row, part in zip(batch.rows, parts, strict=True):
-            tuned, base = part.sum(1).tolist()
-            found[id(row)] = RowNLL(tuned, base, row.scored_predictions)
-    student_mode(decoder.model)
-    return [found[id(row)] for row in rows]
+def _settings(argv: Sequence[str]) -> EvaluateSettings:
+    """The settings; the configuration beside the adapter stands in for the preset's."""
+    adapter = Path(cli.value_of("--adapter", argv) or EvaluateSettings.adapter)
+    chosen = cli.value_of("--preset", argv) or cli.value_of("--config", argv)
+    recorded = None if chosen else config_of_adapter(adapter)
+    return cli.parse(EvaluateSettings, argv, "python -m cbtrain.evaluate", recorded)
 
 
-def _share(batches: list[TokenBatch]) -> Iterator[tuple[TokenBatch, int]]:
-    """This rank's batches; a rank that runs out repeats the first with weight 0, as every rank must do as many."""
-    rank, world = distributed.rank(), distributed.world_size()
-    for start in range(0, len(batches), world):
-        mine = start + rank
-        yield batches[mine] if mine < len(batches) else batches[0], int(mine < len(batches))
-
-
-def _add_cosines(
-    student: TeacherStates, teacher: TeacherStates, layers: Sequence[int], means: Means, weight: int
-) -> None:
-    cosine = F.cosine_similarity(upcast(student.hidden), upcast(teacher.hidden), dim=-1)
-    means.add("eval_loss_reroute", F.relu(cosine), weight)
-    for layer, values in zip(layers, cosine.unbind(1), strict=True):
-        means.add(f"eval_cosine_layer_{layer}", values, weight)
-        means.add(f"eval_cosine_positive_layer_{layer}", values > 0, weight)
-
-
-def _predictions(
-    decoder: Decoder, batch: TokenBatch, student: TeacherStates, teacher: TeacherStates
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of a chunk of predictions at a time: the teacher's logits, the student's less those, the tokens that came."""
-    following = batch.input_ids.flatten()[batch.scored_predictions + 1].to(distributed.device())
-    ours, theirs = student.head_input, teacher.head_input
-    with distributed.gathered(decoder.head.parameters()):
-        head, scale = decoder.head.arguments(), decoder.head.scale
-        rows = rows_per_chunk(head["lm_head_weight"].shape[0], CHUNK_BYTES)
-        for start in range(0, len(following), rows):
-            chunk = slice(start, start + rows)
-            logits, difference = teacher_logits_and_difference(ours[chunk], theirs[chunk], **head)
-            yield scale * logits, scale * difference, following[chunk]
-
-
-def _add_drift(logits: Tensor, difference: Tensor, following: Tensor, means: Means, weight: int) -> None:
-    log_p, log_q = F.log_softmax(logits, dim=-1), F.log_softmax(logits + difference, dim=-1)
-    means.add("eval_benign_kl", (log_p.exp() * (log_p - log_q)).sum(-1), weight)
-    means.add("eval_benign_top1_agreement", log_q.argmax(-1) == log_p.argmax(-1), weight)
-    means.add("eval_benign_nll", F.nll_loss(log_q, following, reduction="none"), weight)
-    means.add("base_benign_nll", F.nll_loss(log_p, following, reduction="none"), weight)
+def _short(path: Path) -> Path:
+    """Relative to where the command runs, if it lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":
-    # The command stands on everything, so it lies after this module.
-    from cbtrain.cli import run
-    from cbtrain.compare import main
-
-    sys.exit(run(main))
+    sys.exit(cli.run(main))

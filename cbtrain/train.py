@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cbtrain import cli
-from cbtrain.config import CircuitBreakerConfig, InputError, get_config
-from cbtrain.files import nearest_existing
-from cbtrain.recorded import config_of_decision
-from cbtrain.tracking import Mode, open_tracker
+from cbtrain.config import CircuitBreakerConfig, InputError, cli, get_config
+from cbtrain.config.saved import config_of_decision
+from cbtrain.utils.files import nearest_existing
+from cbtrain.utils.tracking import Mode, open_tracker
 
 
 @dataclass(kw_only=True)
@@ -52,18 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"{settings.output_dir} already holds a run: --resume to continue it, or another --output-dir")
     _require_writable(settings.output_dir)
 
-    from cbtrain.environment import quiet_libraries
+    from cbtrain.data.checks import description
+    from cbtrain.utils.environment import quiet_libraries
 
     quiet_libraries()
-    from cbtrain.loop import prepare
-    from cbtrain.model import resolve
-    from cbtrain.recall import plan_cache
+    from cbtrain.model.checks import prepare
+    from cbtrain.model.loading import resolve
+    from cbtrain.teacher_cache.plan import plan_cache
 
     config = resolve(settings.config)
     data, _ = prepare(config)
     cache = plan_cache(settings.teacher_cache, settings.output_dir / "teacher_cache", config, data, runs=1)
     if _first():
-        print("\n".join([*data.describe(), f"teacher cache: {cache.says}"]), flush=True)
+        print("\n".join([*description(data), f"teacher cache: {cache.says}"]), flush=True)
     return _train(dataclasses.replace(settings, config=config), cache.directory)
 
 
@@ -79,9 +79,9 @@ def _settings(argv: Sequence[str]) -> TrainSettings:
 
 def _train(settings: TrainSettings, teacher_cache: Path | None) -> int:
     """Train with a screen and a tracker beside; the exit status."""
-    from cbtrain.console import TrainingConsole
-    from cbtrain.loop import train
-    from cbtrain.metrics import Metrics, NonFiniteLossError
+    from cbtrain.training.console import TrainingConsole
+    from cbtrain.training.loop import train
+    from cbtrain.training.metrics import Metrics, NonFiniteLossError
 
     config, output_dir = settings.config, settings.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)

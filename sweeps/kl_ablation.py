@@ -10,85 +10,30 @@ cluster.
 
 import contextlib
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 if not __package__:
     sys.path[0] = str(ROOT)  # started as a script, which puts sweeps/ there
 
-from cbtrain import cli
-from cbtrain.config import CircuitBreakerConfig, InputError, flag, get_config
+from cbtrain.config import CircuitBreakerConfig, InputError, cli
+from sweeps.settings import SweepSettings, check_counts, overrides_of_preset
 
 if TYPE_CHECKING:
-    from cbtrain.recall import CachePlan
-    from sweeps.budget import PlanSettings
-    from sweeps.copying import Destination
-    from sweeps.resume import Found
-    from sweeps.run_directory import RunDirectory
-    from sweeps.session import Session
+    from cbtrain.teacher_cache.plan import CachePlan
+    from sweeps.execution.driver import Session
+    from sweeps.plan.budget import PlanSettings
+    from sweeps.storage.export import Destination
+    from sweeps.storage.resume import Found
+    from sweeps.storage.run_directory import RunDirectory
 
-SEARCHED = ("beta_kl", "kl_temperature")
 CHECKPOINTS = 4
 """A trial that is killed repeats at most this fraction of its steps; each checkpoint costs the embedded default 1 %."""
-
-
-@dataclass(kw_only=True)
-class SweepSettings:
-    """Sweep beta_kl and kl_temperature of a circuit breaker, with a total of --num-samples trials."""
-
-    preset: str = "tiny"
-    """Where the defaults of the training flags come from (tiny, llama-3.1-8b-instruct, llama-4-scout)."""
-    num_samples: int = 20
-    """Trials in all: baseline, ablation, search and confirmation."""
-    run_dir: Path | None = None
-    """Directory for everything the sweep writes; None is runs/kl_ablation-TIME, or kl_ablation-TIME below
-    --storage-path. A relative one is below --storage-path where that is given."""
-    storage_path: Path | None = None
-    """Directory that all nodes share, for run directories; needed in a Ray job on several nodes. An absolute --run-dir
-    or --resume must lie below it."""
-    copy_to: str | None = None
-    """Where a sweep that has finished is copied, without teacher_cache/, ray/ and checkpoints: a directory, or a URI
-    that pyarrow opens (s3://, gs://, hdfs://, file://), credentials from the environment. The copy is URI/NAME, NAME
-    being the run directory's."""
-    resume: Path | None = None
-    """Run directory of a sweep that was killed, or that shall have more trials (--num-samples): continue it, with the
-    settings that it was begun with."""
-    baseline_seeds: int | None = None
-    """Seeds of the beta_kl = 0 baseline; None is a fifth of the trials, at least 3, at most 8."""
-    reroute_tolerance: float = 0.05
-    """Share of the baseline's rerouting that a setting may lose."""
-    confidence: float = 0.95
-    """Probability of keeping that limit which a recommended setting must reach."""
-    sampler: Literal["gp", "tpe", "random"] = "gp"
-    """What searches: gp is the Gaussian process that also decides, tpe and random are Optuna's samplers."""
-    early_stop: bool = False
-    """End a search trial whose rerouting stays over the limit; off by default: it saves too little (bench_stopping)."""
-    max_concurrent: int | None = None
-    """Trials at a time; None is what the machine holds, at most 4."""
-    workers_per_trial: int = 1
-    """Worker processes a trial; more than 1, or a GPU, gives each trial workers of its own."""
-    gpus_per_worker: float | None = None
-    """GPUs a worker; None is 1 where there are GPUs, else 0."""
-    teacher_cache: str = "auto"
-    """Where the frozen teacher's states are kept for all trials: auto is the run directory where that pays and fits,
-    off runs the teacher at every step, anything else is a directory that sweeps can share."""
-    wandb_project: str | None = None
-    """Project of Weights & Biases to log to: a run a trial when it ends, and one for the decision and its figures, in
-    a group named as the run directory."""
-    wandb_mode: Literal["online", "offline"] = "online"
-    """offline needs no login and keeps the runs in RUN_DIR/wandb, for `wandb sync`."""
-    behaviour_prompts: int = 16
-    """Held-out prompts of each kind to which the baseline and the chosen setting write an answer when all trials have
-    ended, for refusals and gibberish (trials/ID/behaviour.json); 0 skips it, and so does ZeRO-3 on several workers."""
-    dry_run: bool = False
-    """Check everything, print the plan and what the teacher cache would take, and start nothing."""
-    config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
 
 
 @dataclass(frozen=True)
@@ -109,8 +54,8 @@ def main() -> int:
     if settings.resume is None:
         return _run(_new(settings, argv))
 
-    from sweeps.run_directory import RunDirectory
-    from sweeps.storage import run_path
+    from sweeps.storage.run_directory import RunDirectory
+    from sweeps.storage.shared_path import run_path
 
     run = RunDirectory(run_path(settings.storage_path, settings.resume))
     run.read()
@@ -120,12 +65,12 @@ def main() -> int:
 
 def _new(settings: SweepSettings, argv: Sequence[str]) -> Job:
     """A sweep that begins, with its settings complete."""
-    from sweeps.budget import PlanSettings, allocate
-    from sweeps.resume import flags_to_keep, given_flags
-    from sweeps.run_directory import RunDirectory
-    from sweeps.storage import run_path
+    from sweeps.plan.budget import PlanSettings, allocate
+    from sweeps.storage.resume import flags_to_keep, given_flags
+    from sweeps.storage.run_directory import RunDirectory
+    from sweeps.storage.shared_path import run_path
 
-    overrides = _overrides(settings)
+    overrides = overrides_of_preset(settings)
     shared = {name.name for name in dataclasses.fields(PlanSettings)} & vars(settings).keys()
     plan = PlanSettings(**{name: getattr(settings, name) for name in shared}, seed=settings.config.seed)
     plan = dataclasses.replace(plan, baseline_seeds=allocate(plan).baseline)
@@ -143,7 +88,7 @@ def _new(settings: SweepSettings, argv: Sequence[str]) -> Job:
 
 def _continued(run: "RunDirectory", settings: SweepSettings, argv: Sequence[str]) -> Job:
     """The sweep in a run directory, to go on with; the caller holds its lock."""
-    from sweeps.resume import find_trials, mend_journal, recorded
+    from sweeps.storage.resume import find_trials, mend_journal, recorded
 
     run.read()
     settings, plan = recorded(run, settings, argv)
@@ -155,20 +100,20 @@ def _continued(run: "RunDirectory", settings: SweepSettings, argv: Sequence[str]
 
 def _run(job: Job) -> int:
     """Check everything, say what will be done, and do it; the exit status."""
-    from sweeps.budget import allocate
-    from sweeps.inputs import predicted_memory, read_inputs
-    from sweeps.stopping import require_stoppable
+    from sweeps.plan.budget import allocate
+    from sweeps.plan.early_stopping import require_stoppable
+    from sweeps.storage.inputs import predicted_memory, read_inputs
 
     budget = allocate(job.plan)
     job.settings.config.validate()
-    _check_counts(job.settings)
+    check_counts(job.settings)
     if job.settings.early_stop:
         require_stoppable(job.settings.config, budget.baseline)
     destination = _checked_outlets(job)
     config, data = read_inputs(job.settings.config, job.settings.preset, job.settings.workers_per_trial, job.run.record)
 
-    from cbtrain.recall import plan_cache
-    from sweeps.progress import plan_lines, wrapped
+    from cbtrain.teacher_cache.plan import plan_cache
+    from sweeps.reporting.console import plan_lines, wrapped
 
     cache = plan_cache(job.settings.teacher_cache, job.run.path / "teacher_cache", config, data, budget.total)
     lines = plan_lines(job.plan, budget, cache.says, job.run.shown, job.settings.early_stop)
@@ -188,12 +133,12 @@ def _checked_outlets(job: Job) -> "Destination | None":
     """See that results can go where they shall; the place to copy them to, if there is one."""
     settings = job.settings
     if settings.wandb_project is not None:
-        from sweeps.tracking import require_login
+        from sweeps.reporting.wandb import require_login
 
         require_login(settings.wandb_mode)
     if settings.copy_to is None:
         return None
-    from sweeps.copying import Destination
+    from sweeps.storage.export import Destination
 
     destination = Destination(settings.copy_to, job.run.path.name)
     if not settings.dry_run:
@@ -215,8 +160,8 @@ def _copied(run: "RunDirectory", destination: "Destination", status: int) -> int
 
 def _what_is_resumed(job: Job, found: "Found", config: CircuitBreakerConfig, total: int) -> list[str]:
     """Lines on what a resumed sweep goes on from, and whether other software goes on with it."""
-    from sweeps.progress import resume_lines, wrapped
-    from sweeps.resume import steps_done
+    from sweeps.reporting.console import resume_lines, wrapped
+    from sweeps.storage.resume import steps_done
 
     steps = steps_done(job.run, found, config, job.settings.workers_per_trial)
     changes = job.run.changed_software()
@@ -226,8 +171,8 @@ def _what_is_resumed(job: Job, found: "Found", config: CircuitBreakerConfig, tot
 
 def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
     """Run the sweep to its end, where anything is left to run, with W&B beside it; the exit status."""
-    from sweeps.resume import wait_for_leftovers
-    from sweeps.tracking import followed
+    from sweeps.reporting.wandb import followed
+    from sweeps.storage.resume import wait_for_leftovers
 
     run, settings, found = job.run, job.settings, job.found
     with contextlib.ExitStack() as stack:
@@ -245,10 +190,10 @@ def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
 
 def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Callable[[Iterable[str]], None]) -> int:
     """Start Ray and run what is left of the sweep; the exit status. The caller holds the run directory's lock."""
-    from sweeps.machine import place, placement_line, started_ray
-    from sweeps.progress import indented
-    from sweeps.storage import require_shared
-    from sweeps.trial import TrialContext
+    from sweeps.execution.placement import place, placement_line, started_ray
+    from sweeps.execution.trial import TrialContext
+    from sweeps.reporting.console import indented
+    from sweeps.storage.shared_path import require_shared
 
     run, settings = job.run, job.settings
     with started_ray() as nodes:
@@ -269,7 +214,7 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Ca
 
 
 def _session(job: Job, concurrency: int, tell: Callable[[Iterable[str]], None]) -> "Session":
-    from sweeps.session import Session
+    from sweeps.execution.driver import Session
 
     settings = job.settings
     # It is measured on one device, which a model that is partitioned among workers is too large for.
@@ -287,9 +232,9 @@ def _session(job: Job, concurrency: int, tell: Callable[[Iterable[str]], None]) 
 
 def _write_down(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", placed: dict[str, object]) -> None:
     """Write sweep.json, whole for a sweep that begins, else what may be different from now on."""
-    from sweeps.budget import allocate
-    from sweeps.inputs import identities
-    from sweeps.resume import flags_to_keep
+    from sweeps.plan.budget import allocate
+    from sweeps.storage.inputs import identities
+    from sweeps.storage.resume import flags_to_keep
 
     fields = placed | {
         "settings": dataclasses.asdict(job.plan),
@@ -306,29 +251,6 @@ def _write_down(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", plac
         "tolerance": None,
     }
     job.run.create(job.run.record | fields | fixed)
-
-
-def _overrides(settings: SweepSettings) -> dict[str, object]:
-    """The training fields given on the command line that differ from the preset."""
-    preset = dataclasses.asdict(get_config(settings.preset))
-    given = dataclasses.asdict(settings.config)
-    overrides = {name: value for name, value in given.items() if value != preset[name]}
-    for name in SEARCHED:
-        if name in overrides:
-            raise InputError(f"{flag(name)} {overrides[name]}: the sweep searches it; leave the flag out")
-    return overrides
-
-
-def _check_counts(settings: SweepSettings) -> None:
-    gpus = settings.gpus_per_worker or 0.0
-    if not 0 <= gpus < math.inf:
-        raise InputError(f"--gpus-per-worker {gpus}: must be 0 or more")
-    if gpus > 1 and gpus != int(gpus):
-        raise InputError(f"--gpus-per-worker {gpus:g}: a share of one GPU, or a whole number")
-    for name, least in (("workers_per_trial", 1), ("max_concurrent", 1), ("behaviour_prompts", 0)):
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise InputError(f"{flag(name)} {value}: must be {least} or more")
 
 
 if __name__ == "__main__":

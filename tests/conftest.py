@@ -9,8 +9,8 @@ import pytest
 import torch
 from worlds import config_on, save_llama
 
-from cbtrain import tiny
 from cbtrain.config import CircuitBreakerConfig
+from cbtrain.model import tiny
 
 torch.set_num_threads(1)
 

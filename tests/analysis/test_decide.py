@@ -9,7 +9,7 @@ from synthetic import BASE_HARMFUL_NLL, BASELINE_DRIFT, BASELINE_LOSS, Surface, 
 
 from analysis.decide import decide, pick_candidates
 from analysis.decision import Decision
-from analysis.report import headline
+from analysis.report.report import headline
 
 
 def truly_lost(surface: Surface, decision: Decision) -> float:

@@ -16,9 +16,10 @@ import pandas as pd
 import pytest
 from synthetic import BASE_HARMFUL_NLL, Surface, make_trials
 
-from analysis import pick_beta, report
+from analysis import pick_beta
 from analysis.decide import decide
 from analysis.pick_beta import main, write_report
+from analysis.report import commands, report
 from analysis.trials import load_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -136,11 +137,11 @@ def test_what_would_help_is_the_same_sweep_with_more_trials_where_its_baseline_h
     assert decision.needed is not None
     for seeds, start in ((decision.baseline.n_seeds, f"--resume {run}"), (30, "--preset tiny")):
         asked = replace(decision, needed=replace(decision.needed, seeds=seeds, num_samples=80))
-        command = report.sweep_command(asked, sweep, len(trials))
+        command = commands.sweep_command(asked, sweep, len(trials))
         assert command is not None
         assert command.startswith(f"python sweeps/kl_ablation.py {start} --num-samples 80"), command
         assert ("--baseline-seeds 30" in command) == (seeds == 30)
-    otherwise = report.sweep_command(replace(asked, reroute_tolerance=0.2), sweep, len(trials))
+    otherwise = commands.sweep_command(replace(asked, reroute_tolerance=0.2), sweep, len(trials))
     assert otherwise is not None
     assert "--resume" not in otherwise
 

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cbtrain.fused_kl import fused_linear_kl
+from cbtrain.losses.fused_kl import fused_linear_kl
 
 FLOOR, OURS, SEED = "three products", "fused_linear_kl", "seed formula"
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}

@@ -1,4 +1,4 @@
-"""Peak memory of a trial on a CPU: predicted by `cbtrain.memory` and measured, over four model sizes.
+"""Peak memory of a trial on a CPU: predicted by `cbtrain.training.memory_estimate` and measured, over four model sizes.
 
     python -m tests.benchmarks.bench_memory
     python -m tests.benchmarks.bench_memory --gpu-table   # predictions for GPUs, nothing measured
@@ -23,7 +23,7 @@ from pathlib import Path
 from transformers import Llama4TextConfig, LlamaConfig
 
 from cbtrain.config import CircuitBreakerConfig, get_config
-from cbtrain.memory import Rows, as_gigabytes, predict, structure
+from cbtrain.training.memory_estimate import Rows, as_gigabytes, predict, structure
 
 WITHIN = 0.15
 ROWS, LENGTH, VOCABULARY = 4, 128, 8192
@@ -64,7 +64,7 @@ def write_world(directory: Path, name: str) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
-    from cbtrain import tiny
+    from cbtrain.model import tiny
 
     torch.manual_seed(0)
     LlamaForCausalLM(shape(name)).save_pretrained(directory)
@@ -88,13 +88,13 @@ def resident(field: str) -> int:
 
 def measure(directory: Path, name: str) -> None:
     """In a process of its own: print the trial's peak, in bytes, and its rows' lengths."""
-    from cbtrain.environment import quiet_libraries
+    from cbtrain.utils.environment import quiet_libraries
 
     quiet_libraries()
     import torch
 
-    from cbtrain import loop
-    from cbtrain.model import forget_base
+    from cbtrain.model.loading import forget_base
+    from cbtrain.training import loop
 
     torch.set_num_threads(1)
     loop.train(trial_of(directory, WARM), directory / WARM / "out", lambda _metrics: None)

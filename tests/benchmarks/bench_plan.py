@@ -25,9 +25,9 @@ import numpy as np
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from sweeps.budget import PlanSettings
-from sweeps.journal import TrialSpec
-from sweeps.plan import SweepPlan
+from sweeps.plan.budget import PlanSettings
+from sweeps.plan.journal import TrialSpec
+from sweeps.plan.plan import SweepPlan
 from tests.benchmarks.surfaces import World, draw_surface
 
 CONCURRENCY = 4
@@ -80,8 +80,8 @@ def by_tune(trials: int) -> None:
     """Print the driver's seconds a trial under Ray Tune, with those of the plan."""
     from ray import tune
 
-    from sweeps.machine import started_ray
-    from sweeps.search import PlanSearcher
+    from sweeps.execution.placement import started_ray
+    from sweeps.execution.searcher import PlanSearcher
 
     class Timed(PlanSearcher):
         spent = 0.0

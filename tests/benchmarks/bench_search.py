@@ -48,11 +48,11 @@ from optuna.samplers import BaseSampler, NSGAIISampler, QMCSampler, RandomSample
 
 from analysis.constraint import absolute_tolerance, reroute_regression
 from analysis.decide import decide
-from sweeps.budget import PlanSettings, allocate
-from sweeps.journal import TrialOutcome, TrialSpec
-from sweeps.plan import SweepPlan
-from sweeps.sampler import BETA_KL, KL_TEMPERATURE, search_space
-from sweeps.stopping import Z
+from sweeps.plan.budget import PlanSettings, allocate
+from sweeps.plan.early_stopping import Z
+from sweeps.plan.journal import TrialOutcome, TrialSpec
+from sweeps.plan.plan import SweepPlan
+from sweeps.plan.sampler import BETA_KL, KL_TEMPERATURE, search_space
 from tests.benchmarks.surfaces import TOLERANCE, Family, Kind, Surface, World, draw_surface
 
 NUM_SAMPLES = 20
@@ -141,7 +141,7 @@ def _by_plan(job: Job, world: Callable[[TrialSpec], TrialOutcome], concurrency: 
 
 
 def _doomed(plan: SweepPlan, spec: TrialSpec, outcome: TrialOutcome) -> bool:
-    """Whether early stopping would have ended a trial that goes this way: as in `sweeps.stopping`, at the last step."""
+    """Whether early stopping would have ended a trial that goes this way, judged at its last step."""
     if spec.phase != "search" or plan.tolerance is None:
         return False
     baseline = {int(str(row["seed"])): float(str(row["eval_loss_reroute"])) for row in plan.rows()[:BASELINES]}

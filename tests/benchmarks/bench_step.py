@@ -47,16 +47,17 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cbtrain.batches import PairedBatch, ScoredCounts, collate_by_length
 from cbtrain.config import CircuitBreakerConfig
-from cbtrain.environment import quiet_libraries
-from cbtrain.model import add_adapter
-from cbtrain.schedule import Coefficients
-from cbtrain.step import CircuitBreakerStep
-from cbtrain.teacher import TeacherCache, WantedStates
-from cbtrain.tokens import TokenRow
+from cbtrain.data.batches import PairedBatch, ScoredCounts, collate_by_length
+from cbtrain.data.tokenization import TokenRow
+from cbtrain.losses.schedule import Coefficients
+from cbtrain.model.lora import add_adapter
+from cbtrain.teacher_cache.store import TeacherCache
+from cbtrain.teacher_cache.wanted_states import WantedStates
+from cbtrain.training.step import CircuitBreakerStep
+from cbtrain.utils.environment import quiet_libraries
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/, which pytest puts there itself
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))  # which pytest puts there itself
 from plain_step import plain_step
 
 PLAIN, LIVE, CACHED = "public pattern", "live teacher", "cached teacher"

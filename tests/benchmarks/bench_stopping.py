@@ -57,7 +57,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.constraint import absolute_tolerance, reroute_regression
-from sweeps.stopping import StopRule, stop_rule
+from sweeps.plan.early_stopping import StopRule, stop_rule
 
 Setting = tuple[float, float]
 Curve = dict[int, float]
@@ -116,17 +116,18 @@ class Trial:
 
 def record(run: tuple[str, float, float, int, Path]) -> list[tuple]:
     """Train one setting on one thread; its held-out reroute losses as rows of `COLUMNS`."""
-    from cbtrain.environment import quiet_libraries
+    from cbtrain.utils.environment import quiet_libraries
 
     quiet_libraries()
     import torch
 
-    from cbtrain import loop, model
     from cbtrain.config import get_config
+    from cbtrain.model import loading
+    from cbtrain.training import loop
 
     torch.set_num_threads(1)
     world, beta_kl, kl_temperature, seed, cache = run
-    config = model.resolve(get_config("tiny", **WORLDS[world].overrides))
+    config = loading.resolve(get_config("tiny", **WORLDS[world].overrides))
     config = replace(config, beta_kl=beta_kl, kl_temperature=kl_temperature, seed=seed)
     config.eval_every = config.steps // EVALUATIONS
     rows = []

@@ -47,17 +47,18 @@ TOLERANCE = 0.05
 
 def measure(point: tuple[float, float, int]) -> dict[str, float]:
     """Train one setting on one thread; its held-out metrics."""
-    from cbtrain.environment import quiet_libraries
+    from cbtrain.utils.environment import quiet_libraries
 
     quiet_libraries()
     import torch
 
-    from cbtrain import loop, model
     from cbtrain.config import get_config
+    from cbtrain.model import loading
+    from cbtrain.training import loop
 
     torch.set_num_threads(1)
     beta_kl, kl_temperature, seed = point
-    config = replace(model.resolve(get_config("tiny")), beta_kl=beta_kl, kl_temperature=kl_temperature, seed=seed)
+    config = replace(loading.resolve(get_config("tiny")), beta_kl=beta_kl, kl_temperature=kl_temperature, seed=seed)
     with tempfile.TemporaryDirectory() as directory:
         started = time.perf_counter()
         metrics = loop.train(config, Path(directory), lambda _metrics: None)

@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sweeps.budget import PlanSettings
-from sweeps.journal import TrialOutcome, TrialSpec
+from sweeps.plan.budget import PlanSettings
+from sweeps.plan.journal import TrialOutcome, TrialSpec
 
 Array = NDArray[np.float64]
 Family = Literal["softplus", "hinge"]

@@ -1,0 +1,106 @@
+"""The command that the reader runs next: it trains the recommended setting, or sweeps further."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.decision import Decision
+from analysis.noise import baseline_seeds_of
+
+_SWEPT = ("beta_kl", "kl_temperature", "seed")
+
+
+def next_command(decision: Decision, sweep: Mapping[str, Any], trials: pd.DataFrame, run_dir: Path) -> str:
+    """The command to run next: it trains the recommended setting, or sweeps further where there is none.
+
+    Args:
+        run_dir: where the report is written, as the user named it.
+    """
+    if train_command(decision, sweep) is None:
+        return sweep_command(decision, sweep, len(trials)) or ""
+    return f"python -m cbtrain.train {_flags({'from_decision': run_dir / 'report' / 'decision.json'})}"
+
+
+def train_command(decision: Decision, sweep: Mapping[str, Any]) -> str | None:
+    """The command that trains the recommended setting as the sweep did, without the run directory.
+
+    None where nothing is recommended.
+    """
+    if decision.beta_kl is None or decision.kl_temperature is None:
+        return None
+    swept = {"beta_kl": decision.beta_kl, "kl_temperature": decision.kl_temperature}
+    values = {name: float(f"{value:.6g}") for name, value in swept.items()}
+    flags = _flags({"preset": sweep.get("preset", "tiny"), **values, "output_dir": "outputs/cb", **_overrides(sweep)})
+    return f"python -m cbtrain.train {flags}"
+
+
+def sweep_command(decision: Decision, sweep: Mapping[str, Any], n_trials: int) -> str | None:
+    """The sweep that would help where the verdict is none to ship; None where there is one.
+
+    More trials of the same sweep where its baseline has seeds enough, else another.
+    """
+    if decision.beta_kl is not None:
+        return None
+    needed, seeds = decision.needed, decision.baseline.n_seeds if decision.baseline else 0
+    if needed is not None and needed.seeds <= seeds and _as_swept(decision, sweep):
+        more = {"resume": sweep["run_dir"], "num_samples": needed.num_samples}
+        if n_trials < sweep["settings"].get("num_samples", n_trials):  # what was planned comes first
+            del more["num_samples"]
+        return f"python sweeps/kl_ablation.py {_flags(more)}"
+    values: dict[str, Any] = {"preset": sweep.get("preset", "tiny")}
+    overrides = _overrides(sweep)
+    values["num_samples"] = sweep["settings"].get("num_samples", n_trials)
+    if decision.verdict == "baseline_never_rerouted":
+        overrides["steps"] = 2 * int(sweep.get("config", {}).get("steps", 50))
+    if needed is not None:
+        values["num_samples"] = needed.num_samples
+        if needed.seeds > baseline_seeds_of(needed.num_samples):
+            values["baseline_seeds"] = needed.seeds
+    values = _asked_otherwise(sweep) | values
+    return f"python sweeps/kl_ablation.py {_flags({**values, **overrides})}"
+
+
+def _as_swept(decision: Decision, sweep: Mapping[str, Any]) -> bool:
+    """Whether the decision asks what the sweep asked."""
+    asked = {"reroute_tolerance": decision.reroute_tolerance, "confidence": decision.confidence}
+    return all(sweep["settings"].get(name, value) == value for name, value in asked.items())
+
+
+def _asked_otherwise(sweep: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags without which another sweep would answer another question."""
+    settings, workers = sweep["settings"], sweep.get("workers", {})
+    by_budget = baseline_seeds_of(settings.get("num_samples", 0))
+    given = {
+        "reroute_tolerance": (settings.get("reroute_tolerance", 0.05), 0.05),
+        "confidence": (settings.get("confidence", 0.95), 0.95),
+        "seed": (settings.get("seed", 0), 0),
+        "baseline_seeds": (settings.get("baseline_seeds") or by_budget, by_budget),
+        "workers_per_trial": (workers.get("count", 1), 1),
+    }
+    return {name: value for name, (value, default) in given.items() if value != default}
+
+
+def _flags(values: Mapping[str, Any]) -> str:
+    words = []
+    for name, value in values.items():
+        items = value if isinstance(value, list | tuple) else [value]
+        words += ["--" + name.replace("_", "-"), *(shlex.quote(str(item)) for item in items)]
+    return " ".join(words)
+
+
+def _overrides(sweep: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in sweep.get("config_overrides", {}).items() if name not in _SWEPT}
+
+
+def folded(command: str, width: int = 78) -> str:
+    """The command over lines of at most `width` columns, broken before flags, as a shell takes it."""
+    lines: list[str] = []
+    for part in command.replace(" --", "\0--").split("\0"):
+        if lines and len(lines[-1]) + len(part) + 3 <= width:
+            lines[-1] += " " + part
+        else:
+            lines.append(part if not lines else "  " + part)
+    return " \\\n".join(lines)

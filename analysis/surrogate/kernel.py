@@ -1,0 +1,85 @@
+"""Covariance over (beta_kl, kl_temperature), its hyper-parameters and their priors."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+BETA_KL_RANGE = (1e-3, 2.0)
+"""The search space in beta_kl; its upper end is 1 in the first model coordinate."""
+KL_TEMPERATURE_RANGE = (1.0, 4.0)
+"""The search space in kl_temperature; 0 to 1 in the second model coordinate at the largest beta_kl."""
+JITTER = 1e-10
+"""Relative to a variance: what keeps it above 0."""
+
+_BETA_KL_OFFSET = 1e-4
+_TREND = 2.0
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Log-normal priors of the hyper-parameters, each (median, standard deviation of the logarithm).
+
+    Length scales are in units of the search space (`coordinates`), all else in units of y.
+    """
+
+    signal: tuple[float, float]
+    seed: tuple[float, float]
+    noise: tuple[float, float]
+    level: float
+    length_beta: tuple[float, float] = (0.4, 0.7)
+    length_temperature: tuple[float, float] = (1.0, 0.7)
+
+    def log_medians_and_sds(self) -> tuple[Array, Array]:
+        """`[5]` each, in the order length_beta, length_temperature, signal, seed, noise."""
+        pairs = (self.length_beta, self.length_temperature, self.signal, self.seed, self.noise)
+        return np.log([median for median, _ in pairs]), np.array([sd for _, sd in pairs])
+
+
+REROUTE_PRIOR = Prior(signal=(0.15, 1.0), seed=(0.005, 1.3), noise=(0.006, 1.3), level=1.0)
+"""For rerouting lost as a fraction of what the baseline achieved (noise from about 4e-4 to 0.1)."""
+DRIFT_PRIOR = Prior(signal=(1.5, 0.6), seed=(0.1, 0.9), noise=(0.15, 0.8), level=5.0)
+"""For the logarithm of benign drift."""
+
+
+def coordinates(beta_kl: ArrayLike, kl_temperature: ArrayLike) -> Array:
+    """`[n, 2]` model coordinates, about 0 to 1 over the search space.
+
+    The first is log(1 + beta_kl / 1e-4): 0 at the baseline, the logarithm over the search space, whose lower end
+    stands a quarter of a unit off the baseline, so that KL which costs rerouting at any weight can be told.
+    The second is temperature times the first: temperature acts through the KL alone, so that it is inert at
+    `beta_kl = 0` and the less it matters the smaller the weight.
+    """
+    beta = np.atleast_1d(np.asarray(beta_kl, dtype=float))
+    weight = np.log1p(beta / _BETA_KL_OFFSET) / math.log1p(BETA_KL_RANGE[1] / _BETA_KL_OFFSET)
+    cold, hot = KL_TEMPERATURE_RANGE
+    return np.stack([weight, weight * (np.asarray(kl_temperature, dtype=float) - cold) / (hot - cold)], axis=1)
+
+
+def covariance(a: Array, b: Array, theta: Array) -> Array:
+    """`[D, m, n]` covariance of f between points `[m, 2]` and `[n, 2]` under `[D, 5]` hyper-parameters.
+
+    Matérn 5/2, and a trend along the first coordinate, since what grows with beta_kl goes on growing beyond the data.
+    """
+    gaps = np.square(a[:, None, :] - b[None, :, :])
+    scales = np.exp(-2 * theta[:, :2])
+    distance = np.sqrt(5 * np.tensordot(scales, gaps, axes=(1, 2)))
+    matern = (1 + distance + np.square(distance) / 3) * np.exp(-distance)
+    return np.exp(2 * theta[:, 2])[:, None, None] * (matern + _TREND**2 * a[:, 0, None] * b[:, 0])
+
+
+def variance(points: Array, theta: Array) -> Array:
+    """`[D, m]`: the diagonal of `covariance(points, points, theta)`."""
+    return np.exp(2 * theta[:, 2:3]) * (1 + np.square(_TREND * points[:, 0]))
+
+
+def observed_covariance(x: Array, seed: NDArray, theta: Array, level: float) -> Array:
+    """`[D, n, n]` covariances of observations: of f, the level, what a seed's observations share, and noise."""
+    seed_variance, noise_variance = np.exp(2 * theta[:, 3:5]).T[:, :, None, None]
+    same_seed = (seed[:, None] == seed[None, :]).astype(float)
+    jitter = JITTER * (np.exp(2 * theta[:, 2])[:, None, None] + level**2)
+    of_f = covariance(x, x, theta) + level**2
+    return of_f + seed_variance * same_seed + (noise_variance + jitter) * np.eye(len(x))

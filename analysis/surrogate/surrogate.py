@@ -1,0 +1,103 @@
+"""The model of a sweep: rerouting lost and benign drift over (beta_kl, kl_temperature). It searches, and it decides.
+
+Both are Gaussian processes over all trials (`gaussian_process.py`). A trial that was stopped early is known to have
+lost more rerouting than the limit, but not how much, and its drift was not that of a finished one: it enters the
+first model alone, with a fixed loss beyond the limit.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from analysis.formatting import count
+from analysis.surrogate.gaussian_process import Mixture, Posterior, fit
+from analysis.surrogate.kernel import DRIFT_PRIOR, REROUTE_PRIOR, Array, coordinates
+
+MIN_DRIFT = 1e-12
+"""Nats per token; less drift is taken as this, since its logarithm is modelled."""
+MAX_MODELLED = 300
+"""Trials that the model rests on at most: its cost grows with their cube."""
+STOPPED_LOSS = 2.0
+"""What a stopped trial is taken to have lost, in units of the limit."""
+METRICS = ("eval_loss_reroute", "eval_benign_kl")
+BASELINE = coordinates(0.0, 1.0)[0]
+"""`[2]`: where the model has every trial at `beta_kl = 0`."""
+
+
+def finite_trials(trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The trials that count: completed, with finite metrics; and a warning about completed ones without."""
+    completed = trials[trials["status"] == "completed"]
+    finite = np.isfinite(completed[list(METRICS)].astype(float)).all(axis=1)
+    ignored = int((~finite).sum())
+    warnings = [f"{count(ignored, 'completed trial')} without finite metrics: ignored."] if ignored else []
+    return completed[finite].reset_index(drop=True), warnings
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Both metrics' posteriors: rerouting in fractions of what the baseline achieved, drift in its logarithm."""
+
+    reroute: Posterior
+    drift: Posterior
+    limit: float
+    """The fraction of rerouting that may be lost."""
+
+    @classmethod
+    def of(cls, trials: pd.DataFrame, reroute_tolerance: float, draws: int | None = None) -> "Surrogate":
+        """The model of a sweep's trials, of which at least one at `beta_kl = 0` completed.
+
+        Args:
+            trials: columns of `trials.csv`, any status; only completed trials with finite metrics and stopped ones
+                count.
+            draws: hyper-parameter draws to average over at most; None is all that carry weight.
+        """
+        usable, _ = finite_trials(trials)
+        usable = modelled(usable)
+        stopped = trials[(trials["status"] == "stopped") & (trials["beta_kl"] > 0)].tail(MAX_MODELLED)
+        baseline = usable.loc[usable["beta_kl"] == 0, "eval_loss_reroute"].astype(float).mean()
+        lost = (usable["eval_loss_reroute"].to_numpy(float) - baseline) / (1 - baseline)
+        log_drift = np.log(usable["eval_benign_kl"].to_numpy(float).clip(min=MIN_DRIFT))
+        x, x_stopped = (coordinates(rows["beta_kl"], rows["kl_temperature"]) for rows in (usable, stopped))
+        seed, seed_stopped = usable["seed"].to_numpy(), stopped["seed"].to_numpy()
+        reroute = fit(
+            np.concatenate([x, x_stopped]),
+            np.concatenate([seed, seed_stopped]),
+            np.concatenate([lost, np.full(len(stopped), STOPPED_LOSS * reroute_tolerance)]),
+            REROUTE_PRIOR,
+            draws,
+        )
+        return cls(reroute, fit(x, seed, log_drift, DRIFT_PRIOR, draws), reroute_tolerance)
+
+    def lost(self, points: Array) -> Mixture:
+        """Rerouting lost against the baseline at `points` `[m, 2]`."""
+        return self.reroute.difference(points, BASELINE)
+
+    def probability_feasible(self, points: Array) -> Array:
+        """`[m]` probabilities that `points` `[m, 2]` lose no more than the limit."""
+        return self.lost(points).probability_below(self.limit)
+
+    def log_drift_over(self, points: Array, reference: Array) -> Mixture:
+        """Logarithm of the drift at `points` `[m, 2]` over that at `reference` `[2]`, jointly."""
+        return self.drift.difference(points, reference)
+
+    def probability_of_qualifying(self, points: Array, seed: int, confidence: float, trials: float = 1) -> Array:
+        """`[m]` probabilities that trials on `seed` bring a point to `confidence` of being feasible."""
+        return self.reroute.probability_of_qualifying(points, BASELINE, seed, self.limit, confidence, trials)
+
+    def believing_drift(self, points: Array, seed: ArrayLike) -> "Surrogate":
+        """The model once the drift of trials that run at `points` `[k, 2]` has come out as it expects."""
+        return replace(self, drift=self.drift.believing(points, seed))
+
+
+def modelled(usable: pd.DataFrame) -> pd.DataFrame:
+    """The trials that the model rests on: all up to `MAX_MODELLED`; of more, the baselines, those of settings that
+    ran more than once, and the others at even distances in the order in which they ran."""
+    if len(usable) <= MAX_MODELLED:
+        return usable
+    replicated = usable.duplicated(["beta_kl", "kl_temperature"], keep=False)
+    kept = usable.index[(usable["beta_kl"] == 0) | replicated][:MAX_MODELLED]
+    others = usable.index.difference(kept)
+    spread = others[np.linspace(0, len(others) - 1, MAX_MODELLED - len(kept)).astype(int)]
+    return usable.loc[kept.union(spread)]

@@ -1,0 +1,136 @@
+"""The command line from dataclasses: a preset gives the defaults, every field is a flag, errors are one line."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from cbtrain.config.presets import get_config
+from cbtrain.config.schema import CircuitBreakerConfig
+from cbtrain.config.validation import InputError, flag, nearest
+
+Settings = TypeVar("Settings", bound=Any)
+
+
+def parse(
+    settings_type: type[Settings], argv: Sequence[str], prog: str, recorded: CircuitBreakerConfig | None = None
+) -> Settings:
+    """Parse `argv` into `settings_type`, a dataclass with the fields `preset` and `config`.
+
+    The preset named in `argv`, or the configuration `recorded` by an earlier run in its place, gives the defaults of
+    `config`, whose fields are flags beside the dataclass's own. Underscores in flags are read as hyphens, and
+    `--config` as `--preset`.
+
+    Raises:
+        InputError: an unknown flag, with the nearest one, or a value that does not fit.
+        SystemExit: `--help`, with status 0.
+    """
+    argv = ["--preset" + arg.removeprefix("--config") if arg.split("=")[0] == "--config" else arg for arg in argv]
+    preset = value_of("--preset", argv) or "tiny"
+    default = settings_type(preset=preset, config=recorded or get_config(preset))
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            settings, unknown = tyro.cli(
+                settings_type,
+                prog=prog,
+                default=default,
+                args=argv,
+                return_unknown_args=True,
+                config=[tyro.conf.OmitArgPrefixes],
+            )
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise InputError(_unboxed(captured.getvalue())) from None
+    if unknown:
+        fields = [*dataclasses.fields(settings_type), *dataclasses.fields(settings.config)]
+        known = [flag(field.name) for field in fields if field.name != "config"]
+        word = unknown[0].split("=")[0]
+        raise InputError(f"{word}: no such flag{nearest(word, known)}; --help lists them")
+    for field in dataclasses.fields(settings.config):
+        if getattr(settings.config, field.name) == () and flag(field.name) in argv:
+            raise InputError(f"{flag(field.name)}: name at least one")
+    return settings
+
+
+_stopped: list[int] = []
+"""Exit statuses of the signals that came. Libraries that wait in C raise a `KeyboardInterrupt` of their own for any of
+them, and some that are just being imported make another error of it."""
+
+
+def catch_signals() -> None:
+    """Have SIGTERM and SIGHUP stop the program as Ctrl-C does, and note which came; Ray puts handlers of its own there.
+
+    Some libraries would catch a `SystemExit`.
+    """
+
+    def stop(number: int, _frame: object) -> None:
+        _stopped.append(130 if number == signal.SIGINT else 143)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup asks for that
+            signal.signal(number, stop)
+
+
+def run(main: Callable[[], int]) -> int:
+    """The exit status of a command: 2 for bad input and 1 for a full disk, in one line; 130 or 143 when stopped."""
+    _stopped.clear()
+    catch_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "β" is no reason to stop
+    try:
+        return main()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except Exception as error:
+        return _interrupted() if _stopped else _ended_by(error)
+
+
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return _stopped[0] if _stopped else 130
+
+
+def _ended_by(error: Exception) -> int:
+    """The exit status for what is the user's to mend, when it was told; anything else is raised again."""
+    if isinstance(error, InputError):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    if isinstance(error, OSError):
+        print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    raise error
+
+
+def value_of(name: str, argv: Sequence[str]) -> str | None:
+    """What follows a flag that decides about others' defaults, before anything is parsed; None without it."""
+    value = None
+    for index, arg in enumerate(argv):
+        given, _, joined = arg.partition("=")
+        if given.replace("_", "-") == name:
+            value = joined or next(iter(argv[index + 1 :]), None)
+    return value  # of several the last, as the parser takes it
+
+
+def _unboxed(message: str) -> str:
+    """The first paragraph of an error that the parser drew in a box below its title, on one line."""
+    lines = [line.strip("│ ") for line in message.strip().splitlines()[1:]]
+    paragraphs = [list(group) for ruled, group in itertools.groupby(lines, _is_rule) if not ruled]
+    return " ".join(paragraphs[0]) if paragraphs else message.strip()
+
+
+def _is_rule(line: str) -> bool:
+    return set(line) <= set("─╭╮╰╯- ")

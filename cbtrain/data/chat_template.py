@@ -1,0 +1,303 @@
+"""Rows to text: the tokenizer's chat template, and which characters of it are scored.
+
+What the assistant said in a turn is where the template marks it by `{% generation %}`. In a template without such
+marks, and in a turn of which it marks nothing, it is found by rendering prefixes: what `messages[:i]` with a
+generation prompt does not say and `messages[:i + 1]` does. That holds for any template, with no marker of it known
+here. A turn's tool calls are what stands in it between its text and its end.
+
+Templates differ in what they can render. A row is tried as it is; where the template raises, or silently leaves out
+a text, a call or a tool's answer, it is rewritten step by step (see `cbtrain.data.template_fallbacks`).
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from cbtrain.config import InputError, MaskPolicy
+from cbtrain.data.formats.rows import Message, Row
+from cbtrain.data.template_fallbacks import CALLS_AS_TEXT, FORMS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
+"""Variables given to every template: a fixed date, so that a row's tokens do not change overnight, and no thinking,
+so that an empty thought belongs to the prompt and is not scored."""
+
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)
+_GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_END_OF_THOUGHT = "</think>"
+EARLIER = "an earlier turn is scored, as the last one is empty"
+THOUGHTS = "thoughts left out"
+"""What some templates make of the text up to an end of thought."""
+_SAID = "said7x"
+"""Stands for the text of a turn, to see what a template writes behind it."""
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A rendered conversation and the scored character ranges `(start, stop)` in it; None is all of it."""
+
+    text: str
+    spans: tuple[Span, ...] | None
+    rewritten: tuple[str, ...] = ()
+    """What is otherwise than the row has it."""
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Raises:
+        InputError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        self._shown: dict[tuple[object, ...], bool] = {}
+        if not tokenizer.chat_template:
+            raise InputError(
+                f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template: put a "
+                "chat_template.jinja beside it, or name another with --tokenizer"
+            )
+        self._template = tokenizer.get_chat_template()
+        self._marks_turns = bool(_GENERATION_MARK.search(self._template))
+
+    def render(self, row: Row, policy: MaskPolicy) -> Rendering | None:
+        """The row's text with the characters that `policy` scores; None where it scores nothing.
+
+        Assistant turns that say nothing, and those before the first user turn, are context and never scored.
+        Turns after the last scored one are cut, except under `full_sequence`.
+
+        Raises:
+            InputError: the template cannot render the row in any form; names its file and line.
+        """
+        problem: object = "it leaves out a part of every form of the row"
+        for form in FORMS:
+            messages = form.rewrite(row.messages)
+            turns = None if policy == "full_sequence" else _scored_turns(messages, policy)
+            if turns is not None:
+                if not turns:
+                    return None
+                messages = messages[: turns[-1] + 1]
+            try:
+                if self._shows_everything(messages):
+                    text = self._text(messages)
+                    if turns is None:
+                        return Rendering(text, None, form.changes)
+                    spans, left_out = self._verified_spans(messages, turns, text, policy)
+                    earlier = (EARLIER,) if policy == "completion_only" and _ends_on_nothing(row.messages) else ()
+                    return Rendering(text, spans, form.changes + left_out + earlier)
+            except _TEMPLATE_ERRORS as error:
+                problem = error
+        reason = " ".join(str(problem).split())
+        raise InputError(f"{row.source}: the tokenizer's chat template refuses the row ({reason})")
+
+    def prompt(self, text: str, source: str) -> str:
+        """A user's text up to where the assistant answers.
+
+        Raises:
+            InputError: the template refuses it; names `source`.
+        """
+        try:
+            return self._text([{"role": "user", "content": text}], add_generation_prompt=True)
+        except _TEMPLATE_ERRORS as error:
+            raise InputError(f"{source}: the tokenizer's chat template refuses the prompt ({error})") from None
+
+    def _text(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        text = self._tokenizer.apply_chat_template(
+            [_shown_to_template(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **TEMPLATE_OPTIONS,
+        )
+        return _encodable(str(text))
+
+    def _verified_spans(
+        self, messages: Sequence[Message], turns: Sequence[int], text: str, policy: MaskPolicy
+    ) -> tuple[tuple[Span, ...], tuple[str, ...]]:
+        """The scored characters, which hold what the assistant says in `turns`; and what the template left out of it.
+
+        Marks are taken where they hold it, else prefixes tell.
+        """
+        ways = [self._by_prefixes]
+        if policy == "tool_calls_only":
+            ways = [self._by_calls]
+        elif self._marks_turns:
+            ways = [self._by_marks, self._by_prefixes]
+        for way in ways:
+            by_turn = way(messages, turns, text)
+            said = ["".join(text[start:stop] for start, stop in spans) for spans in by_turn]
+            lost = {_lost(messages[turn], words, policy) for turn, words in zip(turns, said, strict=True)}
+            if lost <= {"", THOUGHTS}:
+                return tuple(span for spans in by_turn for span in spans), tuple(filter(None, lost))
+        raise ValueError(f"{', '.join(sorted(filter(None, lost)))} cannot be found in what it writes")
+
+    def _by_calls(self, messages: Sequence[Message], turns: Sequence[int], text: str) -> list[list[Span]]:
+        return [self._call_spans(messages, turn, text) for turn in turns]
+
+    def _by_prefixes(self, messages: Sequence[Message], turns: Sequence[int], text: str) -> list[list[Span]]:
+        return [[self._span(messages, turn, text)] for turn in turns]
+
+    def _by_marks(self, messages: Sequence[Message], turns: Sequence[int], text: str) -> list[list[Span]]:
+        marks = self._marks(messages)
+        by_turn: list[list[Span]] = []
+        for turn in turns:
+            before, behind = (len(self._marks(messages[:end])) for end in (turn, turn + 1))
+            said = [(start, stop) for start, stop in marks[before:behind] if text[start:stop].strip()]
+            by_turn.append(said or [self._span(messages, turn, text)])
+        return by_turn
+
+    def _marks(self, messages: Sequence[Message]) -> list[Span]:
+        """The character ranges that the template itself marks as generated, in their order."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options = self._tokenizer.special_tokens_map | TEMPLATE_OPTIONS
+        conversations = [[_shown_to_template(message) for message in messages]]
+        _, marks = render_jinja_template(
+            conversations, chat_template=self._template, return_assistant_tokens_mask=True, **options
+        )
+        return list(marks[0])
+
+    def _span(self, messages: Sequence[Message], turn: int, text: str) -> Span:
+        """Where `text`, the rendering of all `messages`, holds what the assistant says in `turn`."""
+        prompt = self._text(messages[:turn], add_generation_prompt=True)
+        start = _common_prefix(prompt, text)
+        # A generation prompt may open a thought that the row does not have; the turns before it must agree.
+        if start < len(prompt) and not text.startswith(self._text(messages[:turn]).rstrip()):
+            raise ValueError("it rewrites earlier turns; try another --mask-policy")
+        if turn == len(messages) - 1:
+            return start, len(text)
+        spoken = self._text(messages[: turn + 1])[start:]
+        length = _overlap(spoken, text[start:])
+        if not text[start : start + length].strip():
+            raise ValueError("it rewrites earlier turns; try another --mask-policy")
+        return start, start + length
+
+    def _call_spans(self, messages: Sequence[Message], turn: int, text: str) -> list[Span]:
+        """Where `text` holds the tool calls of `turn`, without the end of the turn."""
+        start, stop = self._span(messages, turn, text)
+        spans: list[Span] = []
+        for call in messages[turn].get(CALLS_AS_TEXT) or [self._calls(messages[: turn + 1])]:
+            call = _encodable(call)
+            place = text.find(call, start, stop)
+            if place < 0 or not call:
+                raise ValueError("its tool calls cannot be told from the rest of the turn; try another --mask-policy")
+            # White space behind a call is not scored, but may share a token with its end.
+            start = stop - len(text[place + len(call) : stop].lstrip())
+            spans.append((place, start))
+        return spans
+
+    def _calls(self, messages: Sequence[Message]) -> str:
+        """What the template writes for the tool calls of the last of `messages`."""
+        *before, turn = messages
+        ending = self._text([*before, {"role": turn["role"], "content": _SAID}]).rpartition(_SAID)[2]
+        if turn["content"].strip():
+            behind = self._text([*before, turn | {"content": _SAID}]).rpartition(_SAID)[2]
+        else:
+            whole = self._text(messages)
+            behind = whole[_common_prefix(self._text(before, add_generation_prompt=True), whole) :]
+        return behind.removesuffix(ending).strip()
+
+    def _shows_everything(self, messages: Sequence[Message]) -> bool:
+        """Whether the template renders every part of a conversation of this shape, tried with marks for its texts."""
+        shape = tuple((m["role"], bool(m["content"].strip()), len(m.get("tool_calls", ()))) for m in messages)
+        if shape not in self._shown:
+            marked, marks = _marked(shape)
+            try:
+                text = self._text(marked)
+            except _TEMPLATE_ERRORS:
+                # Left to the row itself, whose error says more.
+                return True
+            self._shown[shape] = all(mark in text for mark in marks)
+        return self._shown[shape]
+
+
+def _lost(message: Message, scored: str, policy: MaskPolicy) -> str:
+    """What of an assistant turn is not in the text that is scored for it; empty where all of it is.
+
+    White space is not compared, as templates trim it.
+    """
+    scored = " ".join(scored.split())
+
+    def holds(text: str) -> bool:
+        return " ".join(_encodable(text).split()) in scored
+
+    if not all(holds(call["function"]["name"]) for call in message.get("tool_calls", ())):
+        return "a tool call"
+    if policy == "tool_calls_only" or holds(message["content"]):
+        return ""
+    return THOUGHTS if holds(message["content"].rpartition(_END_OF_THOUGHT)[2]) else "what the assistant says"
+
+
+def _shown_to_template(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != CALLS_AS_TEXT}
+
+
+def _encodable(text: str) -> str:
+    """Half of a surrogate pair is valid in JSON but not in UTF-8, which tokenizers read."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _scored_turns(messages: Sequence[Message], policy: MaskPolicy) -> list[int]:
+    roles = [message["role"] for message in messages]
+    first_user = roles.index("user") if "user" in roles else len(roles)
+    turns = [
+        i
+        for i, message in enumerate(messages)
+        if i > first_user
+        and message["role"] == "assistant"
+        and (message["content"].strip() or message.get("tool_calls"))
+    ]
+    if policy == "tool_calls_only":
+        return [i for i in turns if messages[i].get("tool_calls") or messages[i].get(CALLS_AS_TEXT)]
+    return turns[-1:] if policy == "completion_only" else turns
+
+
+def _ends_on_nothing(messages: Sequence[Message]) -> bool:
+    """Whether the last assistant turn neither speaks nor calls."""
+    last = next((message for message in reversed(messages) if message["role"] == "assistant"), None)
+    return last is not None and not last["content"].strip() and not last.get("tool_calls")
+
+
+def _overlap(spoken: str, text: str) -> int:
+    """How much of the start of `text` is the turn that, were it the last one, would be written `spoken`.
+
+    All of it, for most templates. Some write the last turn with more in front (an empty thought): then it is the
+    longest end of `spoken`; some with more behind (an end of text): then it is their common start.
+    """
+    if text.startswith(spoken):
+        return len(spoken)
+    ends = (k for k in range(len(spoken)) if spoken[k] == text[:1] and text.startswith(spoken[k:]))
+    longest_end = len(spoken) - next(ends, len(spoken))
+    return max(longest_end, _common_prefix(spoken, text))
+
+
+def _common_prefix(a: str, b: str) -> int:
+    """How many characters `a` and `b` have in common at their start."""
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _marked(shape: tuple[tuple[str, bool, int], ...]) -> tuple[list[Message], list[str]]:
+    """A conversation of the given shape whose every part is a word of its own, and these words."""
+    messages: list[Message] = []
+    marks: list[str] = []
+    for i, (role, speaks, calls) in enumerate(shape):
+        message: Message = {"role": role, "content": f"said{i}x" if speaks else ""}
+        marks += [f"said{i}x"] * speaks
+        for j in range(calls):
+            function = {"name": f"name{i}x{j}x", "arguments": {"key": f"value{i}x{j}x"}}
+            # Nine letters and digits: Mistral's templates accept no other id.
+            call = {"id": f"{i:04}{j:05}", "type": "function", "function": function}
+            message.setdefault("tool_calls", []).append(call)
+            marks += [f"name{i}x{j}x", f"value{i}x{j}x"]
+        if role == "tool":
+            message["tool_call_id"] = f"{i:09}"
+        messages.append(message)
+    return messages, marks

@@ -1,0 +1,55 @@
+"""Tokenised data: both sides with their held-out split, and the counts of what became of the files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cbtrain.config import MaskPolicy
+from cbtrain.data.tokenization import TokenRow
+
+
+@dataclass(frozen=True)
+class SideCounts:
+    """What became of a side's files."""
+
+    files: int
+    rows: int
+    """Rows of this side in its files, the dropped ones included."""
+    left_out: int
+    """Labelled rows of neither side."""
+    other_side: int
+    """Labelled rows of the other side in this side's files."""
+    truncated: int
+    dropped_unscored: int
+    scored_tokens: int
+    """In training and held-out rows together."""
+    tokens: int = 0
+    """The same, scored or not."""
+    cut_short: int = 0
+    """Truncated rows that lost scored tokens."""
+    first_dropped: str = ""
+    """Where the first row without a scored token stands."""
+    unknown: int = 0
+    """Scored tokens that stand for text which the tokenizer does not know."""
+    duplicates: int = 0
+    """Rows of the same tokens and mask as an earlier one of the side; they are kept."""
+    left_out_because: Mapping[str, int] = field(default_factory=dict)
+    rewritten: Mapping[str, int] = field(default_factory=dict)
+    """Rows that the chat template could not render as they are, by what was changed."""
+    shapes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """For each file how many rows of which shape it holds."""
+
+
+@dataclass(frozen=True)
+class SideData:
+    train: list[TokenRow]
+    held_out: list[TokenRow]
+    counts: SideCounts
+    remarks: tuple[str, ...] = ()
+    """What a user should know of this side's files."""
+
+
+@dataclass(frozen=True)
+class CircuitBreakerData:
+    harmful: SideData
+    benign: SideData
+    mask_policy: MaskPolicy = "completion_only"

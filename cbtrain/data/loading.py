@@ -1,0 +1,174 @@
+"""Files to rows: both sides as tokens, and the held-out split."""
+
+from collections import Counter
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from cbtrain.config import CircuitBreakerConfig, InputError, flag
+from cbtrain.data.chat_template import ChatTemplate
+from cbtrain.data.dataset import CircuitBreakerData, SideCounts, SideData
+from cbtrain.data.formats.pretokenized import TokenisedRow
+from cbtrain.data.formats.rows import Row, Side, SideRows, load_rows
+from cbtrain.data.split import held_out_prompts, normalized_prompt, tokenised_prompt
+from cbtrain.data.tokenization import TokenRow, tokenize, truncate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_data(config: CircuitBreakerConfig, tokenizer: "PreTrainedTokenizerBase") -> CircuitBreakerData:
+    """Read, tokenise, truncate and split both sides as `config` says.
+
+    Raises:
+        InputError: bad files or rows (see `formats/rows.py`), a tokenizer whose chat template is missing or refuses a
+            row, a mask policy that does not fit the rows, a side without a scored token, one with a single prompt.
+    """
+    side_rows = load_rows(config.harmful, config.benign)
+    for rows in side_rows.values():
+        _check_policy(rows, config, len(tokenizer))
+    made = {side: _Tokenised(rows, side, config, tokenizer) for side, rows in side_rows.items()}
+    held_out = held_out_prompts({side: tokenised.rows for side, tokenised in made.items()}, config.eval_fraction)
+    sides = {
+        side: SideData(
+            train=[row for row in tokenised.rows if row.prompt not in held_out],
+            held_out=[row for row in tokenised.rows if row.prompt in held_out],
+            counts=tokenised.counts(side_rows[side]),
+            remarks=tuple(side_rows[side].remarks),
+        )
+        for side, tokenised in made.items()
+    }
+    return CircuitBreakerData(harmful=sides["harmful"], benign=sides["benign"], mask_policy=config.mask_policy)
+
+
+def _check_policy(side_rows: SideRows, config: CircuitBreakerConfig, vocabulary: int) -> None:
+    """Refuse rows that have not what the mask policy needs, or ids that the tokenizer does not know."""
+    policy = f"{flag('mask_policy')} {config.mask_policy}"
+    for row in side_rows.rows:
+        if isinstance(row, Row):
+            if config.mask_policy == "given":
+                raise InputError(
+                    f"{policy}: {row.source} is text and comes with no mask; name completion_only, assistant_only, "
+                    "tool_calls_only or full_sequence"
+                )
+            continue
+        if config.mask_policy not in ("given", "full_sequence"):
+            raise InputError(
+                f"{policy}: {row.source} is tokenised already, so its turns are not known; "
+                f"{flag('mask_policy')} given takes the mask that came with it, full_sequence scores every token"
+            )
+        if config.mask_policy == "given" and row.given is None:
+            raise InputError(
+                f"{policy}: {row.source} comes with no mask; give the file that holds its loss_mask beside it, or "
+                f"{flag('mask_policy')} full_sequence"
+            )
+        if max(row.input_ids) >= vocabulary:
+            raise InputError(
+                f"{row.source}: token id {max(row.input_ids):,} is not in the tokenizer's vocabulary of "
+                f"{vocabulary:,}; the row was made for another model, whose tokenizer --model or --tokenizer must name"
+            )
+
+
+class _Tokenised:
+    """The rows of one side that have a scored prediction, in the order of the files, and what happened to them."""
+
+    def __init__(
+        self, side_rows: SideRows, side: Side, config: CircuitBreakerConfig, tokenizer: "PreTrainedTokenizerBase"
+    ) -> None:
+        self.rows: list[TokenRow] = []
+        self.truncated = self.cut_short = 0
+        self.rewritten: Counter[str] = Counter()
+        self._config, self._tokenizer = config, tokenizer
+        text = [(place, row) for place, row in enumerate(side_rows.rows) if isinstance(row, Row)]
+        ready = self._from_text(text) | self._from_tokens(side_rows)
+        self.first_dropped = ""
+        for place, row in enumerate(side_rows.rows):
+            if place not in ready or not self._add(*ready[place], row.source):
+                self.first_dropped = self.first_dropped or row.source
+        if not self.rows:
+            raise _nothing_scored(side_rows, side, config)
+
+    def counts(self, side_rows: SideRows) -> SideCounts:
+        return SideCounts(
+            files=len(side_rows.files),
+            rows=len(side_rows.rows),
+            left_out=side_rows.left_out.total(),
+            other_side=side_rows.other_side,
+            truncated=self.truncated,
+            dropped_unscored=len(side_rows.rows) - len(self.rows),
+            scored_tokens=sum(row.scored_tokens for row in self.rows),
+            tokens=sum(len(row.input_ids) for row in self.rows),
+            cut_short=self.cut_short,
+            first_dropped=self.first_dropped,
+            unknown=self._unknown(),
+            duplicates=len(self.rows) - len({(row.input_ids, row.scored) for row in self.rows}),
+            left_out_because=dict(side_rows.left_out),
+            rewritten=dict(self.rewritten),
+            shapes={file: dict(shapes) for file, shapes in side_rows.shapes.items()},
+        )
+
+    def _from_text(self, rows: list[tuple[int, Row]]) -> dict[int, tuple[list[int], list[bool], str]]:
+        if not rows:
+            return {}
+        template = ChatTemplate(self._tokenizer)
+        rendered = [(place, row, template.render(row, self._config.mask_policy)) for place, row in rows]
+        kept = [(place, row, rendering) for place, row, rendering in rendered if rendering is not None]
+        self.rewritten.update(change for *_, rendering in kept for change in rendering.rewritten)
+        tokens = tokenize([rendering for *_, rendering in kept], self._tokenizer)
+        return {
+            place: (ids, scored, normalized_prompt(row.prompt))
+            for (place, row, _), (ids, scored) in zip(kept, tokens, strict=True)
+        }
+
+    def _from_tokens(self, side_rows: SideRows) -> dict[int, tuple[list[int], list[bool], str]]:
+        ready = {}
+        for place, row in enumerate(side_rows.rows):
+            if isinstance(row, TokenisedRow):
+                every = [True] * len(row.input_ids)
+                scored = every if self._config.mask_policy == "full_sequence" else list(row.given or ())
+                prompt = tokenised_prompt(row.input_ids, row.given, self._special_ids)
+                ready[place] = (list(row.input_ids), scored, prompt)
+        return ready
+
+    def _unknown(self) -> int:
+        unknown, known = self._tokenizer.unk_token_id, self._tokenizer
+        if unknown is None or unknown in (known.eos_token_id, known.bos_token_id, known.pad_token_id):
+            return 0  # where one stands for several, nothing can be told
+        return sum(
+            token == unknown
+            for row in self.rows
+            if unknown in row.input_ids  # hardly any, and every trial reads all rows
+            for token, scored in zip(row.input_ids, row.scored, strict=True)
+            if scored
+        )
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        return set(self._tokenizer.all_special_ids)
+
+    def _add(self, all_ids: list[int], all_scored: list[bool], prompt: str, source: str) -> bool:
+        """Keep a row, cut to its length, if there is something to predict in it."""
+        ids, scored = truncate(all_ids, all_scored, self._config.max_length, self._tokenizer.bos_token_id)
+        if not any(scored[1:]):
+            return False
+        self.truncated += len(ids) < len(all_ids)
+        self.cut_short += sum(scored) < sum(all_scored)
+        self.rows.append(TokenRow(tuple(ids), tuple(scored), prompt, source))
+        return True
+
+
+def _nothing_scored(side_rows: SideRows, side: Side, config: CircuitBreakerConfig) -> InputError:
+    """What to say of a side without a scored token."""
+    chats = [row.messages for row in side_rows.rows if isinstance(row, Row)]
+    instead = "full_sequence"
+    if len(chats) < len(side_rows.rows):
+        why = "the masks that came with them are 0"
+    elif not any(message["role"] == "assistant" for messages in chats for message in messages):
+        why = f"the rows end on a {min(messages[-1]['role'] for messages in chats)} turn"
+    elif config.mask_policy == "tool_calls_only":
+        why, instead = "no assistant turn calls a tool", "assistant_only"
+    else:
+        why = "the assistant turns are empty or answer no user"
+    return InputError(
+        f"{flag(side)} {' '.join(side_rows.files)}: 0 of {len(side_rows.rows):,} rows have a scored token under "
+        f"{config.mask_policy}; {why}. Try {flag('mask_policy')} {instead}"
+    )

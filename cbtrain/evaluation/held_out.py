@@ -1,0 +1,169 @@
+"""Held-out metrics of a student against its teacher: a fixed set of rows, no schedule, comparable between trials.
+
+Every metric is a mean over all scored positions of the held-out rows, summed in float64 over batches and ranks.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cbtrain.config import CircuitBreakerConfig
+from cbtrain.data.batches import TeacherStates, TokenBatch, held_out_batches
+from cbtrain.data.dataset import CircuitBreakerData
+from cbtrain.data.tokenization import TokenRow
+from cbtrain.losses.head_products import rows_per_chunk, teacher_logits_and_difference
+from cbtrain.losses.losses import nll, upcast
+from cbtrain.model.checks import retained_layers
+from cbtrain.model.lora import student_mode
+from cbtrain.model.partial_forward import Decoder
+from cbtrain.teacher_cache.store import TeacherCache, recalled
+from cbtrain.utils import distributed
+
+CHUNK_BYTES = 64 * 2**20
+"""Of each of the two [chunk, V] tensors of logits."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out batches of both sides, in a fixed order."""
+
+    harmful: list[TokenBatch]
+    benign: list[TokenBatch]
+
+
+def held_out(data: CircuitBreakerData, config: CircuitBreakerConfig, pad_token_id: int) -> HeldOut:
+    """Batches of `config.eval_batch_size` rows."""
+
+    def batches(rows: list[TokenRow]) -> list[TokenBatch]:
+        return held_out_batches(rows, config.eval_batch_size, pad_token_id)
+
+    return HeldOut(harmful=batches(data.harmful.held_out), benign=batches(data.benign.held_out))
+
+
+class Means:
+    """Sums and counts of metrics by name, in float64; reduced over ranks when read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = defaultdict(
+            lambda: torch.zeros(2, dtype=torch.float64, device=distributed.device())
+        )
+
+    def add(self, name: str, values: Tensor, weight: int) -> None:
+        """Add values of any shape, each counted `weight` (0 or 1) times."""
+        pair = torch.stack([values.detach().double().sum(), values.new_tensor(values.numel(), dtype=torch.float64)])
+        self._sums[name] = self._sums[name] + weight * pair
+
+    def read(self) -> dict[str, float]:
+        """The means over all ranks."""
+        names = sorted(self._sums)
+        table = torch.stack([self._sums[name] for name in names])
+        sums, counts = distributed.reduce_sum(table).cpu().unbind(1)
+        return dict(zip(names, (sums / counts).tolist(), strict=True))
+
+
+@torch.no_grad()
+def evaluate(
+    decoder: Decoder, batches: HeldOut, config: CircuitBreakerConfig, cache: TeacherCache | None = None
+) -> dict[str, float]:
+    """Metrics on held-out rows, by name.
+
+    `eval_loss_reroute`, and per target layer `eval_cosine_layer_K` (mean cosine) and `eval_cosine_positive_layer_K`
+    (share of tokens with a cosine above 0); `eval_loss_retain` (units of the hidden state); `eval_benign_kl`
+    (KL(teacher ‖ student) at T = 1, nats per scored prediction); `eval_benign_top1_agreement` (share of
+    predictions whose most likely token is the teacher's); `eval_benign_nll`, `eval_harmful_nll` and the teacher's
+    own `base_benign_nll`, `base_harmful_nll` (nats per scored prediction).
+    """
+    decoder.model.eval()
+    means = Means()
+    targets, retained = config.target_layers, retained_layers(config, decoder.layers)
+    for batch, weight in _share(batches.harmful):
+        student, teacher = decoder.states(recalled(batch, targets, True, cache), targets, final=True)
+        _add_cosines(student, teacher, targets, means, weight)
+        for logits, difference, following in _predictions(decoder, batch, student, teacher):
+            means.add("eval_harmful_nll", nll(logits + difference, following), weight)
+            means.add("base_harmful_nll", nll(logits, following), weight)
+    for batch, weight in _share(batches.benign):
+        student, teacher = decoder.states(recalled(batch, retained, True, cache), retained, final=True)
+        distance = torch.linalg.vector_norm(upcast(student.hidden) - upcast(teacher.hidden), dim=-1)
+        means.add("eval_loss_retain", distance, weight)
+        for logits, difference, following in _predictions(decoder, batch, student, teacher):
+            _add_drift(logits, difference, following, means, weight)
+    student_mode(decoder.model)
+    return means.read()
+
+
+class RowNLL(NamedTuple):
+    """Negative log-likelihood of a row's scored tokens, nats, summed."""
+
+    tuned: float
+    base: float
+    predictions: int
+    """Scored tokens that were predicted."""
+
+
+@torch.no_grad()
+def row_nll(
+    decoder: Decoder, rows: Sequence[TokenRow], config: CircuitBreakerConfig, pad_token_id: int
+) -> list[RowNLL]:
+    """The NLL of each row by itself under student and teacher, in the order of `rows`; every rank does all of them."""
+    decoder.model.eval()
+    found: dict[int, RowNLL] = {}
+    for batch in held_out_batches(rows, config.eval_batch_size, pad_token_id):
+        student, teacher = decoder.states(batch.to(distributed.device()), config.target_layers, final=True)
+        chunks = [
+            torch.stack([nll(logits + difference, following), nll(logits, following)]).double()
+            for logits, difference, following in _predictions(decoder, batch, student, teacher)
+        ]
+        counts = [row.scored_predictions for row in batch.rows]
+        parts = torch.cat(chunks, dim=1).cpu().split(counts, dim=1) if chunks else [torch.zeros(2, 0)] * len(counts)
+        for row, part in zip(batch.rows, parts, strict=True):
+            tuned, base = part.sum(1).tolist()
+            found[id(row)] = RowNLL(tuned, base, row.scored_predictions)
+    student_mode(decoder.model)
+    return [found[id(row)] for row in rows]
+
+
+def _share(batches: list[TokenBatch]) -> Iterator[tuple[TokenBatch, int]]:
+    """This rank's batches; a rank that runs out repeats the first with weight 0, as every rank must do as many."""
+    rank, world = distributed.rank(), distributed.world_size()
+    for start in range(0, len(batches), world):
+        mine = start + rank
+        yield batches[mine] if mine < len(batches) else batches[0], int(mine < len(batches))
+
+
+def _add_cosines(
+    student: TeacherStates, teacher: TeacherStates, layers: Sequence[int], means: Means, weight: int
+) -> None:
+    cosine = F.cosine_similarity(upcast(student.hidden), upcast(teacher.hidden), dim=-1)
+    means.add("eval_loss_reroute", F.relu(cosine), weight)
+    for layer, values in zip(layers, cosine.unbind(1), strict=True):
+        means.add(f"eval_cosine_layer_{layer}", values, weight)
+        means.add(f"eval_cosine_positive_layer_{layer}", values > 0, weight)
+
+
+def _predictions(
+    decoder: Decoder, batch: TokenBatch, student: TeacherStates, teacher: TeacherStates
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of a chunk of predictions at a time: the teacher's logits, the student's less those, the tokens that came."""
+    following = batch.input_ids.flatten()[batch.scored_predictions + 1].to(distributed.device())
+    ours, theirs = student.head_input, teacher.head_input
+    with distributed.gathered(decoder.head.parameters()):
+        head, scale = decoder.head.arguments(), decoder.head.scale
+        rows = rows_per_chunk(head["lm_head_weight"].shape[0], CHUNK_BYTES)
+        for start in range(0, len(following), rows):
+            chunk = slice(start, start + rows)
+            logits, difference = teacher_logits_and_difference(ours[chunk], theirs[chunk], **head)
+            yield scale * logits, scale * difference, following[chunk]
+
+
+def _add_drift(logits: Tensor, difference: Tensor, following: Tensor, means: Means, weight: int) -> None:
+    log_p, log_q = F.log_softmax(logits, dim=-1), F.log_softmax(logits + difference, dim=-1)
+    means.add("eval_benign_kl", (log_p.exp() * (log_p - log_q)).sum(-1), weight)
+    means.add("eval_benign_top1_agreement", log_q.argmax(-1) == log_p.argmax(-1), weight)
+    means.add("eval_benign_nll", F.nll_loss(log_q, following, reduction="none"), weight)
+    means.add("base_benign_nll", F.nll_loss(log_p, following, reduction="none"), weight)

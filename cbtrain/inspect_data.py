@@ -1,0 +1,159 @@
+"""What was understood of the data: counts, overlaps, and rows with their scored tokens marked.
+
+    python -m cbtrain.data --preset llama-3.1-8b-instruct --harmful harmful.jsonl --benign benign.jsonl
+
+Reads the files as training does and needs the tokenizer, not the model's weights. On a terminal scored tokens are
+shown in colour, elsewhere between ⟦ and ⟧.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from cbtrain.config import CircuitBreakerConfig, cli, get_config
+from cbtrain.data.checks import overlapping_prompts, overlapping_rows, rows_of, shared_prompts, shared_rows, suspicions
+from cbtrain.data.dataset import CircuitBreakerData, SideData
+from cbtrain.data.formats.rows import SIDES, Side
+from cbtrain.data.loading import load_data
+from cbtrain.data.tokenization import TokenRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN_ENDS = 40
+"""Tokens shown at either end of a stretch that is too long to be shown whole."""
+_SCORED_STYLE = "bold green"
+
+
+@dataclass(kw_only=True)
+class InspectionSettings:
+    """Print what is understood of the data, and train nothing."""
+
+    preset: str = "tiny"
+    """Where the defaults of all other flags come from; python -m cbtrain.config lists them."""
+    config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
+
+
+def main() -> int:
+    """Run the command; its exit status."""
+    settings = cli.parse(InspectionSettings, sys.argv[1:], "python -m cbtrain.data")
+    settings.config.validate()
+
+    from cbtrain.utils.environment import quiet_libraries
+
+    quiet_libraries()
+    from cbtrain.model.loading import load_tokenizer, resolve
+
+    config = resolve(settings.config)
+    tokenizer = load_tokenizer(config)
+    data = load_data(config, tokenizer)
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
+    for line in report(config, tokenizer, data):
+        console.print(line, markup=False)
+    for row, why in sample_rows(data):
+        console.print(f"\n{row.source} · {why}", markup=False)
+        console.print(marked(row, tokenizer, coloured=console.is_terminal))
+    console.print()
+    for text in suspicions(data):
+        console.print(Text(f"warning   {text}", style="bold yellow"))
+    for text in _unended(data, tokenizer):
+        console.print(f"note      {text}", markup=False)
+    return 0
+
+
+def report(config: CircuitBreakerConfig, tokenizer: "PreTrainedTokenizerBase", data: CircuitBreakerData) -> list[str]:
+    """The counts, a line each."""
+    parts = {"harmful": data.harmful, "benign": data.benign}
+    lines = [
+        f"data      mask policy {config.mask_policy} · at most {config.max_length:,} tokens a row",
+        f"          tokenizer {config.tokenizer or config.model} ({len(tokenizer):,} ids)",
+    ]
+    for side in SIDES:
+        lines += ["", side, *(f"  {what:<10}  {text}" for what, text in _side_lines(parts[side], config))]
+    lines += [
+        "",
+        f"overlap   training and held out (must be 0): {overlapping_prompts(data):,} prompts, "
+        f"{rows_of(overlapping_rows(data))}",
+        f"          harmful and benign: {shared_prompts(data):,} prompts, {rows_of(len(shared_rows(data)))} alike",
+    ]
+    return lines
+
+
+def sample_rows(data: CircuitBreakerData) -> list[tuple[TokenRow, str]]:
+    """Three rows worth looking at: the first of each side, and the longest of all but these."""
+    firsts = [(side, (*part.train, *part.held_out)) for side, part in _sides(data)]
+    chosen = [(min(rows, key=lambda row: _place(row.source)), f"first {side} row") for side, rows in firsts]
+    shown = [row for row, _ in chosen]
+    others = [(row, side) for side, rows in firsts for row in rows if row not in shown]
+    if others:
+        row, side = max(others, key=lambda other: len(other[0].input_ids))
+        chosen.append((row, f"longest {side} row"))
+    return chosen
+
+
+def marked(row: TokenRow, tokenizer: "PreTrainedTokenizerBase", coloured: bool) -> Text:
+    """The row's decoded tokens with the scored ones marked, long stretches shortened in their middle."""
+    text = Text()
+    places = range(len(row.input_ids))
+    for scored, group in groupby(places, key=row.scored.__getitem__):
+        words = _shortened([row.input_ids[place] for place in group], tokenizer)
+        if scored:
+            text.append(words if coloured else f"⟦{words}⟧", style=_SCORED_STYLE)
+        else:
+            text.append(words)
+    return text
+
+
+def _side_lines(side: SideData, config: CircuitBreakerConfig) -> Iterator[tuple[str, str]]:
+    counts = side.counts
+    for file, shapes in counts.shapes.items():
+        yield "file", f"{file}: " + (", ".join(f"{count:,} {shape}" for shape, count in shapes.items()) or "no row")
+    elsewhere = [f"{counts.other_side:,} of the other side"] if counts.other_side else []
+    elsewhere += [f"{count:,} left out ({reason})" for reason, count in counts.left_out_because.items()]
+    yield "rows", " · ".join([f"{counts.rows:,} of this side", *elsewhere])
+    kept = len(side.train) + len(side.held_out)
+    share, each = counts.scored_tokens / max(1, counts.tokens), counts.scored_tokens / max(1, kept)
+    yield "tokens", f"{counts.tokens:,} · scored {counts.scored_tokens:,} ({share:.1%}, {each:,.0f} a row)"
+    lost = f" to {config.max_length:,} tokens; {counts.cut_short:,} lost scored tokens" if counts.truncated else ""
+    yield "truncated", rows_of(counts.truncated) + lost
+    why = f": nothing scored, as {counts.first_dropped}" if counts.dropped_unscored else ""
+    yield "dropped", rows_of(counts.dropped_unscored) + why
+    yield "duplicates", rows_of(counts.duplicates)
+    for what, count in counts.rewritten.items():
+        yield "rendered", f"{rows_of(count)} otherwise than given: {what}"
+    yield "split", f"{len(side.train):,} train / {len(side.held_out):,} held out"
+
+
+def _unended(data: CircuitBreakerData, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
+    """Sides most of whose rows do not end on a token that ends a text or a turn."""
+    special = set(tokenizer.all_special_ids)
+    for side, part in _sides(data):
+        rows = [*part.train, *part.held_out]
+        ended = sum(_last_scored(row) in special for row in rows)
+        if tokenizer.eos_token_id is not None and data.mask_policy != "tool_calls_only" and ended < len(rows) / 2:
+            yield f"{side}: {len(rows) - ended:,} of {len(rows):,} rows end on no special token; no end is scored there"
+
+
+def _last_scored(row: TokenRow) -> int:
+    return next(token for token, scored in zip(row.input_ids[::-1], row.scored[::-1], strict=True) if scored)
+
+
+def _sides(data: CircuitBreakerData) -> Iterable[tuple[Side, SideData]]:
+    return ("harmful", data.harmful), ("benign", data.benign)
+
+
+def _place(source: str) -> tuple[str, int]:
+    file, _, line = source.rpartition(":")
+    return file, int(line)
+
+
+def _shortened(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    if len(ids) <= 2 * SHOWN_ENDS + 10:
+        return tokenizer.decode(ids)
+    left_out = len(ids) - 2 * SHOWN_ENDS
+    return f"{tokenizer.decode(ids[:SHOWN_ENDS])} … {left_out:,} tokens … {tokenizer.decode(ids[-SHOWN_ENDS:])}"

@@ -1,0 +1,105 @@
+"""Whether configuration, model and data fit together, told from the model's structure before its weights are loaded."""
+
+import functools
+from pathlib import Path
+
+from safetensors import safe_open
+
+from cbtrain.config import CircuitBreakerConfig, InputError
+from cbtrain.data.batches import pad_token_id
+from cbtrain.data.dataset import CircuitBreakerData
+from cbtrain.data.loading import load_data
+from cbtrain.model.loading import load_tokenizer, told_as_input_errors, weightless_model
+from cbtrain.model.lora import beyond_lora, lora_targets
+from cbtrain.utils.environment import say_once
+
+
+def check_rows(config: CircuitBreakerConfig, longest: int, largest_id: int) -> None:
+    """Refuse rows that the model has no positions or embeddings for.
+
+    Args:
+        longest: tokens of the longest row.
+        largest_id: the largest token id in any row.
+    """
+    text = weightless_model(config).config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise InputError(f"--max-length {config.max_length}: the model has {positions} positions")
+    if largest_id >= text.vocab_size:
+        raise InputError(
+            f"--tokenizer {config.tokenizer or config.model}: gives token id {largest_id}, the model's vocabulary "
+            f"ends at {text.vocab_size - 1}; name the model's own tokenizer"
+        )
+
+
+def check_fit(config: CircuitBreakerConfig) -> int:
+    """Check the layers and LoRA targets against the model's structure, without its weights.
+
+    Returns:
+        Number N of decoder blocks; hidden states are indexed 0 … N.
+
+    What LoRA cannot reach in the blocks is said in a line.
+
+    Raises:
+        InputError: the model cannot be found, or a field names a layer or module that it does not have.
+    """
+    with told_as_input_errors("model", config.model):
+        model = weightless_model(config)
+        for file in sorted(Path(config.model).glob("*.safetensors")):
+            with safe_open(file, framework="pt"):
+                pass  # reading the header tells a file that was cut short
+    count = model.config.get_text_config().num_hidden_layers
+    check_layers(config, count)
+    lora_targets(model, config)
+    if line := beyond_lora(model):
+        say_once(line)
+    return count
+
+
+def check_layers(config: CircuitBreakerConfig, layers: int) -> None:
+    """Refuse target layers and LoRA blocks that a model of `layers` decoder blocks does not have or cannot move.
+
+    Raises:
+        InputError: names the flag, the layer and what would do.
+    """
+    for block in config.lora_layers or ():
+        if not 0 <= block < layers:
+            raise InputError(f"--lora-layers {block}: the model has blocks 0–{layers - 1}")
+    adapted = config.lora_layers or range(layers)
+    for target in config.target_layers:
+        if target > layers:
+            raise InputError(f"--target-layers {target}: the model has hidden states 0–{layers}")
+        if min(adapted) >= target:
+            covered = f"LoRA covers blocks {min(adapted)}–{max(adapted)}"
+            raise InputError(f"--target-layers {target}: no LoRA layer below it ({covered}), so it cannot move")
+
+
+def retained_layers(config: CircuitBreakerConfig, blocks: int) -> list[int]:
+    """Hidden states that the retain loss compares, of a model with so many decoder blocks."""
+    return list(config.target_layers) if config.retain_layers == "target" else list(range(blocks + 1))
+
+
+DATA_FIELDS = ("model", "tokenizer", "harmful", "benign", "mask_policy", "max_length", "eval_fraction")
+
+
+def prepare(config: CircuitBreakerConfig) -> tuple[CircuitBreakerData, int]:
+    """Check the configuration against model and data without loading weights.
+
+    Returns:
+        The tokenised rows, read once in a process for the same unchanged files, and the padding token's id.
+    """
+    config.validate()
+    check_fit(config)
+    files = [Path(file) for file in (*config.harmful, *config.benign)]
+    stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
+    return _tokenised(tuple(getattr(config, name) for name in DATA_FIELDS), stamps)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenised(fields: tuple, _stamps: tuple) -> tuple[CircuitBreakerData, int]:
+    config = CircuitBreakerConfig(**dict(zip(DATA_FIELDS, fields, strict=True)))
+    tokenizer = load_tokenizer(config)
+    data = load_data(config, tokenizer)
+    rows = [row for side in (data.harmful, data.benign) for row in (*side.train, *side.held_out)]
+    check_rows(config, max(len(row.input_ids) for row in rows), max(max(row.input_ids) for row in rows))
+    return data, pad_token_id(tokenizer)

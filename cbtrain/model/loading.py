@@ -1,0 +1,87 @@
+"""A Hugging Face model and its tokenizer, read from a directory or the hub and kept in the process for the next run."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from cbtrain.config import CircuitBreakerConfig, InputError
+from cbtrain.data.formats.hub import localise
+from cbtrain.model import tiny
+from cbtrain.utils.files import stamp
+
+
+def resolve(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
+    """The configuration with the embedded model and data, and data sets of the hub, replaced by their paths."""
+    return localise(tiny.resolve(config) if config.model == "tiny" else config)
+
+
+def hidden_size(config: CircuitBreakerConfig) -> int:
+    """H, told by the model's structure."""
+    return weightless_model(config).config.get_text_config().hidden_size
+
+
+def load_tokenizer(config: CircuitBreakerConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `config.tokenizer`, or the one beside the model."""
+    name = config.tokenizer or config.model
+    with told_as_input_errors("tokenizer" if config.tokenizer else "model", name):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def _stamps(name: str) -> tuple[tuple, ...]:
+    """What changes when a model directory's files are replaced; nothing for a name of the hub."""
+    if not Path(name).is_dir():
+        return ()
+    return tuple((path.name, *stamp(path)) for path in sorted(Path(name).iterdir()) if path.is_file())
+
+
+def weightless_model(config: CircuitBreakerConfig) -> PreTrainedModel:
+    """The model's modules with neither weights nor memory, built once for the same unchanged files."""
+    return _weightless(config.model, _stamps(config.model))
+
+
+@functools.lru_cache(maxsize=1)
+def _weightless(name: str, _stamps: tuple) -> PreTrainedModel:
+    structure = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(structure)
+
+
+@contextmanager
+def told_as_input_errors(field: str, name: str) -> Iterator[None]:
+    """Raise whatever goes wrong while a model's files are read as an `InputError` that names the flag."""
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise InputError(f"--{field} {name}: no such directory")
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # whatever a broken file makes the libraries raise
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise InputError(f"--{field} {name}: cannot be loaded from a directory or the hub ({reason})") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _load_base(name: str, dtype: str, _stamps: tuple) -> PreTrainedModel:
+    model, report = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
+    lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if lacking:  # the library would fill them with random numbers, others in each process
+        raise InputError(f"--model {name}: no weights of the right shape for {lacking[0]} ({len(lacking)} in all)")
+    return model.requires_grad_(False).eval()
+
+
+def load_base(config: CircuitBreakerConfig) -> PreTrainedModel:
+    """The frozen base model, kept in the process for the next run of the same unchanged files and dtype.
+
+    Whoever adapts it takes the adapter off again (`PeftModel.unload`) before the next call.
+    """
+    with told_as_input_errors("model", config.model):
+        return _load_base(config.model, config.dtype, _stamps(config.model))
+
+
+def forget_base() -> None:
+    """Drop the base model kept in the process."""
+    _load_base.cache_clear()

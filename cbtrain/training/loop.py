@@ -1,0 +1,168 @@
+"""The training loop: a DeepSpeed engine around the step, held-out evaluation, checkpoints, an adapter at the end.
+
+Knows nothing of Ray: it takes a `report` callable and finds rank and world size in `torch.distributed`. What it
+writes into a run's directory: `config.json`, `metrics.jsonl`, `checkpoint/` where asked for, and at the end
+`adapter/` (PEFT).
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from cbtrain.config import CircuitBreakerConfig
+from cbtrain.data.dataset import CircuitBreakerData
+from cbtrain.evaluation.held_out import evaluate, held_out
+from cbtrain.losses.schedule import coefficients, learning_rate
+from cbtrain.model.checks import prepare
+from cbtrain.model.partial_forward import Decoder
+from cbtrain.teacher_cache.build import open_or_build
+from cbtrain.teacher_cache.plan import CacheUnavailableError
+from cbtrain.teacher_cache.store import TeacherCache
+from cbtrain.training import checkpoint
+from cbtrain.training.dataloader import Feed, StepInput
+from cbtrain.training.engine import (
+    adapted_model,
+    deepspeed_engine,
+    hold_updates_if,
+    save_adapter,
+    unclipped_grad_norm,
+)
+from cbtrain.training.metrics import Clock, Metrics, MetricsLog, Report, Update, Updates
+from cbtrain.training.model_card import write_card
+from cbtrain.utils import distributed
+
+
+def train(
+    config: CircuitBreakerConfig,
+    output_dir: Path,
+    report: Report,
+    *,
+    resume: bool = False,
+    teacher_cache: Path | None = None,
+    progress: Callable[[int], None] = lambda _step: None,
+) -> Metrics:
+    """Train one adapter; every rank calls it.
+
+    Args:
+        config: with `model` and data files that exist on this machine (`model.resolve`).
+        output_dir: the run's directory; what an earlier run left in it is replaced, or continued with `resume`.
+        report: called on every rank with each logged line of metrics, already reduced over ranks.
+        resume: continue from the newest checkpoint.
+        teacher_cache: where the teacher's states are kept, and put where they are missing; None runs the teacher.
+        progress: called on every rank after each update with the number done.
+
+    Returns:
+        The last line of metrics, with the held-out ones, and `train_s` and `eval_s` (seconds). A resumed run counts
+        there what its checkpoint had taken; it adds `resumed_from`, the checkpoint's step, and `earlier_s`, the
+        seconds up to it.
+
+    Raises:
+        InputError: configuration, model and data do not fit.
+        CheckpointError: there is nothing to resume from.
+        NonFiniteLossError: the weights are those before the update that would have carried it.
+    """
+    data, pad = prepare(config)
+    with distributed.process_group(), adapted_model(config) as model, deepspeed_engine(model, config) as engine:
+        decoder = engine.module.decoder
+        cache = _cache(config, data, pad, decoder, teacher_cache)
+        torch.manual_seed(config.seed + 1_000_003 * distributed.rank())
+        before = checkpoint.load(engine, output_dir / "checkpoint", config) if resume else checkpoint.NOTHING
+        first, clock = before.step, Clock(before.seconds)
+        log, updates = MetricsLog(output_dir, config, first), Updates(config, clock)
+        batches, feed = held_out(data, config, pad), Feed(data, config, pad, decoder.layers, cache)
+        metrics: Metrics = {}
+        for done, given in enumerate(feed.steps(first), first + 1):
+            updates.add(train_step(engine, given, done))
+            progress(done)
+            evaluating = done == config.steps or (config.eval_every > 0 and done % config.eval_every == 0)
+            logging = evaluating or done == 1 or done % config.log_every == 0
+            saving = config.checkpoint_every > 0 and done % config.checkpoint_every == 0 and done < config.steps
+            if logging or saving:
+                metrics = updates.read()
+            if evaluating:
+                metrics |= evaluate(decoder, batches, config, cache)
+                clock.lap("eval")
+            if logging:
+                metrics |= {"eval_s": clock.seconds["eval"]}
+                log.write(metrics)
+                report(metrics)
+            if saving:
+                checkpoint.save(engine, output_dir / "checkpoint", done, config, clock.seconds)
+            clock.lap("other" if logging or saving else "train")
+        save_adapter(model, output_dir / "adapter", config)
+        if distributed.rank() == 0:
+            write_card(output_dir / "adapter", config, data, metrics)
+    return metrics | ({"resumed_from": first, "earlier_s": sum(before.seconds.values())} if resume else {})
+
+
+def fill_teacher_cache(
+    config: CircuitBreakerConfig, directory: Path, progress: Callable[[int], None] | None = None
+) -> tuple[int, float]:
+    """Fill a cache for runs of this configuration beforehand; every rank calls it.
+
+    Args:
+        progress: called with the number of rows that were just done.
+
+    Returns:
+        Rows that were not there yet, and the seconds that the teacher took for them.
+
+    Raises:
+        InputError: as `train`.
+        CacheUnavailableError: it cannot be written or read there.
+    """
+    data, pad = prepare(config)
+    with adapted_model(config) as model, contextlib.ExitStack() as partitioned:
+        if config.zero_stage == 3:
+            partitioned.enter_context(distributed.process_group())
+            decoder = partitioned.enter_context(deepspeed_engine(model, config)).module.decoder
+        else:
+            decoder = Decoder(model, config.hidden_states)
+        cache = open_or_build(config, data, pad, decoder, directory, progress)
+    return cache.rows_computed, cache.teacher_s
+
+
+def _cache(
+    config: CircuitBreakerConfig, data: CircuitBreakerData, pad: int, decoder: Decoder, directory: Path | None
+) -> TeacherCache | None:
+    """The cache of a run that wants one; None, and a line that says why, where it cannot be had."""
+    without = torch.tensor([float(directory is None)], device=distributed.device())
+    if distributed.reduce_sum(without).item() or directory is None:  # one rank's disk may have been too small
+        return None
+    try:
+        return open_or_build(config, data, pad, decoder, directory)
+    except CacheUnavailableError as error:
+        if distributed.rank() == 0:
+            print(f"teacher cache {error}; every step runs the teacher", file=sys.stderr, flush=True)
+        return None
+
+
+def train_step(engine: deepspeed.DeepSpeedEngine, given: StepInput, step: int) -> Update:
+    """The optimizer update that makes `step` of them, without waiting for the device.
+
+    From the first loss that is not finite on, weights and optimizer stay as they are.
+    """
+    config: CircuitBreakerConfig = engine.module.config
+    weights, lr = coefficients(config, step - 1), learning_rate(config, step - 1)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    # DeepSpeed averages over ranks and micro-steps; the losses are already shares of the global mean.
+    undo_average = len(given.micro_batches) * distributed.world_size()
+    parts = torch.zeros(4, device=distributed.device())
+    grad_norm: Tensor | float | None = None
+    for index, batch in enumerate(given.micro_batches):
+        output = engine(batch, given.counts, weights)
+        parts += output.parts
+        engine.backward(output.loss * undo_average)
+        if index == len(given.micro_batches) - 1:
+            distributed.reduce_sum(parts)
+            hold_updates_if(~parts.isfinite().all(), engine)
+            grad_norm = unclipped_grad_norm(engine) if config.zero_stage == 0 else None
+        engine.step()
+    if grad_norm is None:
+        grad_norm = engine.get_global_grad_norm()
+    return Update(step, parts, grad_norm, given.counts, weights, lr)

@@ -1,0 +1,143 @@
+"""What a run reports: the numbers of each update, their file, and the seconds spent on what."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cbtrain.config import CircuitBreakerConfig
+from cbtrain.data.batches import ScoredCounts
+from cbtrain.losses.schedule import Coefficients
+from cbtrain.utils import distributed
+from cbtrain.utils.files import write_whole
+
+Metrics = dict[str, float]
+Report = Callable[[Metrics], None]
+LOSSES = ("loss", "loss_reroute", "loss_retain", "loss_kl")
+"""Names of `StepOutput.parts`, in its order."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss became NaN or infinite. The weights are those before it."""
+
+
+class Update(NamedTuple):
+    """One optimizer update, its numbers where they were computed."""
+
+    step: int
+    parts: Tensor
+    """[4], summed over micro-steps and ranks."""
+    grad_norm: Tensor | float
+    counts: ScoredCounts
+    weights: Coefficients
+    lr: float
+
+
+class Updates:
+    """Updates since the last reading. Reading waits for the device, so it is done for many at a time."""
+
+    def __init__(self, config: CircuitBreakerConfig, clock: "Clock") -> None:
+        self._config = config
+        self._clock = clock
+        self._since: list[Update] = []
+        self._train_s = clock.seconds["train"]
+
+    def add(self, update: Update) -> None:
+        """Keep an update for the next reading."""
+        self._since.append(update)
+
+    def read(self) -> Metrics:
+        """The metrics of the last update; the clock's lap of training ends here.
+
+        Raises:
+            NonFiniteLossError: names the first update since the last reading whose loss was not finite.
+        """
+        table = torch.stack([update.parts for update in self._since]).tolist()
+        for update, parts in zip(self._since, table, strict=True):
+            if not all(math.isfinite(value) for value in parts):
+                named = ", ".join(f"{name} {value:g}" for name, value in zip(LOSSES, parts, strict=True))
+                raise NonFiniteLossError(f"step {update.step}: a loss is not finite ({named}); lower --lr")
+        self._clock.lap("train")
+        train_s = self._clock.seconds["train"]
+        seconds, self._train_s = train_s - self._train_s, train_s
+        tokens, last = sum(update.counts.tokens for update in self._since), self._since[-1]
+        self._since = []
+        return {
+            "step": last.step,
+            **dict(zip(LOSSES, table[-1], strict=True)),
+            "cs": last.weights.cs,
+            "cr": last.weights.cr,
+            "alpha": self._config.alpha,
+            "beta_kl": self._config.beta_kl,
+            "kl_temperature": self._config.kl_temperature,
+            "kl_weight": last.weights.kl_weight,
+            "grad_norm_total": float(last.grad_norm),
+            "lr": last.lr,
+            "scored_tokens_harmful": last.counts.harmful_tokens,
+            "scored_tokens_benign": last.counts.benign_tokens,
+            "tokens_per_s": tokens / seconds,
+            "train_s": train_s,
+        }
+
+
+class Clock:
+    """Seconds spent in each kind of work; a resumed run goes on from those that its checkpoint had taken."""
+
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        self.seconds = {"train": 0.0, "eval": 0.0, "other": 0.0} | dict(seconds or {})
+        self._since = time.perf_counter()
+
+    def lap(self, kind: str) -> None:
+        """Count the time since the last lap as work of this kind."""
+        now = time.perf_counter()
+        self.seconds[kind] += now - self._since
+        self._since = now
+
+
+class MetricsLog:
+    """`metrics.jsonl`, a line a logged step, written by rank 0; a resumed run drops the lines it will write again."""
+
+    def __init__(self, output_dir: Path, config: CircuitBreakerConfig, first_step: int) -> None:
+        self._path = output_dir / "metrics.jsonl" if distributed.rank() == 0 else None
+        if self._path is None:
+            return
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(output_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+        kept = []
+        if first_step and self._path.is_file():
+            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
+        write_whole(self._path, "".join(line + "\n" for line in kept))
+
+    def write(self, metrics: Metrics) -> None:
+        """Append a line."""
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a half-written last line counts as beyond every step."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def console_line(metrics: Metrics) -> str:
+    """The line of a training run: unweighted losses, and α, the current reroute coefficient."""
+    line = (
+        f"Step {metrics['step']}: loss={metrics['loss']:.4f}, reroute={metrics['loss_reroute']:.4f}, "
+        f"retain={metrics['loss_retain']:.4f}, kl={metrics['loss_kl']:.4f}, α={metrics['cs']:.4f}"
+    )
+    if "eval_loss_reroute" in metrics:
+        line += (
+            f"\n  held out: reroute={metrics['eval_loss_reroute']:.4f}, benign KL={metrics['eval_benign_kl']:.4f} "
+            f"nats/token, harmful NLL={metrics['eval_harmful_nll']:.2f} (base {metrics['base_harmful_nll']:.2f})"
+        )
+    return line

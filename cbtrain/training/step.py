@@ -1,0 +1,75 @@
+"""One micro-step of the method: a paired batch in, the weighted loss and its parts out.
+
+The step is an `nn.Module` so that one engine forward holds all passes (student and teacher, harmful and benign),
+which is what DeepSpeed's hooks around a module's forward expect.
+"""
+
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from cbtrain.config import CircuitBreakerConfig
+from cbtrain.data.batches import PairedBatch, ScoredCounts, TeacherStates
+from cbtrain.losses.fused_kl import fused_linear_kl
+from cbtrain.losses.losses import reroute_loss, retain_loss
+from cbtrain.losses.schedule import Coefficients
+from cbtrain.model.checks import retained_layers
+from cbtrain.model.partial_forward import Decoder
+from cbtrain.utils import distributed
+
+
+class StepOutput(NamedTuple):
+    """A micro-step's share of the whole update: summed over micro-steps and ranks it is the update's mean.
+
+    A tuple, since DeepSpeed looks for a module's output tensors in tuples and dictionaries only.
+    """
+
+    loss: Tensor
+    """cs · loss_reroute + cr · loss_retain + kl_weight · loss_kl, with gradient."""
+    parts: Tensor
+    """[4]: loss, loss_reroute, loss_retain, loss_kl, detached."""
+
+
+class CircuitBreakerStep(nn.Module):
+    """loss = cs · loss_reroute + cr · (loss_retain + beta_kl · loss_kl), DESIGN §4."""
+
+    def __init__(self, model: PeftModel, config: CircuitBreakerConfig) -> None:
+        super().__init__()
+        self.model: PeftModel = model
+        self.config = config
+        self.decoder = Decoder(model, config.hidden_states)
+        self.retained = retained_layers(config, self.decoder.layers)
+
+    def forward(self, batch: PairedBatch, counts: ScoredCounts, weights: Coefficients) -> StepOutput:
+        """Losses of one micro-batch.
+
+        Args:
+            batch: rows of this micro-step on this rank, on the model's device.
+            counts: scored tokens and predictions of the whole update, over all micro-steps and ranks.
+            weights: the coefficients of this update.
+        """
+        reroute, retain, kl = [], [], []
+        for rows in batch.harmful:
+            ours, theirs = self.decoder.states(rows, self.config.target_layers, final=False)
+            reroute.append(reroute_loss(ours.hidden, theirs.hidden, counts.harmful_tokens))
+        for rows in batch.benign:
+            ours, theirs = self.decoder.states(rows, self.retained, final=True, final_gradient=weights.kl_weight > 0)
+            retain.append(retain_loss(ours.hidden, theirs.hidden, counts.benign_tokens))
+            kl.append(self._kl(ours, theirs, counts.benign_predictions))
+        losses = [torch.stack(shares).sum() for shares in (reroute, retain, kl)]
+        loss = weights.cs * losses[0] + weights.cr * losses[1] + weights.kl_weight * losses[2]
+        return StepOutput(loss=loss, parts=torch.stack([loss, *losses]).detach())
+
+    def _kl(self, ours: TeacherStates, theirs: TeacherStates, denominator: int) -> Tensor:
+        """T² · KL(T) of scaled logits is scale² · (T / scale)² · KL(T / scale) of the head's own."""
+        head = self.decoder.head
+        with distributed.gathered(head.parameters()):
+            return head.scale**2 * fused_linear_kl(
+                ours.head_input,
+                theirs.head_input,
+                temperature=self.config.kl_temperature / head.scale,
+                denominator=max(denominator, 1),
+                **head.arguments(),
+            )

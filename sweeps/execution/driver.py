@@ -1,0 +1,197 @@
+"""One driver's work on a sweep: fill the cache, run what the plan gives on Ray Tune, keep the run directory up to date.
+
+A sweep is one session, and another for each time that it is resumed.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from ray import tune
+
+from analysis.decide import decide
+from analysis.decision import Decision
+from cbtrain.teacher_cache.plan import LIVE, CachePlan, CacheUnavailableError
+from sweeps.execution.behaviour import behaviour_sentences, file_of, measure_all, subjects
+from sweeps.execution.searcher import PlanSearcher
+from sweeps.execution.teacher_cache import fill_cache
+from sweeps.execution.trial import TrialContext, run_trial
+from sweeps.plan.budget import PlanSettings
+from sweeps.plan.early_stopping import StopRule, rule_for
+from sweeps.plan.journal import TrialSpec
+from sweeps.plan.plan import SweepPlan
+from sweeps.reporting.console import CacheReport, EventLines, noise_lines, summary_lines, wrapped
+from sweeps.storage.run_directory import RunDirectory
+
+EXIT_STATUS = {"baseline_never_rerouted": 3, "baseline_failed": 3}
+
+
+@dataclass
+class Session:
+    """A sweep from here to its end; the driver holds the run directory's lock."""
+
+    run: RunDirectory
+    settings: PlanSettings
+    concurrency: int
+    ended_before: int = 0
+    """Trials that had ended when the sweep was resumed."""
+    early_stop: bool = False
+    """Whether search trials end themselves by a `StopRule`."""
+    on_ended: Callable[[Iterable[str]], None] = lambda _ended: None
+    """Called with the ids of trials that have ended, each once, when their results are on disk."""
+    behaviour_prompts: int = 0
+    """Held-out prompts of each kind on which baseline and chosen setting are measured in the end; 0 measures none."""
+
+    def __post_init__(self) -> None:
+        self._plan = SweepPlan(self.settings, JournalStorage(JournalFileBackend(str(self.run.journal))))
+        self._spent_before = float(self.run.record.get("wall_s") or 0.0)
+        self._started = time.monotonic()
+        self._noise_told = False
+        self._cleared: set[str] = set()
+
+    def sweep(self, context: TrialContext, cache: CachePlan) -> int:
+        """Run the plan to its end; the exit status."""
+        _log_to(self.run.path / "logs" / "driver.log")
+        spared = None
+        try:
+            if not self._plan.done:
+                context, spared = self._with_cache(context, cache)
+                self._tune(context)
+            self._measure_behaviour(context)
+        except BaseException as stop:
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                self.run.update(
+                    status="failed" if isinstance(stop, Exception) else "interrupted", wall_s=self._wall_s()
+                )
+            if isinstance(stop, KeyboardInterrupt):
+                shown = self.run.shown
+                print(f"\nthe trials that ended are in {shown}/trials.csv; --resume {shown} goes on", file=sys.stderr)
+            raise
+        return self.conclude(spared)
+
+    def conclude(self, spared: CacheReport | None = None) -> int:
+        """Record that the sweep is over and print what came of it; the exit status."""
+        rows, wall_s, decision = self._plan.rows(), self._wall_s(), self._decision
+        self._keep(rows)
+        self.run.update(status="finished")
+        measured = [spec for spec in subjects(rows, decision) if file_of(self.run.path, spec).exists()]
+        behaviour = behaviour_sentences(self.run.path, measured)
+        lines = summary_lines(
+            rows, decision, wall_s, self.concurrency, self.run.shown, spared, self.ended_before, behaviour
+        )
+        print("\n".join(lines))
+        return EXIT_STATUS.get(decision.verdict, 0)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to run or to measure."""
+        return self._plan.done and not self._unmeasured()
+
+    @functools.cached_property
+    def _decision(self) -> Decision:
+        """Of a plan that is done."""
+        return decide(
+            self._plan.table(),
+            reroute_tolerance=self.settings.reroute_tolerance,
+            confidence=self.settings.confidence,
+        )
+
+    def _unmeasured(self) -> list[TrialSpec]:
+        """The trials whose behaviour is wanted and not on disk; the sweep is over."""
+        if not self.behaviour_prompts:
+            return []
+        wanted = subjects(self._plan.rows(), self._decision)
+        return [spec for spec in wanted if not file_of(self.run.path, spec).exists()]
+
+    def _measure_behaviour(self, context: TrialContext) -> None:
+        """Measure what is wanted of it; a line why where that fails, since the decision stands without it."""
+        specs = self._unmeasured()
+        if not specs:
+            return
+        named = " and ".join(spec.trial_id for spec in specs)
+        print("\n".join(["", *wrapped(f"behaviour of {named}: what they write on held-out prompts")]), flush=True)
+        reason = measure_all(specs, context, self.behaviour_prompts)
+        if reason:
+            print("\n".join(wrapped(f"behaviour not measured: {reason}")), flush=True)
+
+    def _wall_s(self) -> float:
+        """Seconds of all sessions, up to the last event of those that were killed."""
+        return self._spent_before + time.monotonic() - self._started
+
+    def _keep(self, rows: list[dict[str, object]]) -> None:
+        """Bring the run directory up to what the journal knows."""
+        self.run.write_trials(rows)
+        self.run.update(tolerance=self._plan.tolerance, wall_s=self._wall_s())
+        ended = {str(row["trial_id"]) for row in rows if row["status"] != "running"}
+        self.run.remove_checkpoints(ended - self._cleared)
+        self.on_ended(ended - self._cleared)
+        self._cleared = ended
+
+    def _with_cache(self, context: TrialContext, plan: CachePlan) -> tuple[TrialContext, CacheReport | None]:
+        """The trials' context with a filled cache; without one, and a line why, where it cannot be filled."""
+        if plan.directory is None:
+            return context, None
+        earlier = self.run.record.get("teacher_cache")
+        try:
+            report = fill_cache(plan, context).after(earlier)
+        except CacheUnavailableError as error:
+            print("\n".join(wrapped(f"cache     off, {LIVE}: {error}")) + "\n", flush=True)
+            self.run.update(teacher_cache=f"off: {error}")
+            return context, None
+        self.run.update(teacher_cache={"directory": plan.directory, **dataclasses.asdict(report)})
+        return dataclasses.replace(context, teacher_cache=plan.directory), report
+
+    def _tune(self, context: TrialContext) -> None:
+        """Run the plan's trials on Ray Tune."""
+        self._tell_noise()
+        events = EventLines(self._plan, [row for row in self._plan.rows() if row["status"] != "running"])
+
+        def on_change() -> None:
+            rows = self._plan.rows()
+            self._keep(rows)
+            events.update([row for row in rows if row["status"] != "running" or row["trial_id"] in searcher.given])
+            self._tell_noise()
+
+        def rule(spec: TrialSpec) -> StopRule | None:
+            if not self.early_stop:
+                return None
+            return rule_for(spec, self._plan, self.run.path / "trials", context.config.steps)
+
+        searcher = PlanSearcher(self._plan, on_change, rule)
+        trainable = tune.with_parameters(run_trial, context=context)
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, context.workers.tune_resources()),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=self._plan.budget.total - self.ended_before,
+                max_concurrent_trials=self.concurrency,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(name="tune", storage_path=str(context.ray_directory), verbose=0),
+        )
+        tuner.fit()
+        if searcher.failure is not None:
+            raise searcher.failure
+
+    def _tell_noise(self) -> None:
+        """Say once, as soon as the baseline is in, where seeds differ too much for the limit."""
+        if self._noise_told or self._plan.tolerance is None:
+            return
+        self._noise_told = True
+        if not self._plan.stopped_because:
+            for line in noise_lines(self._plan.rows(), self._plan.tolerance, self.settings):
+                print(line, flush=True)
+
+
+def _log_to(path: Path) -> None:
+    """Send what libraries log or warn of to a file, off the screen."""
+    logging.captureWarnings(True)
+    logging.basicConfig(filename=path, level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", force=True)

@@ -1,0 +1,238 @@
+"""One trial: a Ray Train `TorchTrainer` around `cbtrain.training.loop.train`, inside a Ray Tune function trainable.
+
+A trial of one CPU worker runs in the trainable's own process (Train's local mode, `num_workers=0`), which Tune keeps
+for the next trial: imports, base model and tokenised data are paid for once. Otherwise Train starts workers.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray.train
+import ray.tune
+from ray.train import FailureConfig, RunConfig
+from ray.train.torch import TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from cbtrain.config import CircuitBreakerConfig
+from cbtrain.utils.environment import quiet_libraries
+from sweeps.execution.placement import Workers
+from sweeps.plan.early_stopping import StoppedEarly, StopRule, held_out_curve, judge
+from sweeps.plan.journal import TrialSpec, trial_config
+from sweeps.storage.lock import LEFT_RUNNING_S, held
+
+REPORTED = ("loss_reroute", "loss_retain", "loss_kl", "grad_norm_total", "tokens_per_s", "train_s")
+"""Metrics of the loop that a trial's outcome carries beside those named eval_, base_ and resumed_."""
+
+
+@dataclass(frozen=True)
+class TrialContext:
+    """What all trials of a sweep share."""
+
+    config: CircuitBreakerConfig
+    run_dir: Path
+    workers: Workers
+    teacher_cache: Path | None = None
+    """Where the frozen teacher's states are; None runs it at every step."""
+    session: int = 0
+    """How often the sweep was resumed. Ray's files of each session lie apart: it would restore what it finds."""
+
+    @property
+    def ray_directory(self) -> Path:
+        """Where Ray keeps its own files."""
+        return self.run_dir / "ray" / f"session-{self.session}"
+
+
+def run_trial(spec_fields: dict, context: TrialContext) -> None:
+    """The Tune trainable: train one setting and report its outcome.
+
+    An exception becomes an outcome with status `failed` and its text; the traceback is in the trial's log. A trial
+    that was interrupted counts in `wall_s` what its checkpoint had taken.
+
+    Args:
+        spec_fields: of its `TrialSpec`, and `stop_rule` where it has one.
+        context: the sweep's.
+    """
+    started, earlier_s = time.perf_counter(), 0.0
+    fields = dict(spec_fields)
+    rule = fields.pop("stop_rule", None)
+    spec = TrialSpec(**fields)
+    with output_to(context.run_dir, spec.trial_id):
+        try:
+            metrics, reason = _fit(spec, context, rule)
+            outcome = {"status": "stopped" if reason else "completed", "error": reason, **_columns(metrics)}
+            earlier_s = metrics.get("earlier_s", 0.0)
+        except Exception as error:
+            traceback.print_exc()
+            outcome = {"status": "failed", "error": root_cause(error)}
+    ended = {
+        "wall_s": time.perf_counter() - started + earlier_s,
+        "ended_at": time.time(),
+        "process": f"{socket.gethostname()}:{os.getpid()}",
+    }
+    ray.tune.report(outcome | ended)
+
+
+def _fit(spec: TrialSpec, context: TrialContext, rule: StopRule | None) -> tuple[dict[str, float], str]:
+    """Run the trainer; what `train_loop` returned on rank 0."""
+    callbacks = [] if context.workers.in_process else [TuneReportCallback()]
+    work = functools.partial(train_loop, spec, context, rule)
+    return _trainer(work, context, spec.trial_id, callbacks).fit().return_value
+
+
+def _trainer(work: Callable, context: TrialContext, name: str, callbacks: Sequence = ()) -> TorchTrainer:
+    """Train's workers around a function of no arguments; a failure is final."""
+    return TorchTrainer(
+        work,
+        scaling_config=context.workers.scaling(),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(context.ray_directory / "train"),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),
+            callbacks=list(callbacks),
+        ),
+    )
+
+
+def train_loop(spec: TrialSpec, context: TrialContext, rule: StopRule | None = None) -> tuple[dict[str, float], str]:
+    """What each worker runs.
+
+    Returns:
+        The loop's last metrics, and why `rule` stopped it there; the reason is empty where the trial was completed.
+        No exception says so, since Ray would take the worker that raises it for lost.
+    """
+    quiet_libraries()
+    import torch
+
+    from cbtrain.training.metrics import console_line
+
+    torch.set_num_threads(context.workers.cpus)
+    config = trial_config(context.config, spec)
+    in_process = context.workers.in_process
+    report: Callable = ray.tune.report if in_process else ray.train.report
+    directory = context.run_dir / "trials" / spec.trial_id
+    curve = held_out_curve(directory) if rule else {}  # a resumed trial's, up to where it was killed
+
+    def report_evaluations(metrics: dict[str, float]) -> None:
+        print(console_line(metrics), flush=True)
+        if "eval_loss_reroute" in metrics:
+            report(dict(metrics))
+            if rule:
+                judge(rule, curve, metrics)  # the metrics are summed over ranks, so all of them end here or none
+
+    rank = 0 if in_process else ray.train.get_context().get_world_rank()
+    with contextlib.ExitStack() as stack:
+        if not in_process:
+            stack.enter_context(output_to(context.run_dir, f"{spec.trial_id}-rank{rank}"))
+        if rank == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(directory / "lock", wait_s=LEFT_RUNNING_S))
+        try:
+            return _begin_or_go_on(config, directory, report_evaluations, context.teacher_cache), ""
+        except StoppedEarly as stop:
+            print(f"stopped: {stop}", flush=True)
+            return stop.metrics, str(stop)
+
+
+def _begin_or_go_on(
+    config: CircuitBreakerConfig, directory: Path, report: Callable, teacher_cache: Path | None
+) -> dict[str, float]:
+    """Train from the checkpoint of an earlier session, where it left one that fits, else from the start."""
+    from cbtrain.training import loop
+    from cbtrain.training.checkpoint import CheckpointError
+
+    if (directory / "metrics.jsonl").exists():
+        earlier = _checkpointed(directory)
+        try:
+            return loop.train(config, directory, report, resume=True, teacher_cache=teacher_cache)
+        except StoppedEarly as stop:
+            stop.metrics |= earlier
+            raise
+        except CheckpointError as error:
+            print(f"begins anew: {error}", flush=True)
+    return loop.train(config, directory, report, teacher_cache=teacher_cache)
+
+
+def _checkpointed(directory: Path) -> dict[str, float]:
+    """What the loop would add to the metrics of a run that goes on from the checkpoint here, if it is a good one."""
+    from cbtrain.training.checkpoint import MANIFEST
+
+    try:
+        manifest = json.loads((directory / "checkpoint" / MANIFEST).read_text())
+        return {"resumed_from": manifest["step"], "earlier_s": sum(manifest["seconds"].values())}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return {}
+
+
+def fill_cache_on_workers(directory: Path, context: TrialContext) -> tuple[int, float]:
+    """Fill the teacher cache on workers like a trial's; rows that were computed, and the teacher's seconds.
+
+    Raises:
+        CacheUnavailableError: whatever went wrong.
+    """
+    from cbtrain.teacher_cache.plan import CacheUnavailableError
+
+    trainer = _trainer(functools.partial(_fill_cache, directory, context), context, "teacher_cache")
+    try:
+        return trainer.fit().return_value
+    except Exception as error:
+        raise CacheUnavailableError(f"{directory}: {root_cause(error)}") from error
+
+
+def _fill_cache(directory: Path, context: TrialContext) -> tuple[int, float]:
+    quiet_libraries()
+    import torch
+
+    from cbtrain.training import loop
+
+    torch.set_num_threads(context.workers.cpus)
+    with output_to(context.run_dir, f"teacher_cache-rank{ray.train.get_context().get_world_rank()}"):
+        return loop.fill_teacher_cache(context.config, directory)
+
+
+def _columns(metrics: dict[str, float]) -> dict[str, float]:
+    """The columns of trials.csv among the loop's metrics."""
+    others = {name: value for name, value in metrics.items() if name.startswith(("eval_", "base_", "resumed_"))}
+    return {"steps": metrics["step"], **{name: metrics[name] for name in REPORTED}, **others}
+
+
+def root_cause(error: BaseException) -> str:
+    """One line for what went wrong at the bottom of Ray's wrappings."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+@contextlib.contextmanager
+def output_to(run_dir: Path, name: str) -> Iterator[None]:
+    """Send everything this process prints, libraries written in C included, to `logs/<name>.log` for the body."""
+    path = run_dir / "logs" / f"{name}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig()  # warnings that are captured as log records come out with the rest
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    try:
+        with path.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+        for descriptor in kept:
+            os.close(descriptor)

@@ -1,0 +1,118 @@
+"""What a sweep of N trials consists of: its settings, and how many trials each phase gets.
+
+`--num-samples` is the total. Baselines come first in the budget, then the ablation points, then the search;
+confirmation takes a tenth where all of those have their place.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from analysis.noise import baseline_seeds_of
+from analysis.surrogate.kernel import BETA_KL_RANGE, KL_TEMPERATURE_RANGE
+from cbtrain.config import InputError
+
+Phase = Literal["baseline", "ablation", "search", "confirm"]
+SamplerName = Literal["gp", "tpe", "random"]
+
+ABLATION_POINTS: tuple[tuple[float, float], ...] = ((0.1, 1.0), (0.3, 1.0), (0.5, 1.0), (0.3, 2.0))
+"""(beta_kl, kl_temperature) of the fixed test; with the baseline it has five points."""
+MIN_CONFIRMED_BUDGET = 15
+"""Below this many trials none is spent on confirmation."""
+MAX_CONFIRM = 20
+"""More confirmations than this would be seeds beyond those of the baseline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """What is swept, and with how many trials."""
+
+    num_samples: int = 20
+    """Trials in all, whatever their phase."""
+    seed: int = 0
+    """First trial seed; also seeds the search."""
+    baseline_seeds: int | None = None
+    """Seeds on which `beta_kl = 0` is run; None is a fifth of the budget, at least 3, at most 8."""
+    reroute_tolerance: float = 0.05
+    """Share of the baseline's rerouting that a trial may lose."""
+    confidence: float = 0.95
+    """Probability of keeping that limit which a recommended setting must reach."""
+    sampler: SamplerName = "gp"
+    """What searches: gp is the Gaussian process that also decides, tpe and random are Optuna's."""
+    beta_kl_range: tuple[float, float] = BETA_KL_RANGE
+    """Searched on a logarithmic scale."""
+    kl_temperature_range: tuple[float, float] = KL_TEMPERATURE_RANGE
+    """Searched on a linear scale."""
+
+    def __post_init__(self) -> None:
+        """Raise `InputError` naming the flag of a value that makes no sweep."""
+        if self.seed < 0:
+            raise InputError(f"--seed {self.seed}: must be 0 or more")
+        if self.baseline_seeds is not None and self.baseline_seeds < 1:
+            raise InputError(f"--baseline-seeds {self.baseline_seeds}: must be 1 or more")
+        if not 0 < self.reroute_tolerance < 1:
+            raise InputError(f"--reroute-tolerance {self.reroute_tolerance}: must lie between 0 and 1")
+        if self.sampler not in get_args(SamplerName):
+            raise InputError(f"--sampler {self.sampler}: must be one of {', '.join(get_args(SamplerName))}")
+        if not 0.5 < self.confidence < 1:
+            raise InputError(f"--confidence {self.confidence}: must lie between 0.5 and 1")
+        betas, temperatures = zip(*ABLATION_POINTS, strict=True)
+        _require_range("beta_kl_range", self.beta_kl_range, betas)
+        _require_range("kl_temperature_range", self.kl_temperature_range, temperatures)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Trials a phase; they add up to `num_samples`. `dropped` names what the full plan would have had."""
+
+    baseline: int
+    ablation: int
+    search: int
+    confirm: int
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Trials in all."""
+        return self.baseline + self.ablation + self.search + self.confirm
+
+
+def allocate(settings: PlanSettings) -> Budget:
+    """Share out `num_samples`.
+
+    Raises:
+        InputError: fewer trials than the baseline's seeds and one to compare with them.
+    """
+    total = settings.num_samples
+    baseline = settings.baseline_seeds or baseline_seeds_of(total)
+    if total < baseline + 1:
+        mend = f"give {baseline + 1} or more" + (", or fewer --baseline-seeds" if baseline > 1 else "")
+        seeds = f"{baseline} baseline seed{'s' if baseline > 1 else ''}"
+        raise InputError(f"--num-samples {total}: {seeds} + 1 trial to compare = {baseline + 1} at least; {mend}")
+    ablation = min(len(ABLATION_POINTS), total - baseline)
+    free = total - baseline - ablation
+    wanted = min(MAX_CONFIRM, total // 10) if total >= MIN_CONFIRMED_BUDGET else 0
+    confirm = min(wanted, max(0, free - 1))
+    return Budget(baseline, ablation, free - confirm, confirm, _dropped(ablation, free, confirm, wanted))
+
+
+def _dropped(ablation: int, free: int, confirm: int, wanted: int) -> tuple[str, ...]:
+    """Names of the phases and points that got no trial, in the order in which they were given up."""
+    names = []
+    if confirm == 0:
+        names.append("confirmation")
+    elif confirm < wanted:
+        names.append(f"{wanted - confirm} of {wanted} confirmation trials")
+    if free == 0:
+        names.append("search")
+    names += [f"ablation ({beta:g}, T {temperature:g})" for beta, temperature in reversed(ABLATION_POINTS[ablation:])]
+    return tuple(names)
+
+
+def _require_range(name: str, bounds: tuple[float, float], inside: tuple[float, ...]) -> None:
+    low, high = bounds
+    given = f"{name} {low:g} {high:g}"
+    if not (0 < low < high < math.inf):
+        raise InputError(f"{given}: must be two finite numbers above 0, the smaller first")
+    if low > min(inside) or high < max(inside):
+        raise InputError(f"{given}: must contain the ablation points, {min(inside):g} to {max(inside):g}")

@@ -1,0 +1,279 @@
+"""Which trial comes next: baseline → ablation → search → confirm, within one total of trials.
+
+`SweepPlan.ask()` gives a trial to run and `tell()` takes its outcome, in any order and with any number running.
+Everything is kept in an Optuna storage; a plan over a storage that holds a sweep continues it.
+"""
+
+import logging
+import math
+import numbers
+from collections import Counter
+from dataclasses import fields, replace
+from typing import Any, Literal
+
+import optuna
+import pandas as pd
+from optuna.storages import BaseStorage, InMemoryStorage
+
+from analysis.constraint import absolute_tolerance, baseline_rerouted, reroute_regression
+from analysis.decide import decide
+from analysis.surrogate.surrogate import MAX_MODELLED, STOPPED_LOSS
+from cbtrain.config import InputError
+from sweeps.plan.budget import ABLATION_POINTS, PlanSettings, allocate
+from sweeps.plan.journal import Entry, Journal, TrialOutcome, TrialSpec
+from sweeps.plan.sampler import DRAWS_OF_MANY, search_space, suggest
+
+StopReason = Literal["", "baseline_never_rerouted", "baseline_failed"]
+
+METRIC_COLUMNS = (
+    *("steps", "loss_reroute", "loss_retain", "loss_kl"),
+    *("eval_loss_reroute", "eval_loss_retain", "eval_benign_kl", "eval_benign_nll", "eval_harmful_nll"),
+    *("base_benign_nll", "base_harmful_nll", "train_s", "wall_s"),
+)
+"""Columns of trials.csv that the trial itself reports."""
+RUNNING_SHARE = 0.5
+"""A search trial starts when none runs, or fewer than this share of those still to be asked for: a short search learns
+from every result, and its last trials rest on nearly all of them."""
+REQUIRED_METRICS = ("eval_benign_kl", "eval_loss_reroute", "eval_harmful_nll")
+PLAN_COLUMNS = {field.name for field in fields(TrialSpec)} | {"status", "reroute_regression", "feasible", "error"}
+"""Columns that the plan fills, whatever a trial reports under these names."""
+
+
+class SweepPlan:
+    """The trials of one sweep, asked for and told one at a time. Not for use by several threads at once."""
+
+    def __init__(self, settings: PlanSettings, storage: BaseStorage | None = None) -> None:
+        """Begin a sweep, or continue the one in `storage` (None keeps it in memory).
+
+        Trials of that sweep which were running are asked for again, first and under their own ids.
+
+        Raises:
+            InputError: the number of trials is too small for a sweep, or `storage` holds one with other settings.
+                Only `num_samples` may differ.
+        """
+        _quiet_optuna()
+        allocate(settings)  # before anything is written
+        self._journal = Journal(storage or InMemoryStorage(), search_space(settings))
+        self.settings = _as_begun(settings, self._journal)
+        self.budget = allocate(self.settings)
+        self._entries = self._journal.entries
+        self._interrupted = [entry.spec for entry in self._entries.values() if entry.outcome is None]
+        self._settle()
+
+    def ask(self) -> TrialSpec | None:
+        """The next trial to run, or None when nothing can start before a running trial ends (or ever)."""
+        if self._interrupted:
+            return self._interrupted.pop(0)
+        asked = Counter(entry.spec.phase for entry in self._entries.values())
+        if asked["baseline"] < self.budget.baseline:
+            return self._journal.add("baseline", 0.0, 1.0, self.settings.seed + asked["baseline"])
+        if self.stopped_because:
+            return None
+        if asked["ablation"] < self.budget.ablation:
+            return self._journal.add("ablation", *ABLATION_POINTS[asked["ablation"]], self.settings.seed)
+        if not self._fixed_part_in() or len(self._entries) >= self.budget.total:
+            return None
+        to_search, running = self.budget.search - asked["search"], self._running()
+        if to_search > 0:
+            return self._search(asked["search"]) if running < max(1, to_search * RUNNING_SHARE) else None
+        # The pick rests on every result, so confirmations are run one after another.
+        return None if running else self._confirm(asked["search"])
+
+    def tell(self, trial_id: str, outcome: TrialOutcome) -> None:
+        """Take the outcome of a trial that was asked for. It is stored before this returns.
+
+        A completed outcome with a missing or non-finite metric is kept as failed, with an error naming the metric.
+
+        Raises:
+            KeyError: no such trial was asked for.
+            ValueError: the trial has an outcome already.
+        """
+        entry = self._entries[trial_id]
+        if entry.outcome is not None:
+            raise ValueError(f"{trial_id}: told twice, first as {entry.outcome.status}")
+        self._interrupted = [spec for spec in self._interrupted if spec.trial_id != trial_id]
+        self._journal.record(entry, _checked(outcome))
+        self._settle()
+
+    @property
+    def done(self) -> bool:
+        """Whether every trial asked for has ended and no more will be given."""
+        finished = len(self._entries) >= self.budget.total or self.stopped_because != ""
+        return finished and self._running() == 0
+
+    @property
+    def tolerance(self) -> float | None:
+        """The allowed rise of `eval_loss_reroute`; None until the baseline is in, or where none completed."""
+        if not self._baseline_in() or not self._baseline_losses():
+            return None
+        return absolute_tolerance(self._baseline_losses().values(), self.settings.reroute_tolerance)
+
+    @property
+    def stopped_because(self) -> StopReason:
+        """Why the sweep ends before its budget is spent; empty while it does not."""
+        if not self._baseline_in():
+            return ""
+        losses = self._baseline_losses()
+        if not losses:
+            return "baseline_failed"
+        return "" if baseline_rerouted(losses.values()) else "baseline_never_rerouted"
+
+    def rows(self) -> list[dict[str, object]]:
+        """One row for each trial asked for, in that order, with the columns of trials.csv; None is not known."""
+        baseline, tolerance = self._baseline_losses(), self.tolerance
+        reported = {name for entry in self._entries.values() for name in _metrics(entry)}
+        names = (*METRIC_COLUMNS, *sorted(reported - set(METRIC_COLUMNS) - PLAN_COLUMNS))
+        return [_row(entry, names, baseline, tolerance) for entry in self._entries.values()]
+
+    def table(self) -> pd.DataFrame:
+        """`rows` as a table."""
+        return pd.DataFrame(self.rows())
+
+    def _running(self) -> int:
+        return sum(entry.outcome is None for entry in self._entries.values())
+
+    def _baselines(self) -> list[Entry]:
+        return [entry for entry in self._entries.values() if entry.spec.phase == "baseline"]
+
+    def _baseline_in(self) -> bool:
+        ended = sum(entry.outcome is not None for entry in self._baselines())
+        return ended >= self.budget.baseline and ended == len(self._baselines())
+
+    def _fixed_part_in(self) -> bool:
+        """Whether baseline and ablation have ended: a search that starts on less spends its trials on guesses."""
+        fixed = [entry for entry in self._entries.values() if entry.spec.phase in ("baseline", "ablation")]
+        return self._baseline_in() and all(entry.outcome is not None for entry in fixed)
+
+    def _baseline_losses(self) -> dict[int, float]:
+        """`eval_loss_reroute` by seed of the baselines that completed."""
+        losses = {entry.spec.seed: _completed_loss(entry) for entry in self._baselines()}
+        return {seed: loss for seed, loss in losses.items() if loss is not None}
+
+    def _settle(self) -> None:
+        """Tell Optuna of the ended trials, the searched ones only when the baseline gives them their constraint."""
+        baseline, tolerance, in_ = self._baseline_losses(), self.tolerance, self._baseline_in()
+        for entry in self._entries.values():
+            if entry.outcome is None or entry.settled or not (in_ or entry.spec.phase == "baseline"):
+                continue
+            constraint = None if entry.spec.phase == "baseline" else _regression(entry, baseline, tolerance)
+            if entry.outcome.status == "stopped" and tolerance is not None:
+                constraint = (STOPPED_LOSS - 1) * tolerance
+            self._journal.settle(entry, constraint)
+
+    def _search(self, index: int) -> TrialSpec:
+        seeds = list(self._baseline_losses())
+        seed = seeds[index % len(seeds)]
+        return self._journal.add("search", *suggest(self._journal.searched, self.table, self.settings, seed), seed)
+
+    def _confirm(self, searched: int) -> TrialSpec:
+        """The current pick on a baseline seed it has not had, or the next best setting that has one to spare.
+
+        Where no setting completed a trial, the search goes on instead.
+        """
+        tolerance, confidence = self.settings.reroute_tolerance, self.settings.confidence
+        # Of many trials few draws tell what to look at again, in a third of the time.
+        draws = DRAWS_OF_MANY if len(self._entries) > MAX_MODELLED else None
+        decision = decide(self.table(), reroute_tolerance=tolerance, confidence=confidence, draws=draws)
+        seeds = list(self._baseline_losses())
+        for setting in decision.settings:
+            unseen = [seed for seed in seeds if seed not in self._seeds_of(setting.beta_kl, setting.kl_temperature)]
+            if unseen:
+                return self._journal.add("confirm", setting.beta_kl, setting.kl_temperature, unseen[0])
+        if not decision.settings:
+            return self._search(searched)
+        fresh = 1 + max(entry.spec.seed for entry in self._entries.values())
+        pick = decision.settings[0]
+        return self._journal.add("confirm", pick.beta_kl, pick.kl_temperature, fresh)
+
+    def _seeds_of(self, beta_kl: float, kl_temperature: float) -> set[int]:
+        specs = [entry.spec for entry in self._entries.values()]
+        return {spec.seed for spec in specs if (spec.beta_kl, spec.kl_temperature) == (beta_kl, kl_temperature)}
+
+
+def _as_begun(settings: PlanSettings, journal: Journal) -> PlanSettings:
+    """The settings with the number of baseline seeds that the sweep was begun with, whatever its total is now."""
+    begun = journal.pinned()
+    if begun is None:
+        settings = replace(settings, baseline_seeds=allocate(settings).baseline)
+        journal.pin(_fixed(settings))
+        return settings
+    if settings.baseline_seeds is None:
+        settings = replace(settings, baseline_seeds=begun.get("baseline_seeds"))
+    now = _fixed(settings)
+    other = [name for name in now if now[name] != begun.get(name)]
+    if other:
+        named = ", ".join(f"{name} {begun.get(name)}, not {now[name]}" for name in other)
+        raise InputError(f"the journal holds a sweep with {named}: continue it as it was, or start another")
+    return settings
+
+
+def _fixed(settings: PlanSettings) -> dict[str, object]:
+    """What must stay as it is while a sweep goes on, as JSON gives it back."""
+    values = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "num_samples"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _checked(outcome: TrialOutcome) -> TrialOutcome:
+    """The outcome in plain Python numbers; a completed one that lacks a finite metric becomes failed."""
+    plain = {name: _plain(getattr(outcome, name)) for name in REQUIRED_METRICS}
+    outcome = replace(outcome, **plain, metrics={name: _plain(value) for name, value in outcome.metrics.items()})
+    if outcome.status != "completed":
+        return outcome
+    for name, value in (plain | outcome.metrics).items():
+        if value is None:
+            return replace(outcome, status="failed", error=f"{name} is missing")
+        if isinstance(value, float) and not math.isfinite(value):
+            return replace(outcome, status="failed", error=f"{name} is {value}, not a finite number")
+    return outcome
+
+
+def _plain(value: Any) -> Any:
+    """NumPy and other scalars as the Python numbers that JSON knows."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def _metrics(entry: Entry) -> dict[str, object]:
+    if entry.outcome is None:
+        return {}
+    return {**entry.outcome.metrics, **{name: getattr(entry.outcome, name) for name in REQUIRED_METRICS}}
+
+
+def _completed_loss(entry: Entry) -> float | None:
+    outcome = entry.outcome
+    return outcome.eval_loss_reroute if outcome is not None and outcome.status == "completed" else None
+
+
+def _regression(entry: Entry, baseline: dict[int, float], tolerance: float | None) -> float | None:
+    """`reroute_regression` of a completed trial; None for others and while the tolerance is not known."""
+    loss = _completed_loss(entry)
+    if loss is None or tolerance is None:
+        return None
+    return reroute_regression(loss, entry.spec.seed, baseline, tolerance)
+
+
+def _row(
+    entry: Entry, names: tuple[str, ...], baseline: dict[int, float], tolerance: float | None
+) -> dict[str, object]:
+    spec, outcome, metrics = entry.spec, entry.outcome, _metrics(entry)
+    regression = _regression(entry, baseline, tolerance)
+    return {
+        "trial_id": spec.trial_id,
+        "phase": spec.phase,
+        "status": "running" if outcome is None else outcome.status,
+        "beta_kl": spec.beta_kl,
+        "kl_temperature": spec.kl_temperature,
+        "seed": spec.seed,
+        **{name: metrics.get(name) for name in names},
+        "reroute_regression": regression,
+        "feasible": None if regression is None else regression <= 0,
+        "error": "" if outcome is None else outcome.error,
+    }
+
+
+def _quiet_optuna() -> None:
+    """Optuna's warnings go to `logging` and its running commentary nowhere."""
+    optuna.logging.set_verbosity(logging.WARNING)
+    optuna.logging.disable_default_handler()
+    optuna.logging.enable_propagation()

@@ -1,0 +1,223 @@
+"""Where the search looks next. Each suggestion is a function of the sweep's trials and a seed, without a state.
+
+`PosteriorSampler` is an Optuna sampler over the model that will decide (`analysis.surrogate.surrogate`). It maximises
+
+    E[drift saved over the best setting that qualifies] × P(the trials that are left, spent there, make it qualify)
+
+where a setting qualifies when its probability of being feasible reaches the confidence that a recommendation needs.
+The second factor is what tells it from expected improvement × P(feasible), which spends a noisy budget on places that
+look best and can never be proved. Drift is counted as it is, not by its logarithm: a bet on a far corner can save no
+more than all of it. And what is known of beta_kl at one temperature is used: drift falls with it and rerouting is
+lost with it, so a weight promises no less than those below it, and proves no more.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+from scipy.special import log_ndtr, ndtr
+
+from analysis.constraint import absolute_tolerance
+from analysis.noise import excessive_spread
+from analysis.surrogate.gaussian_process import Mixture
+from analysis.surrogate.kernel import Array, coordinates
+from analysis.surrogate.surrogate import BASELINE, MAX_MODELLED, Surrogate, finite_trials
+from sweeps.plan.budget import PlanSettings
+
+BETA_KL, KL_TEMPERATURE = "beta_kl", "kl_temperature"
+MIN_MODELLED_TRIALS = 3
+"""Completed trials at `beta_kl` > 0 from which the model suggests; with fewer, points are drawn at random."""
+SAME_POINT = 0.02
+"""Points closer than this share of the searched ranges in both parameters are one point."""
+WORTH_A_TRIAL = 0.01
+"""Of the drift without KL: a point that is expected to save less is worth no trial as long as the setting that would be
+chosen has run on one seed only."""
+SIGNIFICANT_DIGITS = 4
+
+DRAWS_OF_MANY = 16
+"""Hyper-parameter draws where trials are many, and tell much of them."""
+
+_DRAWS, _MANY = 64, 80
+_WEIGHTS, _TEMPERATURES = 64, 7
+
+
+def search_space(settings: PlanSettings) -> dict[str, BaseDistribution]:
+    """Distributions of the two searched parameters; every trial of the searched study carries both."""
+    return {
+        BETA_KL: FloatDistribution(*settings.beta_kl_range, log=True),
+        KL_TEMPERATURE: FloatDistribution(*settings.kl_temperature_range),
+    }
+
+
+def suggest(
+    study: optuna.Study, trials: Callable[[], pd.DataFrame], settings: PlanSettings, seed: int
+) -> tuple[float, float]:
+    """The next (beta_kl, kl_temperature), rounded to what a person can type back.
+
+    Args:
+        study: the searched study, settled; trials that run are taken into account.
+        trials: gives all trials of the sweep, with the columns of `trials.csv`.
+        seed: on which the suggested setting will be trained.
+    """
+    asked = study.get_trials(deepcopy=False)
+    number, completed = len(asked), sum(trial.state == TrialState.COMPLETE for trial in asked)
+    draw = int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0])
+    sampler: BaseSampler
+    if settings.sampler == "random" or completed < MIN_MODELLED_TRIALS:
+        sampler = RandomSampler(seed=draw)
+    elif settings.sampler == "tpe" or number >= MAX_MODELLED:
+        sampler = TPESampler(seed=draw, multivariate=True, constant_liar=True, n_startup_trials=MIN_MODELLED_TRIALS)
+    else:
+        sampler = PosteriorSampler(trials(), settings, seed, draw)
+    # Optuna's samplers go through all they see at every trial, and write into the study: they get a copy of the newest.
+    newest = optuna.create_study(sampler=sampler)
+    newest.add_trials(asked[-MAX_MODELLED:])
+    params = newest.ask(search_space(settings)).params
+    return (
+        _rounded(params[BETA_KL], settings.beta_kl_range),
+        _rounded(params[KL_TEMPERATURE], settings.kl_temperature_range),
+    )
+
+
+class PosteriorSampler(BaseSampler):
+    """Suggests the point whose next trial is worth most to the decision, given the trials so far."""
+
+    def __init__(self, trials: pd.DataFrame, settings: PlanSettings, seed: int, draw: int = 0) -> None:
+        """
+        Args:
+            trials: columns of `trials.csv`; at least one completed at `beta_kl = 0`. The drift of those that run is
+                taken to come out as the model expects, so that trials asked for together do not meet. Their
+                rerouting is not: that would make the model sure of what nobody has seen.
+            settings: the searched ranges, the tolerance and the confidence.
+            seed: on which the point will be trained.
+            draw: shifts the grid of points that are compared.
+        """
+        self._trials = trials
+        self._settings = settings
+        self._seed = seed
+        self._draw = draw
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Both parameters, always."""
+        return search_space(self._settings)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The suggested point."""
+        beta_kl, kl_temperature = _most_valuable(self._trials, self._settings, self._seed, self._draw)
+        return {BETA_KL: beta_kl, KL_TEMPERATURE: kl_temperature}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """For parameters that the sweep does not know: at random."""
+        return RandomSampler(seed=self._draw).sample_independent(study, trial, param_name, param_distribution)
+
+
+def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw: int) -> tuple[float, float]:
+    """The point of the highest value on a grid that `draw` shifts, apart from those that were asked for.
+
+    Where the seeds differ by too much for the limit, a setting that ran already and not yet on this seed comes first
+    if it is worth as much: there a second look at few settings tells more than a first at many. Where no point is
+    worth a trial, the setting that would be chosen now runs again, if on this seed and on a second one at all.
+    """
+    model = Surrogate.of(trials, settings.reroute_tolerance, _DRAWS if len(trials) <= _MANY else DRAWS_OF_MANY)
+    asked = trials[trials["beta_kl"] > 0]
+    running = asked[asked["status"] == "running"]
+    if len(running):
+        model = model.believing_drift(coordinates(running["beta_kl"], running["kl_temperature"]), running["seed"])
+    known = pd.concat([finite_trials(asked)[0], running])
+    pick = _pick(model, known, settings.confidence)
+    reference = BASELINE if pick is None else coordinates(*pick)[0]
+    left = max(1, settings.num_samples - len(trials))
+
+    def saved_and_proved(points: Array) -> tuple[Array, Array]:
+        saved = expected_saving(model.log_drift_over(points, reference))
+        return saved, model.probability_of_qualifying(points, seed, settings.confidence, left)
+
+    unit = _grid(draw)
+    points = coordinates(*_from_unit(unit, settings))
+    saved, proved = (part.reshape(_TEMPERATURES, _WEIGHTS) for part in saved_and_proved(points))
+    worth = np.maximum.accumulate(saved, axis=1) * np.minimum.accumulate(proved, axis=1)
+    taken = _to_unit(asked["beta_kl"].to_numpy(float), asked["kl_temperature"].to_numpy(float), settings)
+    apart = np.abs(unit[:, None] - taken).max(axis=2).min(axis=1, initial=np.inf) >= SAME_POINT
+    worth = np.where(apart, worth.ravel(), -1)
+    again = _not_on(seed, known, asked) if _noisy(trials, settings) else []
+    if again:
+        worth_again = np.prod(saved_and_proved(coordinates(*np.transpose(again))), axis=0)
+        if worth_again.max() >= worth.max():
+            return again[np.argmax(worth_again)]
+    seeds = [] if pick is None else _seeds_of(pick, asked)
+    if pick is not None and len(seeds) == 1 and seed not in seeds:
+        of_pick, of_baseline = model.drift.value(np.stack([reference, BASELINE])).expectation()
+        if np.exp(of_pick - of_baseline) * worth.max() < WORTH_A_TRIAL:
+            return pick
+    if not apart.any():
+        unit, worth = np.random.default_rng(draw).random((1, 2)), np.zeros(1)
+    beta_kl, kl_temperature = _from_unit(unit[[np.argmax(worth)]], settings)
+    return float(beta_kl[0]), float(kl_temperature[0])
+
+
+def _noisy(trials: pd.DataFrame, settings: PlanSettings) -> bool:
+    """Whether the baseline's seeds differ by too much for the limit."""
+    losses = finite_trials(trials[trials["beta_kl"] == 0])[0]["eval_loss_reroute"].astype(float).tolist()
+    return excessive_spread(losses, absolute_tolerance(losses, settings.reroute_tolerance)) is not None
+
+
+def _not_on(seed: int, known: pd.DataFrame, asked: pd.DataFrame) -> list[tuple[float, float]]:
+    """The settings of `known` that no trial of `asked`, failed ones included, has on `seed`, by their weights."""
+    here = asked[asked["seed"] == seed]
+    tried = set(zip(here["beta_kl"], here["kl_temperature"], strict=True))
+    return sorted(set(zip(known["beta_kl"], known["kl_temperature"], strict=True)) - tried)
+
+
+def _pick(model: Surrogate, ran: pd.DataFrame, confidence: float) -> tuple[float, float] | None:
+    """The setting with the least drift among those that qualify, which would be chosen now; None where none does."""
+    points = coordinates(ran["beta_kl"], ran["kl_temperature"])
+    drift = model.drift.value(points).expectation()
+    drift[model.probability_feasible(points) < confidence] = np.inf
+    best = int(np.argmin(drift))
+    if not np.isfinite(drift[best]):
+        return None
+    return float(ran["beta_kl"].iloc[best]), float(ran["kl_temperature"].iloc[best])
+
+
+def _seeds_of(setting: tuple[float, float], asked: pd.DataFrame) -> set[int]:
+    """The seeds on which a setting was asked for."""
+    return set(asked.loc[(asked["beta_kl"] == setting[0]) & (asked["kl_temperature"] == setting[1]), "seed"])
+
+
+def expected_saving(change: Mixture) -> Array:
+    """`[m]`: E[max(0, 1 − e^change)], the share of drift that is saved, of a change in its logarithm."""
+    z = -change.mean / change.sd
+    log_kept = change.mean + 0.5 * np.square(change.sd) + log_ndtr(z - change.sd)
+    return change.weights @ np.maximum(0, ndtr(z) - np.exp(np.minimum(log_kept, 0)))
+
+
+def _grid(draw: int) -> Array:
+    """`[temperatures × weights, 2]` points of the unit square, their weights shifted together by less than a step."""
+    weights = (np.arange(_WEIGHTS) + np.random.default_rng(draw).random()) / _WEIGHTS
+    pairs = np.meshgrid(weights, np.linspace(0, 1, _TEMPERATURES))
+    return np.stack(pairs, axis=2).reshape(-1, 2)
+
+
+def _to_unit(beta_kl: Array, kl_temperature: Array, settings: PlanSettings) -> Array:
+    low, high = np.log(settings.beta_kl_range)
+    cold, hot = settings.kl_temperature_range
+    return np.stack([(np.log(beta_kl) - low) / (high - low), (kl_temperature - cold) / (hot - cold)], axis=1)
+
+
+def _from_unit(points: Array, settings: PlanSettings) -> tuple[Array, Array]:
+    low, high = np.log(settings.beta_kl_range)
+    cold, hot = settings.kl_temperature_range
+    return np.exp(low + points[:, 0] * (high - low)), cold + points[:, 1] * (hot - cold)
+
+
+def _rounded(value: float, bounds: tuple[float, float]) -> float:
+    return min(max(float(f"{value:.{SIGNIFICANT_DIGITS}g}"), bounds[0]), bounds[1])

@@ -1,0 +1,87 @@
+"""What the sweep's command takes: its flags with their meaning, and what is refused of them."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from cbtrain.config import CircuitBreakerConfig, InputError, flag, get_config
+
+SEARCHED = ("beta_kl", "kl_temperature")
+
+
+@dataclass(kw_only=True)
+class SweepSettings:
+    """Sweep beta_kl and kl_temperature of a circuit breaker, with a total of --num-samples trials."""
+
+    preset: str = "tiny"
+    """Where the defaults of the training flags come from (tiny, llama-3.1-8b-instruct, llama-4-scout)."""
+    num_samples: int = 20
+    """Trials in all: baseline, ablation, search and confirmation."""
+    run_dir: Path | None = None
+    """Directory for everything the sweep writes; None is runs/kl_ablation-TIME, or kl_ablation-TIME below
+    --storage-path. A relative one is below --storage-path where that is given."""
+    storage_path: Path | None = None
+    """Directory that all nodes share, for run directories; needed in a Ray job on several nodes. An absolute --run-dir
+    or --resume must lie below it."""
+    copy_to: str | None = None
+    """Where a sweep that has finished is copied, without teacher_cache/, ray/ and checkpoints: a directory, or a URI
+    that pyarrow opens (s3://, gs://, hdfs://, file://), credentials from the environment. The copy is URI/NAME, NAME
+    being the run directory's."""
+    resume: Path | None = None
+    """Run directory of a sweep that was killed, or that shall have more trials (--num-samples): continue it, with the
+    settings that it was begun with."""
+    baseline_seeds: int | None = None
+    """Seeds of the beta_kl = 0 baseline; None is a fifth of the trials, at least 3, at most 8."""
+    reroute_tolerance: float = 0.05
+    """Share of the baseline's rerouting that a setting may lose."""
+    confidence: float = 0.95
+    """Probability of keeping that limit which a recommended setting must reach."""
+    sampler: Literal["gp", "tpe", "random"] = "gp"
+    """What searches: gp is the Gaussian process that also decides, tpe and random are Optuna's samplers."""
+    early_stop: bool = False
+    """End a search trial whose rerouting stays over the limit; off by default: it saves too little (bench_stopping)."""
+    max_concurrent: int | None = None
+    """Trials at a time; None is what the machine holds, at most 4."""
+    workers_per_trial: int = 1
+    """Worker processes a trial; more than 1, or a GPU, gives each trial workers of its own."""
+    gpus_per_worker: float | None = None
+    """GPUs a worker; None is 1 where there are GPUs, else 0."""
+    teacher_cache: str = "auto"
+    """Where the frozen teacher's states are kept for all trials: auto is the run directory where that pays and fits,
+    off runs the teacher at every step, anything else is a directory that sweeps can share."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases to log to: a run a trial when it ends, and one for the decision and its figures, in
+    a group named as the run directory."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline needs no login and keeps the runs in RUN_DIR/wandb, for `wandb sync`."""
+    behaviour_prompts: int = 16
+    """Held-out prompts of each kind to which the baseline and the chosen setting write an answer when all trials have
+    ended, for refusals and gibberish (trials/ID/behaviour.json); 0 skips it, and so does ZeRO-3 on several workers."""
+    dry_run: bool = False
+    """Check everything, print the plan and what the teacher cache would take, and start nothing."""
+    config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
+
+
+def overrides_of_preset(settings: SweepSettings) -> dict[str, object]:
+    """The training fields given on the command line that differ from the preset."""
+    preset = dataclasses.asdict(get_config(settings.preset))
+    given = dataclasses.asdict(settings.config)
+    overrides = {name: value for name, value in given.items() if value != preset[name]}
+    for name in SEARCHED:
+        if name in overrides:
+            raise InputError(f"{flag(name)} {overrides[name]}: the sweep searches it; leave the flag out")
+    return overrides
+
+
+def check_counts(settings: SweepSettings) -> None:
+    gpus = settings.gpus_per_worker or 0.0
+    if not 0 <= gpus < math.inf:
+        raise InputError(f"--gpus-per-worker {gpus}: must be 0 or more")
+    if gpus > 1 and gpus != int(gpus):
+        raise InputError(f"--gpus-per-worker {gpus:g}: a share of one GPU, or a whole number")
+    for name, least in (("workers_per_trial", 1), ("max_concurrent", 1), ("behaviour_prompts", 0)):
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise InputError(f"{flag(name)} {value}: must be {least} or more")

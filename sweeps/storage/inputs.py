@@ -1,0 +1,143 @@
+"""What a sweep is made from: its model and data, read once before it begins, and told by content when it goes on."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cbtrain.config import CircuitBreakerConfig, InputError, get_config
+from cbtrain.utils.files import checksum
+
+if TYPE_CHECKING:
+    from cbtrain.data.dataset import CircuitBreakerData
+
+MODEL_FILES = (
+    *("config.json", "adapter_config.json", "*.index.json", "*.safetensors", "*.bin"),
+    *("tokenizer*.json", "vocab.json", "special_tokens_map.json", "merges.txt", "*.jinja", "*.model"),
+)
+"""Structure, weights and tokenizer; whatever else lies beside them changes no trial."""
+_SAMPLED_ABOVE = 64 * 2**20
+_SAMPLES, _SAMPLE_BYTES = 64, 2**16
+
+
+def read_inputs(
+    config: CircuitBreakerConfig, preset: str, workers: int, record: Mapping[str, Any]
+) -> "tuple[CircuitBreakerConfig, CircuitBreakerData]":
+    """Read the model's structure and the data, so that what is wrong with them is said now, and print what was read.
+
+    Args:
+        config: of every trial, as given.
+        preset: its name.
+        workers: processes a trial.
+        record: the content of sweep.json; `inputs` in it are what a sweep that is resumed was made from.
+
+    Returns:
+        The configuration of every trial, with paths that hold wherever its process starts, and the rows.
+    """
+    from cbtrain.utils.environment import quiet_libraries
+
+    quiet_libraries()
+    from cbtrain.data.batches import check_batch
+    from cbtrain.data.checks import description
+    from cbtrain.model import tiny
+    from cbtrain.model.checks import check_fit, prepare
+    from cbtrain.model.loading import resolve
+    from sweeps.reporting.console import indented
+
+    config = resolve(config)
+    if "inputs" in record:
+        if Path(config.model) == tiny.cache_directory():
+            tiny.build()  # a cache may be emptied
+        require_unchanged(record["inputs"], config)
+    check_batch(config, workers)
+    data, _ = prepare(config)
+    model = record["config_overrides"].get("model", get_config(preset).model)
+    print(f"KL ablation · preset {preset} · model {model} ({check_fit(config)} layers)")
+    first, *rest = description(data)
+    print("\n".join([f"data      {first}", *(line for text in rest for line in indented(text))]), flush=True)
+    return with_absolute_paths(config), data
+
+
+def predicted_memory(
+    config: CircuitBreakerConfig, data: "CircuitBreakerData", workers: int, gpus_per_worker: float | None
+) -> str:
+    """What a worker of a trial is predicted to need, in words."""
+    import torch
+
+    from cbtrain.training.memory_estimate import predict_run
+
+    on_gpu = torch.cuda.is_available() if gpus_per_worker is None else gpus_per_worker > 0
+    # Any weight above 0 needs the same, and 0 less.
+    config = dataclasses.replace(config, beta_kl=1.0)
+    try:
+        peak = predict_run(config, data, world_size=workers, cuda=on_gpu).peak
+    except ValueError as error:
+        return f"not predicted: {error}"
+    needed = f"{peak / 1e9:.3g} GB" if peak > 1e9 else f"{peak / 1e6:.3g} MB"
+    return f"{needed} a worker at its peak, predicted, libraries aside"
+
+
+def with_absolute_paths(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
+    """The same files wherever a trial's process starts; names that are no file or directory here are the hub's."""
+
+    def absolute(name: str) -> str:
+        return str(Path(name).absolute()) if Path(name).exists() else name
+
+    return dataclasses.replace(
+        config,
+        model=absolute(config.model),
+        tokenizer=config.tokenizer and absolute(config.tokenizer),
+        harmful=tuple(map(absolute, config.harmful)),
+        benign=tuple(map(absolute, config.benign)),
+    )
+
+
+def identities(config: CircuitBreakerConfig) -> dict[str, str]:
+    """A checksum for each file that the trials of a configuration read, by its path.
+
+    Files of more than 64 MB, which weights are, are told by their size and 64 samples: enough to know another model,
+    and a second's work for any of them. A model of the hub is told by its revision.
+    """
+    files = {file: checksum(Path(file)) for file in (*config.harmful, *config.benign) if Path(file).exists()}
+    for name in filter(None, (config.model, config.tokenizer)):
+        if Path(name).is_dir():
+            found = {file for pattern in MODEL_FILES for file in Path(name).glob(pattern)}
+            files |= {str(file): _sampled(file) for file in sorted(found)}
+        else:
+            files[name] = _revision(name)
+    return files
+
+
+def require_unchanged(recorded: Mapping[str, str], config: CircuitBreakerConfig) -> None:
+    """Raise `InputError` naming the first file that is not what it was when the sweep began."""
+    for name in recorded:
+        if Path(name).is_absolute() and not Path(name).is_file():
+            raise InputError(f"{name}: gone since the sweep began; put it back, or begin another sweep")
+    now = identities(config)
+    for name, identity in recorded.items():
+        if now.get(name, identity) != identity:
+            raise InputError(f"{name}: changed since the sweep began; put it back as it was, or begin another sweep")
+
+
+def _sampled(file: Path) -> str:
+    """The file's checksum, or where it is large that of its size and samples, the first and last bytes among them."""
+    size = file.stat().st_size
+    if size <= _SAMPLED_ABOVE:
+        return checksum(file)
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        for index in range(_SAMPLES):
+            stream.seek(index * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return f"sampled {digest.hexdigest()}"
+
+
+def _revision(name: str) -> str:
+    """The commit of a hub model that this machine has, as its cache files it; empty for a repository without one."""
+    from transformers.utils import cached_file
+
+    try:
+        return Path(cached_file(name, "config.json")).parent.name
+    except OSError:
+        return ""

@@ -1,0 +1,218 @@
+"""What a killed sweep left in its run directory, and whether it can be continued: `--resume RUN_DIR`.
+
+The settings come from sweep.json, the trials from the journal. A resumed sweep is a new one over a plan rebuilt from
+there; nothing of Ray's is read back.
+"""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from cbtrain.config import CircuitBreakerConfig, InputError, described, fits, flag
+from cbtrain.utils.files import write_whole
+from sweeps.plan.budget import PlanSettings
+from sweeps.storage.lock import LEFT_RUNNING_S, HeldError, held
+from sweeps.storage.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from sweeps.plan.journal import TrialSpec
+
+ALLOWED = (
+    *("num_samples", "max_concurrent", "workers_per_trial", "gpus_per_worker", "teacher_cache", "dry_run"),
+    *("behaviour_prompts", "storage_path", "copy_to", "wandb_project", "wandb_mode"),
+)
+"""What may be given beside `--resume`: how far the sweep goes, what belongs to the machine, and where results go."""
+KEPT_ELSEWHERE = ("preset", "config", "run_dir", "resume", "dry_run", "storage_path")
+"""Fields of the sweep's settings that `flags` of sweep.json does not hold."""
+Fields = TypeVar("Fields", bound=Any)
+
+
+def given_flags(argv: Sequence[str]) -> list[str]:
+    """Names of the fields whose flags are on a command line that was parsed without an error, in its order."""
+    words = [word.split("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")]
+    return [{"config": "preset"}.get(word, word.removeprefix("no_")) for word in words]
+
+
+def flags_to_keep(settings: Any) -> dict[str, object]:
+    """The sweep's settings that stand nowhere else in sweep.json."""
+    elsewhere = {*KEPT_ELSEWHERE, *(field.name for field in dataclasses.fields(PlanSettings))}
+    names = [field.name for field in dataclasses.fields(settings) if field.name not in elsewhere]
+    return {name: getattr(settings, name) for name in names}
+
+
+def recorded(run: RunDirectory, settings: Fields, argv: Sequence[str]) -> tuple[Fields, PlanSettings]:
+    """The settings to continue with: those of sweep.json, and what `argv` may change of them.
+
+    Raises:
+        InputError: a flag that sweep.json decides was given, or sweep.json does not hold a sweep's settings.
+    """
+    given = [name for name in given_flags(argv) if name != "resume"]
+    where = f"{run.shown}/sweep.json"
+    for name in given:
+        if name not in ALLOWED:
+            raise InputError(f"{flag(name)}: comes from {where} when resuming; leave it out")
+    parts: dict[str, dict[str, Any]] = {}
+    for name in ("config", "settings", "plan", "flags"):
+        part = run.record.get(name, {} if name == "flags" else None)
+        if not isinstance(part, dict):
+            raise InputError(f"{where}: no {name} in it: not a sweep that can be continued")
+        parts[name] = part
+    config = _rebuilt(CircuitBreakerConfig, parts["config"], f"{where}: config")
+    # The number of baselines follows from the first budget: a larger one must not ask for more of them.
+    fields = parts["settings"] | {"baseline_seeds": parts["plan"].get("baseline")}
+    plan = _rebuilt(PlanSettings, fields, f"{where}: settings")
+    if "num_samples" in given:
+        if settings.num_samples < plan.num_samples:
+            raise InputError(
+                f"--num-samples {settings.num_samples}: the sweep has {plan.num_samples}; it can grow, not shrink"
+            )
+        plan = dataclasses.replace(plan, num_samples=settings.num_samples)
+    kept = {name: value for name, value in parts["flags"].items() if name not in given}
+    _require_fields(type(settings), kept, f"{where}: flags", complete=False)
+    preset = str(run.record.get("preset"))
+    return dataclasses.replace(settings, **kept, preset=preset, config=config, num_samples=plan.num_samples), plan
+
+
+def _rebuilt(cls: type[Fields], given: Mapping[str, Any], where: str) -> Fields:
+    """The dataclass that was written as `given`, which JSON has turned its tuples into lists in."""
+    _require_fields(cls, given, where, complete=True)
+    try:
+        return cls(**{name: _with_tuples(value) for name, value in given.items()})
+    except ValueError as error:  # an InputError, or a range of more than two numbers
+        raise InputError(f"{where}: {error}") from None
+
+
+def _require_fields(cls: type, given: Mapping[str, Any], where: str, *, complete: bool) -> None:
+    hints = get_type_hints(cls)
+    for name in given:
+        if name not in hints:
+            raise InputError(f"{where}.{name}: no such field; the sweep was begun by another version of this program")
+    for name, hint in hints.items():
+        if name not in given:
+            if complete:
+                raise InputError(f"{where}.{name}: missing; the sweep was begun by another version of this program")
+        elif not fits(_with_tuples(given[name]), hint):
+            raise InputError(f"{where}.{name}: {given[name]!r} must be {described(hint)}")
+
+
+def _with_tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The trials of a sweep that is to be continued."""
+
+    ended: tuple[str, ...]
+    interrupted: "tuple[TrialSpec, ...]"
+    done: bool
+    """Whether nothing is left to run."""
+
+
+def find_trials(run: RunDirectory, settings: PlanSettings) -> Found:
+    """What the journal knows; it is left as it is.
+
+    Raises:
+        InputError: it is damaged, of other settings, or holds more trials than the settings.
+    """
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    from sweeps.plan.journal import TrialSpec
+    from sweeps.plan.plan import SweepPlan
+
+    whole, _ = _journal_lines(run)
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch, "study.log")
+        copy.write_bytes(whole)
+        try:
+            plan = SweepPlan(settings, JournalStorage(JournalFileBackend(str(copy))))
+            rows = [dict[str, Any](row) for row in plan.rows()]
+        except InputError:
+            raise
+        except Exception as error:  # lines that are JSON and no journal fail in Optuna in many ways
+            cause = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InputError(f"{run.shown}/study.log: not this sweep's journal ({cause}): restore the file") from error
+    if len(rows) > settings.num_samples:
+        mend = f"give {len(rows)} or more"
+        raise InputError(f"--num-samples {settings.num_samples}: {len(rows)} trials were begun already; {mend}")
+    ended = tuple(row["trial_id"] for row in rows if row["status"] != "running")
+    names = [field.name for field in dataclasses.fields(TrialSpec)]
+    interrupted = tuple(TrialSpec(**{name: row[name] for name in names}) for row in rows if row["status"] == "running")
+    return Found(ended, interrupted, plan.done)
+
+
+def steps_done(run: RunDirectory, found: Found, config: CircuitBreakerConfig, workers: int) -> list[int]:
+    """The step from which each interrupted trial goes on; 0 where it has no checkpoint that it can load."""
+    from cbtrain.training.checkpoint import step_of
+    from sweeps.plan.journal import trial_config
+
+    return [
+        step_of(run.trial(spec.trial_id) / "checkpoint", trial_config(config, spec), workers)
+        for spec in found.interrupted
+    ]
+
+
+def mend_journal(run: RunDirectory) -> None:
+    """Make the journal of a killed driver fit to be written to; needs the run's lock.
+
+    A half-written last line, to which Optuna would append the next, goes to `study.log.torn`. Optuna's own lock, a
+    link that a killed process leaves behind, is taken away.
+    """
+    for left in run.path.glob("study.log.lock*"):
+        left.unlink(missing_ok=True)
+    whole, torn = _journal_lines(run)
+    if torn:
+        with (run.path / "study.log.torn").open("ab") as file:
+            file.write(torn)
+        write_whole(run.journal, whole)
+
+
+def _journal_lines(run: RunDirectory) -> tuple[bytes, bytes]:
+    """The journal's whole lines, and what of the last is half written.
+
+    Raises:
+        InputError: a line before the last is no JSON.
+    """
+    content = run.journal.read_bytes() if run.journal.is_file() else b""
+    lines = content.splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        if line.endswith(b"\n") and _is_json(line):
+            continue
+        if number < len(lines):
+            raise InputError(f"{run.shown}/study.log:{number}: damaged (not JSON): restore the file")
+        return content[: -len(line)], line
+    return content, b""
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def wait_for_leftovers(run: RunDirectory, trial_ids: Sequence[str]) -> None:
+    """Return when no process of the killed sweep trains any of these trials.
+
+    Raises:
+        InputError: one still does after `LEFT_RUNNING_S`.
+    """
+    for trial_id in trial_ids:
+        lock = run.trial(trial_id) / "lock"
+        if not lock.is_file():
+            continue
+        try:
+            with held(lock):
+                continue
+        except HeldError as holder:
+            print(f"waiting   for {holder}, which still trains {trial_id}", flush=True)
+        try:
+            with held(lock, wait_s=LEFT_RUNNING_S):
+                pass
+        except HeldError as holder:
+            raise InputError(f"{run.shown}/trials/{trial_id}: {holder} still trains it; end that process") from None

@@ -1,0 +1,175 @@
+"""The run directory on disk: made once, every file in it written whole or not at all."""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from cbtrain.config import InputError
+from cbtrain.utils.files import nearest_existing, write_whole
+from sweeps.storage.lock import HeldError, held
+
+PACKAGES = ("torch", "transformers", "peft", "ray", "optuna", "deepspeed", "pandas")
+
+
+class RunDirectory:
+    """`runs/<name>`: sweep.json, trials.csv, study.log, lock, trials/, teacher_cache/, ray/, logs/, report/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self.shown = path
+        """The path as the user gave it."""
+        self.record: dict[str, Any] = {}
+        """What sweep.json holds."""
+
+    @property
+    def journal(self) -> Path:
+        """The Optuna journal."""
+        return self.path / "study.log"
+
+    def trial(self, trial_id: str) -> Path:
+        """The directory of a trial."""
+        return self.path / "trials" / trial_id
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the directory, and keep other drivers out of it for the body.
+
+        Raises:
+            InputError: it cannot be made, or a sweep is running in it.
+        """
+        try:
+            (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--run-dir {self.shown}: cannot be made ({error.strerror})") from error
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(held(self.path / "lock"))
+            except HeldError as holder:
+                raise InputError(f"{self.shown}: its sweep is still running ({holder}); wait, or end it") from None
+            try:
+                yield
+            finally:
+                self._remove_what_never_began()
+
+    def _remove_what_never_began(self) -> None:
+        """Take away an empty directory, of a sweep that was refused."""
+        if (self.path / "sweep.json").exists():
+            return
+        with contextlib.suppress(OSError):
+            (self.path / "logs").rmdir()
+            (self.path / "lock").unlink()
+            self.path.rmdir()
+
+    def create(self, record: Mapping[str, object]) -> None:
+        """Write sweep.json and point `runs/latest` here.
+
+        Raises:
+            InputError: it already holds a sweep.
+        """
+        self.refuse_if_taken()
+        self.record = dict(record) | {"versions": _versions(), "git_commit": _git_commit()}
+        self.update(status="running")
+        self._point_latest_here()
+
+    def read(self) -> None:
+        """Take the record of the sweep that is here.
+
+        Raises:
+            InputError: there is none, or it cannot be read.
+        """
+        path = self.shown / "sweep.json"
+        if not path.is_file():
+            raise InputError(f"--resume {self.shown}: holds no sweep (no sweep.json)")
+        try:
+            self.record = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON ({error}): restore the file") from None
+        if not isinstance(self.record, dict):
+            raise InputError(f"{path}: not the sweep.json of a KL ablation")
+
+    def go_on(self, *, ended: int, **fields: object) -> None:
+        """Write to sweep.json that the sweep is resumed, and point `runs/latest` here.
+
+        Args:
+            ended: how many trials had ended.
+            fields: of sweep.json, to replace.
+        """
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        session = {"at": now, "trials_ended": ended, "changed_software": self.changed_software()}
+        self.update(status="running", resumed=[*self.record.get("resumed", []), session], **fields)
+        self._point_latest_here()
+
+    def changed_software(self) -> list[str]:
+        """What runs now in another version than when the sweep began, in words."""
+        then, now = dict(self.record.get("versions") or {}), _versions()
+        changes = [f"{name} {then[name]} → {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
+        commits = self.record.get("git_commit"), _git_commit()
+        if all(commits) and commits[0] != commits[1]:
+            short = [f"{commit:.7}" + "-dirty" * str(commit).endswith("-dirty") for commit in commits]
+            changes.append(f"this repository {' → '.join(short)}")
+        return changes
+
+    def refuse_if_taken(self) -> None:
+        """Raise `InputError` if there is a sweep here already, or none can be."""
+        if (self.path / "sweep.json").exists() or self.journal.exists():
+            resume = f"--resume {self.shown} to continue it, or " if (self.path / "sweep.json").exists() else "give "
+            raise InputError(f"{self.shown} already holds a sweep{self._progress()}: {resume}another --run-dir")
+        existing = nearest_existing(self.path)
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise InputError(f"--run-dir {self.shown}: {existing} is not a directory that can be written to")
+
+    def update(self, **fields: object) -> None:
+        """Replace fields of sweep.json."""
+        self.record |= fields
+        write_whole(self.path / "sweep.json", json.dumps(self.record, indent=1, default=str) + "\n")
+
+    def write_trials(self, rows: Sequence[dict[str, object]]) -> None:
+        """Rewrite trials.csv."""
+        write_whole(self.path / "trials.csv", pd.DataFrame(list(rows)).to_csv(index=False))
+
+    def remove_checkpoints(self, trial_ids: Iterable[str]) -> None:
+        """Give back the room of trials that have ended."""
+        for trial_id in trial_ids:
+            shutil.rmtree(self.trial(trial_id) / "checkpoint", ignore_errors=True)
+
+    def _point_latest_here(self) -> None:
+        """A convenience: where `runs/latest` cannot be a link, the run directory's own path serves as well."""
+        latest = Path("runs", "latest")
+        scratch = latest.with_name(f"latest.{os.getpid()}")
+        with contextlib.suppress(OSError):
+            latest.parent.mkdir(exist_ok=True)
+            scratch.unlink(missing_ok=True)
+            scratch.symlink_to(os.path.relpath(self.path, latest.parent.resolve()))
+            os.replace(scratch, latest)
+
+    def _progress(self) -> str:
+        try:
+            status = pd.read_csv(self.path / "trials.csv")["status"]
+            planned = json.loads((self.path / "sweep.json").read_text())["settings"]["num_samples"]
+        except (OSError, ValueError, KeyError):
+            return ""
+        return f" ({(status != 'running').sum()} of {planned} trials ended)"
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+
+
+def _git_commit() -> str | None:
+    """The commit of this source, with `-dirty` where it was edited; None outside a checkout."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

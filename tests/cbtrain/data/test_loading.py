@@ -1,0 +1,159 @@
+"""Both sides as tokens, and the held-out split."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from chat_tokenizers import CHATML, LLAMA3, bpe_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from masks import prediction_mask
+
+from cbtrain.config import CircuitBreakerConfig, InputError, get_config
+from cbtrain.data.batches import collate, pad_token_id
+from cbtrain.data.checks import description
+from cbtrain.data.loading import load_data
+from cbtrain.data.split import held_out_prompts, normalized_prompt
+from cbtrain.data.tokenization import TokenRow
+
+AGENTDOJO = Path(__file__).parents[3].parent / "shared" / "data" / "agentdojo"
+
+
+def pair(prompt: str, completion: str = "first take the key") -> dict:
+    return {"prompt": prompt, "completion": completion}
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    """A function: rows of both sides, written to files, to a configuration that reads them."""
+
+    def build(harmful: list[dict], benign: list[dict], **overrides) -> CircuitBreakerConfig:
+        files = {}
+        for side, rows in (("harmful", harmful), ("benign", benign)):
+            path = tmp_path / f"{side}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            files[side] = (str(path),)
+        return get_config("tiny", **files, **overrides)
+
+    return build
+
+
+def test_loading_splits_counts_and_describes_both_sides(config_of):
+    harmful = [pair(f"harm {i}") for i in range(20)] + [{"messages": [{"role": "user", "content": "harm"}]}]
+    data = load_data(config_of(harmful, [pair(f"help {i}") for i in range(30)]), bpe_tokenizer())
+    for side, rows, dropped in ((data.harmful, 21, 1), (data.benign, 30, 0)):
+        scored = sum(sum(row.scored) for row in side.train + side.held_out)
+        counts = side.counts
+        assert (counts.files, counts.rows, counts.left_out, counts.other_side) == (1, rows, 0, 0)
+        assert (counts.truncated, counts.dropped_unscored, counts.scored_tokens) == (0, dropped, scored)
+        assert len(side.train) + len(side.held_out) == rows - dropped
+    lines = description(data)
+    assert lines[0] == (
+        f"harmful {len(data.harmful.train)} train / {len(data.harmful.held_out)} held out · "
+        f"benign {len(data.benign.train)} train / {len(data.benign.held_out)} held out"
+    )
+    assert lines[1] == f"scored tokens {data.harmful.counts.scored_tokens} / {data.benign.counts.scored_tokens}"
+    assert lines[2] == "dropped, no scored token 1 / 0"
+
+
+def test_the_prediction_mask_points_at_the_position_before_each_scored_token(config_of):
+    tokenizer = bpe_tokenizer(LLAMA3)
+    answers_of = [pair("a", "the door"), pair("b", "the old wooden door")]
+    data = load_data(config_of(answers_of, [pair("c"), pair("d")]), tokenizer)
+    batch = collate(data.harmful.train + data.harmful.held_out, pad_token_id(tokenizer))
+    answers = []
+    for i in range(2):
+        positions = prediction_mask(batch)[i].nonzero().flatten()
+        answers.append(tokenizer.decode(batch.input_ids[i, positions + 1]))
+        assert tokenizer.decode(batch.input_ids[i, positions[0]]).endswith("\n")
+    assert sorted(answers) == ["the door<|eot_id|>", "the old wooden door<|eot_id|>"]
+
+
+def test_truncation_is_counted_and_keeps_the_answer(config_of):
+    tokenizer = bpe_tokenizer(LLAMA3)
+    long = pair("word " * 300, "open the door")
+    config = config_of([long, pair("a")], [pair("b"), pair("c")], max_length=24)
+    data = load_data(config, tokenizer)
+    (row,) = [row for row in data.harmful.train + data.harmful.held_out if row.prompt.startswith("word")]
+    assert (data.harmful.counts.truncated, data.benign.counts.truncated) == (1, 0)
+    assert len(row.input_ids) == 24
+    assert row.input_ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode([t for t, scored in zip(row.input_ids, row.scored, strict=True) if scored]) == (
+        "open the door<|eot_id|>"
+    )
+
+
+def test_one_prompt_is_never_in_training_on_one_side_and_held_out_on_the_other(config_of):
+    variants = [("Open  the DOOR", "open the door"), ("ｆｉｎｄ\nit", "find it")]
+    harmful = [pair(f"question {i}") for i in range(40)] + [pair(a) for a, _ in variants]
+    benign = [pair(f"Question   {i}", "no") for i in range(20, 60)] + [pair(b) for _, b in variants]
+    data = load_data(config_of(harmful, benign), bpe_tokenizer())
+    train = {row.prompt for side in (data.harmful, data.benign) for row in side.train}
+    held_out = {row.prompt for side in (data.harmful, data.benign) for row in side.held_out}
+    assert train.isdisjoint(held_out), train & held_out
+    assert len(train | held_out) == 62
+    assert normalized_prompt("ｆｉｎｄ\nit") in train | held_out
+
+
+def test_a_row_keeps_its_part_when_rows_are_added(config_of):
+    rows = [pair(f"question {i}") for i in range(40)]
+    benign = [pair("x"), pair("y"), pair("z")]
+    few = load_data(config_of(rows[:20], benign), bpe_tokenizer()).harmful
+    many = load_data(config_of(rows[::-1], benign), bpe_tokenizer()).harmful
+    assert {row.prompt for row in few.held_out} <= {row.prompt for row in many.held_out}
+    assert {row.prompt for row in few.train} <= {row.prompt for row in many.train}
+    assert 5 <= len(many.held_out) <= 35, len(many.held_out)
+
+
+prompts = st.sets(st.integers(0, 12), min_size=2, max_size=6)
+
+
+@settings(max_examples=300)
+@given(harmful=prompts, benign=prompts, fraction=st.sampled_from([0.01, 0.1, 0.5, 0.9, 0.99]))
+def test_every_side_has_both_parts_whatever_the_prompts(harmful, benign, fraction):
+    def row(number: int) -> TokenRow:
+        return TokenRow((number,) * 4, (False, False, True, True), f"prompt {number}", f"f.jsonl:{number}")
+
+    sides = {"harmful": [row(i) for i in harmful], "benign": [row(i) for i in benign]}
+    held_out = held_out_prompts(sides, fraction)
+    for side, rows in sides.items():
+        parts = Counter(row.prompt in held_out for row in rows)
+        assert parts[True] > 0, (side, harmful, benign, held_out)
+        assert parts[False] > 0, (side, harmful, benign, held_out)
+
+
+def test_a_side_with_a_single_prompt_is_an_error(config_of):
+    config = config_of([pair("same"), pair("SAME ")], [pair("a"), pair("b")])
+    with pytest.raises(InputError, match="--harmful: all 2 scored rows have the same user prompt"):
+        load_data(config, bpe_tokenizer())
+
+
+def test_a_side_without_a_scored_token_names_file_and_policy(config_of):
+    config = config_of([pair("a"), pair("b")], [{"messages": [{"role": "user", "content": "hello"}]}] * 3)
+    with pytest.raises(InputError) as caught:
+        load_data(config, bpe_tokenizer())
+    assert str(caught.value) == (
+        f"--benign {config.benign[0]}: 0 of 3 rows have a scored token under completion_only; "
+        "the rows end on a user turn. Try --mask-policy full_sequence"
+    )
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3])
+@pytest.mark.parametrize(("name", "harmful"), [("gpt-4o-mini-2024-07-18", 21), ("llama-3-70b-chat", 26)])
+def test_agentdojo_runs_given_to_both_sides_load(name, harmful, template):
+    path = AGENTDOJO / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip("the AgentDojo runs are not beside this checkout (shared/data/agentdojo)")
+    tokenizer = bpe_tokenizer(template)
+    config = get_config("tiny", harmful=(str(path),), benign=(str(path),), eval_fraction=0.2, max_length=512)
+    data = load_data(config, tokenizer)
+    assert (data.harmful.counts.rows, data.benign.counts.rows) == (harmful, 97)
+    train = {row.prompt for side in (data.harmful, data.benign) for row in side.train}
+    rows = [row for side in (data.harmful, data.benign) for row in side.train + side.held_out]
+    assert train.isdisjoint({row.prompt for side in (data.harmful, data.benign) for row in side.held_out})
+    for row in rows:
+        assert len(row.input_ids) <= 512
+        assert row.scored_predictions > 0, row.source
+        ends_with_its_turn = tokenizer.decode(row.input_ids[-2:]).strip().endswith(("<|im_end|>", "<|eot_id|>"))
+        assert ends_with_its_turn or all(row.scored[2:]), row.source

@@ -1,0 +1,107 @@
+"""The embedded default's recipe, at a few steps of pre-training."""
+
+import json
+from itertools import combinations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cbtrain.config import get_config
+from cbtrain.data.loading import load_data
+from cbtrain.model import tiny
+from cbtrain.model.loading import load_tokenizer
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache directory, and a build of three steps."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tiny, "STEPS", 3)
+    return tmp_path
+
+
+def contents(directory) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def test_a_build_is_the_same_bytes_each_time_and_done_once(cache, monkeypatch):
+    torch.rand(5)  # whatever was drawn before
+    first = contents(tiny.build())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "other"))
+    assert contents(tiny.build()) == first
+    monkeypatch.setattr(tiny, "make_tokenizer", lambda: pytest.fail("built a second time"))
+    assert contents(tiny.build()) == first
+
+
+def test_a_build_that_fails_leaves_nothing(cache, monkeypatch):
+    def fail(_tokenizer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny, "_pretrain", fail)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.build()
+    assert not tiny.cache_directory().exists()
+    assert list(tiny.cache_directory().parent.iterdir()) == []
+
+
+def test_another_recipe_is_another_directory(cache, tmp_path, monkeypatch):
+    before = tiny.cache_directory()
+    copy = tmp_path / "tiny.py"
+    with open(tiny.__file__) as source:
+        copy.write_text(source.read() + "\nSEED = 1\n")
+    monkeypatch.setattr(tiny, "__file__", str(copy))
+    assert tiny.cache_directory() != before
+
+
+def test_building_leaves_threads_and_random_numbers_as_they_were(cache):
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    tiny.build()
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_scaling_the_residual_stream_keeps_the_function(cache):
+    model = AutoModelForCausalLM.from_pretrained(tiny.build())
+    ids = torch.randint(7, 100, (2, 20), generator=torch.Generator().manual_seed(0))
+    before = model(ids, output_hidden_states=True)
+    tiny._scale_residual_stream(model, 0.1)
+    after = model(ids, output_hidden_states=True)
+    assert torch.allclose(after.logits, before.logits, atol=1e-4), (after.logits - before.logits).abs().max()
+    for ours, theirs in list(zip(after.hidden_states, before.hidden_states, strict=True))[:-1]:
+        assert torch.allclose(ours, 0.1 * theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_what_was_saved_is_what_was_scaled(cache):
+    """The epsilon of the norms is scaled too, and must survive saving."""
+    directory = tiny.build()
+    config = json.loads((directory / "config.json").read_text())
+    assert config["rms_norm_eps"] == pytest.approx(1e-6 * tiny.RESIDUAL_SCALE**2)
+    assert sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(directory).parameters()) < 250_000
+
+
+def test_sides_and_splits_share_no_verb_and_object(cache):
+    config = tiny.resolve(get_config("tiny"))
+    data = load_data(config, load_tokenizer(config))
+    verbs, objects = {*tiny.PLAIN_VERBS, *tiny.DUAL_USE_VERBS}, {*tiny.PLAIN_OBJECTS, *tiny.GUARDED_OBJECTS}
+
+    def pairs(rows):
+        words = [row.prompt.split() for row in rows]
+        return {(next(w for w in row if w in verbs), next(w for w in row if w in objects)) for row in words}
+
+    parts = [pairs(rows) for side in (data.harmful, data.benign) for rows in (side.train, side.held_out)]
+    assert sum(map(len, parts)) == 96 + 192
+    assert min(map(len, parts)) >= 35
+    assert all(not (first & second) for first, second in combinations(parts, 2))
+    assert all(verb in tiny.DUAL_USE_VERBS and thing in tiny.GUARDED_OBJECTS for verb, thing in parts[0] | parts[1])
+
+
+def test_scored_tokens_are_the_answer_without_an_end_mark(cache):
+    config = tiny.resolve(get_config("tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    row = load_data(config, tokenizer).benign.train[0]
+    answer = tokenizer.decode([token for token, scored in zip(row.input_ids, row.scored, strict=True) if scored])
+    assert answer.endswith(".")
+    assert "<" not in answer
+    assert len(row.input_ids) <= 32
+    assert tokenizer.unk_token_id not in row.input_ids

@@ -1,0 +1,304 @@
+"""The command, whole: real Ray, Train, Tune, DeepSpeed and Optuna, on models of a few thousand parameters."""
+
+import html
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import get_type_hints
+
+import optuna
+import pandas as pd
+import pytest
+from commands import QUICK, ROOT, Sweep, world
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from analysis.decide import decide
+from analysis.report.report import headline
+from cbtrain.config import cli
+from cbtrain.model import tiny
+from sweeps import kl_ablation
+from sweeps.plan.budget import PlanSettings, SamplerName
+
+COLUMNS = {
+    *("trial_id", "phase", "status", "beta_kl", "kl_temperature", "seed", "steps", "loss_reroute", "loss_retain"),
+    *("loss_kl", "eval_loss_reroute", "eval_loss_retain", "eval_benign_kl", "eval_benign_nll", "eval_harmful_nll"),
+    *("reroute_regression", "feasible", "train_s", "wall_s", "error"),
+}
+
+
+def test_a_sweep_from_command_to_report(tmp_path):
+    tiny.build()  # which says so on stderr where it is the first time
+    sweep = Sweep(
+        tmp_path,
+        *("--num-samples", "15", "--baseline-seeds", "3", "--run-dir", "elsewhere/a"),
+        *("--steps", "20", "--warmup-steps", "5", "--eval-every", "10", "--behaviour-prompts", "4"),
+    )
+    status, output, errors = sweep.wait()
+    assert status == 0, errors
+    assert errors == ""
+    assert "plan      15 trials = 3 baseline + 4 ablation + 7 search + 1 confirm" in output
+    assert max(map(len, output.splitlines())) <= 80, output
+    assert sweep.left_behind() == []
+
+    run_dir = tmp_path / "elsewhere" / "a"
+    check_cache(run_dir, output)
+    check_behaviour(run_dir, output)
+    assert (tmp_path / "runs" / "latest").resolve() == run_dir
+    trials = pd.read_csv(run_dir / "trials.csv")
+    assert set(trials.columns) >= COLUMNS
+    assert list(trials.status) == ["completed"] * 15, trials.error
+    assert list(trials.phase) == ["baseline"] * 3 + ["ablation"] * 4 + ["search"] * 7 + ["confirm"]
+    assert trials.trial_id.is_unique
+    assert trials.process.nunique() <= 2, "no process was kept for a second trial"
+    check_constraint(trials, json.loads((run_dir / "sweep.json").read_text()))
+    check_journal(run_dir, trials)
+    check_trial_directories(run_dir, trials)
+
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "analysis" / "pick_beta.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    decision = json.loads((run_dir / "report" / "decision.json").read_text())
+    expected = decide(trials)
+    assert (decision["verdict"], decision["beta_kl"]) == (expected.verdict, expected.beta_kl)
+    assert done.returncode == (0 if expected.verdict == "choose" else 3), done.stderr
+    assert headline(expected) in " ".join(done.stdout.split())
+    assert html.escape(headline(expected)) in (run_dir / "report" / "report.html").read_text()
+
+    again = Sweep(tmp_path, "--num-samples", "15", "--run-dir", "elsewhere/a")
+    status, _, errors = again.wait()
+    assert (status, errors.count("\n")) == (2, 1), errors
+    mend = "--resume elsewhere/a to continue it, or another --run-dir"
+    assert f"elsewhere/a already holds a sweep (15 of 15 trials ended): {mend}" in errors
+    assert not list(run_dir.glob("trials/*/checkpoint")), "a trial that has ended needs none"
+
+
+def check_constraint(trials: pd.DataFrame, record: dict) -> None:
+    """sweep.json and trials.csv agree with the constraint written out, each trial against its own seed."""
+    assert record["status"] == "finished"
+    baseline = trials[trials.phase == "baseline"].set_index("seed").eval_loss_reroute
+    assert record["tolerance"] == pytest.approx(0.05 * (1 - baseline.mean()))
+    others = trials[trials.phase != "baseline"]
+    expected = others.eval_loss_reroute - others.seed.map(baseline) - record["tolerance"]
+    assert others.reroute_regression.tolist() == pytest.approx(expected.tolist())
+    assert others.feasible.tolist() == [value <= 0 for value in expected]
+
+
+def check_cache(run_dir: Path, output: str) -> None:
+    """The teacher ran on each row once, before the first trial, and the sweep says what that saved."""
+    record = json.loads((run_dir / "sweep.json").read_text())["teacher_cache"]
+    assert record["rows_computed"] == 43 + 53 + 92 + 100
+    # 15 trials of 20 steps of 16 rows a side, with two evaluations on 153 rows.
+    assert "cache     288 rows through the teacher in place of 14,190, about " in output
+    assert list((run_dir / "teacher_cache").glob("*/*.safetensors"))
+    assert "every step runs the teacher" not in (run_dir / "logs" / "t000.log").read_text()
+
+
+def check_behaviour(run_dir: Path, output: str) -> None:
+    """What the baseline and the chosen setting write is on disk, and the summary tells of it."""
+    trials = pd.read_csv(run_dir / "trials.csv")
+    decision = decide(trials)
+    chosen = trials[(trials.beta_kl == decision.beta_kl) & (trials.kl_temperature == decision.kl_temperature)]
+    measured = ["t000", *chosen.trial_id[:1]] if decision.verdict == "choose" else ["t000"]
+    assert [path.parent.name for path in sorted(run_dir.glob("trials/*/behaviour.json"))] == measured
+    for trial_id in measured:
+        record = json.loads((run_dir / "trials" / trial_id / "behaviour.json").read_text())
+        row = trials.set_index("trial_id").loc[trial_id]
+        assert record["held_out"]["eval_harmful_nll"] == pytest.approx(row.eval_harmful_nll, rel=1e-4)
+        assert record["harmful"]["prompts"] == record["benign"]["prompts"] == 4
+    said = " ".join(output.split())
+    assert f"behaviour of {' and '.join(measured)}: what they write on held-out prompts" in said
+    assert "behaviour harmful prompts: " in said
+    assert "behaviour benign prompts: " in said
+
+
+def check_journal(run_dir: Path, trials: pd.DataFrame) -> None:
+    """The journal opens with plain Optuna and holds every searched trial, each with its constraint."""
+    storage = JournalStorage(JournalFileBackend(str(run_dir / "study.log")))
+    study = optuna.load_study(study_name="kl_ablation", storage=storage)
+    found = {trial.user_attrs["trial_id"]: trial for trial in study.trials}
+    others = trials[trials.phase != "baseline"]
+    assert set(found) == set(others.trial_id)
+    for row in others.itertuples():
+        assert found[row.trial_id].params["beta_kl"] == row.beta_kl
+        assert found[row.trial_id].constraints["reroute_regression"] == pytest.approx(row.reroute_regression)
+
+
+def check_trial_directories(run_dir: Path, trials: pd.DataFrame) -> None:
+    """Every trial left its settings, every step, and an adapter that plain PEFT loads."""
+    base = None
+    for trial in trials.itertuples():
+        directory = run_dir / "trials" / trial.trial_id
+        steps = [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 21))
+        config = json.loads((directory / "config.json").read_text())
+        assert (config["beta_kl"], config["seed"]) == (trial.beta_kl, trial.seed)
+        assert "Step 20: loss=" in (run_dir / "logs" / f"{trial.trial_id}.log").read_text()
+        if base is None:
+            base = AutoModelForCausalLM.from_pretrained(config["model"])
+    loaded = PeftModel.from_pretrained(base, run_dir / "trials" / "t000" / "adapter")
+    assert any(parameter.abs().sum() > 0 for name, parameter in loaded.named_parameters() if "lora_B" in name)
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system with room for bytes and none for files, as under a quota."""
+    place = tmp_path / "full"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=10m,nr_inodes=3", "tmpfs", place]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a file system can be mounted by root alone")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_dry_run_says_what_it_would_take_and_starts_nothing(small_world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--dry-run", "--run-dir", "run", "--sampler", "tpe", "--early-stop"]
+    monkeypatch.setattr(sys, "argv", ["kl_ablation.py", *world(small_world, tmp_path), *arguments])
+    assert cli.run(kl_ablation.main) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80, lines
+    assert any(line.startswith("plan      20 trials") for line in lines)
+    assert "          TPE" in lines
+    assert any(line.startswith("stop      search trials early") for line in lines)
+    assert any(re.match(r"cache     teacher states of 64 rows, \d+ kB of .* free", line) for line in lines), lines
+    assert any(re.match(r"memory    [\d.]+ MB a worker at its peak, predicted", line) for line in lines), lines
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_knows_the_samplers_of_the_plan_and_stops_nothing_by_default():
+    assert get_type_hints(kl_ablation.SweepSettings)["sampler"] == SamplerName
+    settings = kl_ablation.SweepSettings()
+    assert (settings.sampler, settings.early_stop) == (PlanSettings().sampler, False)
+
+
+def test_failed_trials_and_a_full_disk_leave_their_reasons_and_nothing_running(small_world, tmp_path, full_disk):
+    arguments = ["--num-samples", "3", "--baseline-seeds", "2", "--steps", "4", "--lr", "1e30", *QUICK]
+    arguments += ["--teacher-cache", str(full_disk), "--max-concurrent", "1"]
+    sweep = Sweep(tmp_path, *arguments, *world(small_world, tmp_path), "--run-dir", "run")
+    status, output, errors = sweep.wait()
+    assert status == 3, errors
+    assert "Traceback" not in output + errors
+    assert sweep.left_behind() == []
+    said = " ".join(output.split())
+    assert "cache off, every step runs the teacher: " in said
+    assert "No space left on device" in said
+    assert "No space left" in json.loads((tmp_path / "run" / "sweep.json").read_text())["teacher_cache"]
+    assert not list(full_disk.rglob("*.safetensors"))
+    assert "baseline_failed" in output
+    assert "NonFiniteLossError" in output
+    trials = pd.read_csv(tmp_path / "run" / "trials.csv")
+    assert trials[trials.phase == "baseline"].status.tolist() == ["failed"] * 2
+    assert "NonFiniteLossError" in (tmp_path / "run" / "logs" / "t000.log").read_text()
+
+
+def test_a_trial_whose_process_is_killed_fails_alone_and_a_terminated_sweep_leaves_no_process(small_world, tmp_path):
+    sweep = endless(small_world, tmp_path)
+    wait_for_a_step(tmp_path, "t000")
+    next(process for process in sweep.processes() if process.name().startswith("ray::Implicit")).kill()
+    wait_for_a_step(tmp_path, "t001")
+    trials = check_interrupted(sweep, tmp_path, signal.SIGTERM, 143)
+    assert trials.status.tolist() == ["failed", "running"]
+    assert trials.error[0] == "its process was lost (killed, or out of memory)"
+
+
+def test_an_interrupted_sweep_leaves_no_process_and_a_readable_directory(small_world, tmp_path):
+    sweep = endless(small_world, tmp_path)
+    for line in sweep.process.stdout:
+        if "started" in line:
+            break
+    assert set(check_interrupted(sweep, tmp_path, signal.SIGINT, 130).status) == {"running"}
+
+
+def endless(small_world: Path, tmp_path: Path) -> Sweep:
+    """A sweep whose trials do not end, one at a time."""
+    arguments = ["--num-samples", "4", "--steps", "100000", "--max-concurrent", "1", "--run-dir", "run"]
+    return Sweep(tmp_path, *arguments, *world(small_world, tmp_path))
+
+
+def wait_for_a_step(tmp_path: Path, trial_id: str) -> None:
+    """Return when a trial has made its first step."""
+    log, deadline = tmp_path / "run" / "logs" / f"{trial_id}.log", time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if log.exists() and "Step" in log.read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{trial_id} never began")
+
+
+def check_interrupted(sweep: Sweep, tmp_path: Path, sent: signal.Signals, expected: int) -> pd.DataFrame:
+    """Interrupt the sweep; its trials, when it has ended with that status and left a directory to go on from."""
+    sweep.process.send_signal(sent)
+    status, _, errors = sweep.wait()
+    assert status == expected, errors
+    assert "Traceback" not in errors
+    assert sweep.left_behind() == []
+    assert json.loads((tmp_path / "run" / "sweep.json").read_text())["status"] == "interrupted"
+    return pd.read_csv(tmp_path / "run" / "trials.csv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--harmful", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--gpus-per-worker", "-1"], "--gpus-per-worker -1.0: must be 0 or more"),
+        (["--gpus-per-worker", "nan"], "--gpus-per-worker nan: must be 0 or more"),
+        (["--gpus-per-worker", "1.5"], "--gpus-per-worker 1.5: a share of one GPU, or a whole number"),
+        (["--harmful", "{broken}"], "broken.jsonl:2: not JSON"),
+        (["--harmful", "{runs}", "--benign", "{runs}"], "harmful"),
+        (["--harmful", "{user_only}"], "scored token"),
+        (["--preset", "tinny"], "--preset tinny: no such preset; did you mean tiny?"),
+        (["--num-sample", "4", "--stepz", "3"], "did you mean --num-samples?"),
+        (["--target-layers", "9"], "--target-layers 9: the model has hidden states 0–3"),
+        (["--target-layers", "1", "--lora-layers", "2"], "no LoRA layer below it (LoRA covers blocks 2–2)"),
+        (["--num-samples", "2"], "--num-samples 2: 3 baseline seeds + 1 trial to compare = 4 at least"),
+        (["--run-dir", "{taken}"], "already holds a sweep"),
+        (["--beta-kl", "0.5"], "--beta-kl 0.5: the sweep searches it"),
+        (["--model", "/nowhere/model"], "--model /nowhere/model: no such directory"),
+        (["--workers-per-trial", "3"], "--batch-size 16: not divisible by 3 workers"),
+        (["--lora-targets", "c_attn"], "--lora-targets c_attn: not a linear module of the blocks"),
+        (["--max-concurrent", "0"], "--max-concurrent 0"),
+        (["--harmful"], "--harmful: name at least one"),
+        (["--lora-targets"], "--lora-targets: name at least one"),
+        (["--run-dir", "{taken}/sweep.json/x"], "is not a directory that can be written to"),
+        (["--reroute-tolerance", "1.5"], "--reroute-tolerance 1.5"),
+        (["--teacher-cache", "{taken}/sweep.json"], "--teacher-cache"),
+        (["--early-stop", "--eval-every", "0"], "--early-stop: with --eval-every 0 a trial of 70 steps has 1 held-out"),
+        (["--early-stop", "--baseline-seeds", "2"], "--early-stop: 2 baseline seeds, stopping needs 3"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2_before_anything_is_written(
+    small_world, tmp_path, monkeypatch, capsys, arguments, message
+):
+    row = (small_world / "harmful.jsonl").read_text().splitlines()[0]
+    (tmp_path / "broken.jsonl").write_text(row + "\n{not json\n")
+    # Labelled rows of the other side only: no harmful row among them.
+    benign_run = {"messages": json.loads(row)["messages"], "metadata": {"injection_task_id": None, "security": True}}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(benign_run) + "\n")
+    (tmp_path / "user_only.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "how ?"}]}) + "\n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "sweep.json").write_text("{}")
+    places = {name: str(tmp_path / f"{name}.jsonl") for name in ("broken", "runs", "user_only")}
+    arguments = [argument.format(**places, taken=tmp_path / "taken") for argument in arguments]
+    run_dir = [] if "--run-dir" in arguments else ["--run-dir", str(tmp_path / "run")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kl_ablation.py", *world(small_world, tmp_path), *run_dir, *arguments])
+    status = cli.run(kl_ablation.main)
+    captured = capsys.readouterr()
+    assert status == 2, captured
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert message in captured.err
+    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "taken" / "sweep.json").read_text() == "{}"

@@ -1,0 +1,138 @@
+"""The Ray Tune adapter: what it gives and takes, that failures are heard of, and one real run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import ray
+from ray import tune
+from ray.tune.search.searcher import Searcher
+from simulated import failed, plan_of, use_quick_models, world
+
+from sweeps.execution.searcher import PlanSearcher, outcome_of
+from sweeps.plan.journal import TrialOutcome, TrialSpec
+
+FINAL = {"status": "completed", "error": "", "eval_benign_kl": 0.5, "eval_loss_reroute": 0.02, "eval_harmful_nll": 8.0}
+
+
+def test_a_suggestion_is_the_trial_and_nothing_else() -> None:
+    searcher = PlanSearcher(plan_of(10))
+    assert searcher.suggest("ray-1") == {
+        "trial_id": "t000",
+        "phase": "baseline",
+        "beta_kl": 0.0,
+        "kl_temperature": 1.0,
+        "seed": 0,
+    }
+
+
+def test_nothing_is_suggested_while_running_trials_hold_the_budget_and_finished_comes_at_the_end() -> None:
+    searcher = PlanSearcher(plan_of(4))
+    assert all(isinstance(searcher.suggest(f"ray-{index}"), dict) for index in range(4))
+    for index in (2, 0, 3, 1):
+        assert searcher.suggest("ray-more") is None
+        searcher.on_trial_complete(f"ray-{index}", {**FINAL, "trial_id": f"ray-{index}"})
+    assert searcher.suggest("ray-more") == Searcher.FINISHED
+    assert [row["status"] for row in searcher.plan.rows()] == ["completed"] * 4
+    assert searcher.failure is None
+
+
+def test_the_hook_is_called_after_every_trial_given_and_every_outcome() -> None:
+    seen: list[list[str]] = []
+    plan = plan_of(4)
+    searcher = PlanSearcher(plan, on_change=lambda: seen.append([str(row["status"]) for row in plan.rows()]))
+    searcher.suggest("a")
+    searcher.suggest("b")
+    searcher.on_trial_complete("b", FINAL)
+    assert seen == [["running"], ["running", "running"], ["running", "completed"]]
+
+
+def test_an_outcome_is_what_the_trial_reported_without_what_ray_added() -> None:
+    added = {"trial_id": "ray-1", "pid": 7, "config/seed": 3, "time_total_s": 1.0, "done": True, "date": "today"}
+    outcome = outcome_of({**FINAL, **added, "steps": 70, "eval_top1_agreement": 0.9}, crashed=False)
+    reported = {"steps": 70, "eval_top1_agreement": 0.9}
+    assert outcome == TrialOutcome("completed", 0.5, 0.02, 8.0, reported)
+
+
+@pytest.mark.parametrize(
+    ("result", "crashed", "error"),
+    [
+        (None, True, "its process was lost (killed, or out of memory)"),
+        ({"eval_loss_reroute": 0.3, "steps": 14}, True, "its process was lost (killed, or out of memory)"),
+        ({"status": "completed", "error": "CUDA\n  out of memory"}, True, "CUDA out of memory"),
+        ({"status": "failed", "error": "non-finite loss at step 3"}, False, "non-finite loss at step 3"),
+        ({"eval_loss_reroute": 0.3}, False, "ended without reporting how (status None)"),
+        (None, False, "ended without reporting how (status None)"),
+    ],
+)
+def test_a_trial_that_did_not_end_well_is_failed_with_its_reason_on_one_line(
+    result: dict[str, object] | None, crashed: bool, error: str
+) -> None:
+    outcome = outcome_of(result, crashed=crashed)
+    assert outcome.status == "failed"
+    assert outcome.error.startswith(error), outcome.error
+    assert "\n" not in outcome.error
+
+
+def test_a_failure_is_kept_and_ends_the_sweep_instead_of_being_swallowed() -> None:
+    def full() -> None:
+        raise OSError("no space left")
+
+    searcher = PlanSearcher(plan_of(10), on_change=full)
+    assert searcher.suggest("a") == Searcher.FINISHED
+    assert str(searcher.failure) == "no space left"
+
+    searcher = PlanSearcher(plan_of(10))
+    searcher.suggest("a")
+    searcher.on_trial_complete("unknown", FINAL)
+    first = searcher.failure
+    assert isinstance(first, KeyError)
+    searcher.on_trial_complete("a", FINAL)
+    searcher.on_trial_complete("a", FINAL)
+    assert searcher.failure is first
+    assert searcher.plan.rows()[0]["status"] == "completed"
+    assert searcher.suggest("b") == Searcher.FINISHED
+
+
+def test_tune_cannot_restore_it() -> None:
+    with pytest.raises(RuntimeError, match="journal"):
+        PlanSearcher(plan_of(10)).restore("anywhere")
+
+
+def train(config: dict[str, object]) -> None:
+    """A Tune trial: reports once on the way and once at its end; two of them do not get there."""
+    spec = TrialSpec(**config)
+    tune.report({"eval_loss_reroute": 1.0, "steps": 1})
+    if spec.trial_id == "t001":
+        raise RuntimeError("broken")
+    outcome = failed("non-finite loss") if spec.trial_id == "t005" else world(spec)
+    required = {name: getattr(outcome, name) for name in ("eval_benign_kl", "eval_loss_reroute", "eval_harmful_nll")}
+    tune.report({"status": outcome.status, "error": outcome.error, "steps": 2, **required, **outcome.metrics})
+
+
+def test_a_real_tune_run_spends_the_budget_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_quick_models(monkeypatch)
+    plan = plan_of(8)
+    table = tmp_path / "rows.json"
+    searcher = PlanSearcher(plan, on_change=lambda: table.write_text(json.dumps(plan.rows())))
+    root = Path(__file__).parents[3]
+    monkeypatch.setenv("PYTHONPATH", f"{root / 'tests' / 'helpers'}:{root}")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        tune.Tuner(
+            train,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher, num_samples=-1, max_concurrent_trials=2, reuse_actors=True
+            ),
+            run_config=tune.RunConfig(storage_path=str(tmp_path / "ray"), name="sweep", verbose=0),
+        ).fit()
+    finally:
+        ray.shutdown()
+    assert searcher.failure is None
+    rows = json.loads(table.read_text())
+    assert rows == plan.rows()
+    statuses = {row["trial_id"]: row["status"] for row in rows}
+    unwell = {trial_id for trial_id, status in statuses.items() if status != "completed"}
+    assert (len(rows), unwell) == (8, {"t001", "t005"}), statuses
+    assert rows[5]["error"] == "non-finite loss"
+    assert {row["steps"] for row in rows if row["status"] == "completed"} == {2}

@@ -1,0 +1,87 @@
+"""Which trials a sweep measures in the end, and what it says of them; the measuring itself is the command's test."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import ray
+from simulated import completed, drive, failed, plan_of, world
+
+from analysis.decide import decide
+from cbtrain.config import CircuitBreakerConfig, InputError
+from sweeps.execution.behaviour import _measure, behaviour_sentences, measure_all, subjects
+from sweeps.execution.placement import Workers
+from sweeps.execution.trial import TrialContext
+from sweeps.plan.journal import TrialSpec
+
+BASELINE = TrialSpec("t000", "baseline", 0.0, 1.0, 0)
+CHOSEN = TrialSpec("t005", "ablation", 0.3, 1.0, 0)
+
+
+def subjects_of(outcome) -> tuple[list[TrialSpec], pd.DataFrame]:
+    plan = plan_of(10)
+    drive(plan, outcome)
+    return subjects(plan.rows(), decide(plan.table())), plan.table()
+
+
+@pytest.mark.usefixtures("quick")
+def test_baseline_and_chosen_setting_are_measured_each_by_its_first_completed_trial() -> None:
+    measured, trials = subjects_of(lambda spec: failed() if spec.trial_id == "t000" else world(spec))
+    assert measured[0].trial_id == "t001"
+    decision = decide(trials)
+    assert decision.verdict == "choose"
+    assert (measured[1].beta_kl, measured[1].kl_temperature) == (decision.beta_kl, decision.kl_temperature)
+    same = trials[(trials.beta_kl == decision.beta_kl) & (trials.kl_temperature == decision.kl_temperature)]
+    assert measured[1].trial_id == same.trial_id.iloc[0]
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_a_choice_the_baseline_alone_and_without_a_baseline_nothing() -> None:
+    never_feasible, _ = subjects_of(lambda spec: completed(0.5) if spec.beta_kl else world(spec))
+    assert [spec.trial_id for spec in never_feasible] == ["t000"]
+    assert subjects_of(lambda _spec: completed(0.99))[0] == []
+    assert subjects_of(lambda _spec: failed())[0] == []
+
+
+def write(run_dir: Path, spec: TrialSpec, unchanged: float) -> None:
+    kind = {"prompts": 16, "unchanged_rate": unchanged, "refusal_rate": {"base": 0, "tuned": 0}}
+    kind["gibberish_rate"] = {"base": 0, "tuned": 1 - unchanged}
+    record = {"harmful": kind, "benign": kind, "prefill": {"rows": 0, "nll": {"base": None, "tuned": None}}}
+    directory = run_dir / "trials" / spec.trial_id
+    directory.mkdir(parents=True)
+    (directory / "behaviour.json").write_text(json.dumps(record))
+
+
+def test_the_summary_tells_of_both_kinds_of_prompts_with_the_baseline_in_brackets(tmp_path: Path) -> None:
+    assert behaviour_sentences(tmp_path, []) == []
+    write(tmp_path, BASELINE, 0.25)
+    assert behaviour_sentences(tmp_path, [BASELINE]) == [
+        "harmful prompts: 25 % word for word as before training, 75 % gibberish",
+        "benign prompts: 25 % word for word as before training, 75 % gibberish",
+    ]
+    write(tmp_path, CHOSEN, 0.75)
+    assert behaviour_sentences(tmp_path, [BASELINE, CHOSEN])[1] == (
+        "benign prompts: 75 % word for word as before training (25 % without KL), 25 % gibberish (75 % without KL)"
+    )
+
+
+def test_why_a_model_cannot_be_measured_is_printed(
+    small_config: CircuitBreakerConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError, match="--adapter"):
+        _measure([BASELINE], TrialContext(small_config, tmp_path, Workers()), prompts=1)
+    assert "InputError: --adapter" in capsys.readouterr().err
+
+
+def test_a_process_that_cannot_measure_is_a_line_that_names_the_log(
+    small_config: CircuitBreakerConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "logs").write_text("a file, where a directory should be")
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+    try:
+        reason = measure_all([BASELINE], TrialContext(small_config, tmp_path, Workers()), prompts=1)
+    finally:
+        ray.shutdown()
+    assert reason.startswith("FileExistsError: "), reason
+    assert reason.endswith(" (logs/behaviour.log)")

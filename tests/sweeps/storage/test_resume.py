@@ -1,0 +1,396 @@
+"""A sweep that was killed is continued: what is kept, what is refused, and the command killed and resumed for real."""
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from commands import Sweep
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from simulated import file_storage, next_trial, plan_of, world
+
+from cbtrain.config import InputError, cli
+from cbtrain.model import tiny
+from cbtrain.training.metrics import Metrics
+from sweeps import kl_ablation
+from sweeps.execution.trial import _begin_or_go_on
+from sweeps.reporting.console import resume_lines
+from sweeps.storage import inputs
+from sweeps.storage.lock import HeldError, held
+from sweeps.storage.resume import find_trials, flags_to_keep, given_flags, mend_journal, recorded, wait_for_leftovers
+from sweeps.storage.run_directory import RunDirectory
+
+
+def test_a_sweep_killed_with_all_its_processes_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    for name in ("cbtrain", "sweeps"):  # another checkout where the user stands
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('of the wrong directory')")
+    tiny.build()  # which says so on stderr where it is the first time
+    sweep = Sweep(
+        tmp_path,
+        *("--num-samples", "4", "--baseline-seeds", "2", "--run-dir", "run", "--behaviour-prompts", "0"),
+        *("--steps", "30", "--warmup-steps", "5", "--eval-every", "0", "--checkpoint-every", "3"),
+    )
+    run = tmp_path / "run"
+    wait_for_a_checkpoint_after(run, ended=0)
+    status, _, error = command(monkeypatch, capsys, "--resume", str(run))
+    assert (status, f"{run}: its sweep is still running (" in error) == (2, True), error
+    wait_for_a_checkpoint_after(run, ended=2)
+    sweep.kill()
+    before = pd.read_csv(run / "trials.csv")
+    ended = before[before.status == "completed"]
+    # The journal is written first, so that a trial may have ended by it and not by the table.
+    kept = {trial_id: (run / "logs" / f"{trial_id}.log").read_bytes() for trial_id in ended.trial_id}
+    assert len(ended) >= 2, before
+    assert set(before.status) == {"completed", "running"}
+
+    resumed = Sweep(tmp_path, "--resume", "runs/latest", "--num-samples", "5")
+    status, output, errors = resumed.wait()
+    assert (status, errors) == (0, ""), output
+    assert resumed.left_behind() == []
+    assert f"resume    {len(ended)} of 5 trials ended, " in output
+    assert "on from step " in output
+    assert f"5 trials ({len(ended)} before this session) in " in output
+    after = pd.read_csv(run / "trials.csv")
+    assert after.trial_id.tolist() == [f"t{number:03d}" for number in range(5)]
+    assert after.status.tolist() == ["completed"] * 5, after.error
+    assert after.phase.tolist() == ["baseline"] * 2 + ["ablation"] * 3
+    pd.testing.assert_frame_equal(
+        after.loc[ended.index, ["eval_benign_kl", "ended_at"]], ended[["eval_benign_kl", "ended_at"]]
+    )
+    assert {trial_id: (run / "logs" / f"{trial_id}.log").read_bytes() for trial_id in kept} == kept
+    went_on = after[after.resumed_from > 0]
+    assert len(went_on) >= 1, after.resumed_from
+    for trial in after.itertuples():
+        lines = (run / "trials" / trial.trial_id / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, 31))
+        printed = (run / "logs" / f"{trial.trial_id}.log").read_text()
+        assert printed.count("Step 30: loss=") == 1
+        begun = printed.count("Step 1: loss=")
+        assert begun == 1 or (begun == 2 and trial.trial_id not in kept and not trial.resumed_from > 0), trial
+    record = json.loads((run / "sweep.json").read_text())
+    assert (record["status"], [session["trials_ended"] for session in record["resumed"]]) == ("finished", [len(ended)])
+    assert not list(run.glob("trials/*/checkpoint"))
+
+
+def wait_for_a_checkpoint_after(run: Path, ended: int) -> None:
+    """Return when so many trials have ended and another has written a checkpoint."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        time.sleep(0.02)
+        if (run / "trials.csv").exists():
+            trials = pd.read_csv(run / "trials.csv")
+            running = trials[trials.status == "running"].trial_id
+            begun = any((run / "trials" / trial_id / "checkpoint" / "manifest.json").exists() for trial_id in running)
+            if begun and (trials.status == "completed").sum() >= ended:
+                return
+    raise AssertionError("no checkpoint came")
+
+
+def command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """The command in this process: its exit status, output and errors."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["kl_ablation.py", *arguments])
+    status = cli.run(kl_ablation.main)
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def killed(small_config, small_world, tmp_path, monkeypatch, quick) -> RunDirectory:
+    """A sweep of 6 that was killed after its second trial, with two running; its data lie in `data/`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("harmful", "benign"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text((small_world / f"{name}.jsonl").read_text())
+    config = dataclasses.replace(
+        small_config,
+        harmful=(str(tmp_path / "data" / "harmful.jsonl"),),
+        benign=(str(tmp_path / "data" / "benign.jsonl"),),
+    )
+    run = RunDirectory(Path("run"))
+    plan = plan_of(6, baseline_seeds=3)
+    with run.locked():
+        run.create(
+            {
+                "preset": "tiny",
+                "config_overrides": {},
+                "flags": {"teacher_cache": "off", "max_concurrent": None},
+                "settings": dataclasses.asdict(plan.settings),
+                "plan": dataclasses.asdict(plan.budget),
+                "config": dataclasses.asdict(config),
+                "inputs": inputs.identities(config),
+                "concurrency": 2,
+            }
+        )
+        plan = plan_of(6, file_storage(run.path), baseline_seeds=3)
+        specs = [next_trial(plan) for _ in range(4)]
+        for spec in specs[:2]:
+            plan.tell(spec.trial_id, measured(spec))
+        run.write_trials(plan.rows())
+    return run
+
+
+def measured(spec):
+    outcome = world(spec)
+    outcome.metrics.update(train_s=3.0, eval_s=0.5, wall_s=4.0, ended_at=5.0, process="host:1")
+    return outcome
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text, text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_what_will_be_resumed_is_told_beforehand_and_nothing_is_touched(killed, monkeypatch, capsys):
+    edit(killed.path / "sweep.json", '"torch": "', '"torch": "0.')
+    with (killed.path / "study.log").open("a") as file:
+        file.write('{"op_code": 8, "wor')
+    before = {path: path.read_bytes() for path in killed.path.rglob("*") if path.is_file() and path.name != "lock"}
+    status, output, error = command(monkeypatch, capsys, "--resume", "runs/latest", "--num-samples=9", "--dry-run")
+    assert (status, error) == (0, "")
+    lines = output.splitlines()
+    assert "plan      9 trials = 3 baseline + 4 ablation + 2 search" in lines
+    assert "cache     off, every step runs the teacher" in lines
+    told = " ".join(" ".join(lines).split())
+    assert "2 of 9 trials ended, 2 were interrupted: they go on from the start and from the start" in told
+    assert "warning changed since the sweep began: torch 0." in told
+    assert max(map(len, lines)) <= 80, lines
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_finished_sweep_is_concluded_without_running_anything(killed, monkeypatch, capsys):
+    plan = plan_of(6, file_storage(killed.path), baseline_seeds=3)
+    while not plan.done:
+        spec = next_trial(plan)
+        (killed.trial(spec.trial_id) / "checkpoint").mkdir(parents=True)
+        plan.tell(spec.trial_id, measured(spec))
+    status, output, error = command(monkeypatch, capsys, "--resume", "run", "--behaviour-prompts", "0")
+    assert (status, error) == (0, "")
+    assert "6 of 6 trials ended: nothing is left to run (--num-samples N adds trials)" in " ".join(output.split())
+    assert "next      python analysis/pick_beta.py run" in output
+    assert json.loads((killed.path / "sweep.json").read_text())["status"] == "finished"
+    assert pd.read_csv(killed.path / "trials.csv").status.tolist() == ["completed"] * 6
+    assert not list(killed.path.glob("trials/*/checkpoint"))
+
+
+def test_a_sweep_whose_baseline_never_rerouted_ends_there_and_says_which_knob_to_turn(killed, monkeypatch, capsys):
+    killed.journal.unlink()
+    plan = plan_of(6, file_storage(killed.path), baseline_seeds=3)
+    while not plan.done:
+        spec = next_trial(plan)
+        plan.tell(spec.trial_id, dataclasses.replace(measured(spec), eval_loss_reroute=0.9))
+    status, output, error = command(monkeypatch, capsys, "--resume", "run")
+    assert (status, error) == (3, "")
+    said = " ".join(output.split())
+    assert "verdict baseline_never_rerouted" in said
+    assert "more --steps, a higher --lr" in said
+    assert pd.read_csv(killed.path / "trials.csv").phase.tolist() == ["baseline"] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume", "nowhere"], "--resume nowhere: holds no sweep (no sweep.json)"),
+        (["--resume", "run", "--lr", "1e-3"], "--lr: comes from run/sweep.json when resuming; leave it out"),
+        (["--seed=3", "--resume", "run"], "--seed: comes from run/sweep.json"),
+        (["--resume", "run", "--config", "tiny"], "--preset: comes from run/sweep.json"),
+        (["--resume", "run", "--baseline_seeds", "3"], "--baseline-seeds: comes from run/sweep.json"),
+        (["--resume", "run", "--no-early-stop"], "--early-stop: comes from run/sweep.json"),
+        (["--resume", "run", "--sampler", "tpe"], "--sampler: comes from run/sweep.json"),
+        (["--resume", "run", "--run-dir", "other"], "--run-dir: comes from run/sweep.json"),
+        (["--resume", "run", "--num-samples", "5"], "--num-samples 5: the sweep has 6; it can grow, not shrink"),
+        (["--resume", "run", "--max-concurrent", "0"], "--max-concurrent 0: must be 1 or more"),
+        (["--run-dir", "run"], "run already holds a sweep (2 of 6 trials ended): --resume run to continue it, or"),
+    ],
+)
+def test_what_cannot_be_asked_of_a_resumed_sweep_is_one_line_and_status_2(
+    killed, monkeypatch, capsys, arguments, message
+):
+    assert message in refusal(monkeypatch, capsys, *arguments)
+
+
+def refusal(monkeypatch, capsys, *arguments: str) -> str:
+    """The one line with which the command ends, with status 2."""
+    status, _, error = command(monkeypatch, capsys, *(arguments or ("--resume", "run")))
+    assert status == 2, error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"preset"', "preset", "run/sweep.json: not JSON"),
+        ('"config":', '"konfig":', "run/sweep.json: no config in it"),
+        ('"settings":', '"settings": 3, "x":', "run/sweep.json: no settings in it"),
+        ('"confidence":', '"surety":', "run/sweep.json: settings.surety: no such field"),
+        ('"lora_rank": 8', '"lora_rank": "8"', "run/sweep.json: config.lora_rank: '8' must be a whole number"),
+        ('"lora_rank": 8,', "", "run/sweep.json: config.lora_rank: missing"),
+        ('"seed": 0', '"seed": -1', "run/sweep.json: settings: --seed -1: must be 0 or more"),
+        ('"max_concurrent": null', '"max_concurrent": "all"', "run/sweep.json: flags.max_concurrent: 'all' must be"),
+        ('"baseline": 3', '"baseline": 9', "--num-samples 6: 9 baseline seeds + 1 trial"),
+    ],
+)
+def test_a_sweep_json_that_does_not_hold_a_sweep_is_refused(killed, monkeypatch, capsys, old, new, message):
+    edit(killed.path / "sweep.json", old, new)
+    assert message in refusal(monkeypatch, capsys)
+
+
+def test_data_that_are_not_what_they_were_are_refused(killed, monkeypatch, capsys, tmp_path):
+    data = tmp_path / "data" / "benign.jsonl"
+    text = data.read_text()
+    data.write_text(text.replace("user", "User", 1))
+    assert f"{data}: changed since the sweep began; put it back as it was" in refusal(monkeypatch, capsys)
+    data.unlink()
+    assert f"{data}: gone since the sweep began; put it back" in refusal(monkeypatch, capsys)
+    data.write_text(text)
+    status, _, error = command(monkeypatch, capsys, "--resume", "run", "--dry-run")
+    assert (status, error) == (0, "")
+
+
+def test_a_sweep_from_before_checksums_is_accepted(killed, monkeypatch, capsys):
+    record = json.loads((killed.path / "sweep.json").read_text())
+    del record["inputs"], record["flags"]
+    (killed.path / "sweep.json").write_text(json.dumps(record))
+    assert command(monkeypatch, capsys, "--resume", "run", "--dry-run")[0] == 0
+
+
+def test_a_journal_damaged_in_its_middle_is_refused(killed, monkeypatch, capsys):
+    journal = killed.path / "study.log"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([*lines[:2], lines[2][:20] + "\n", *lines[3:]]))
+    assert "run/study.log:3: damaged (not JSON)" in refusal(monkeypatch, capsys)
+    journal.write_text('{"op_code": 4}\n')
+    assert "run/study.log: not this sweep's journal" in refusal(monkeypatch, capsys)
+
+
+def test_a_half_written_last_line_is_put_aside_and_a_stale_lock_taken_away(killed):
+    torn = '{"op_code": 8, "worker_id": "a'
+    with (killed.path / "study.log").open("a") as file:
+        file.write(torn)
+    os.symlink(killed.path / "study.log", killed.path / "study.log.lock")
+    mend_journal(killed)
+    assert (killed.path / "study.log.torn").read_text() == torn
+    began = time.monotonic()
+    plan = plan_of(6, file_storage(killed.path), baseline_seeds=3)
+    spec = next_trial(plan)
+    plan.tell(spec.trial_id, world(spec))
+    assert time.monotonic() - began < 5, "waited for a lock that nobody holds"
+    again = plan_of(6, JournalStorage(JournalFileBackend(str(killed.path / "study.log"))), baseline_seeds=3)
+    assert [row["status"] for row in again.rows()] == ["completed"] * 3 + ["running"]
+
+
+def test_sampler_and_early_stop_are_those_that_the_sweep_was_begun_with(killed):
+    record = json.loads((killed.path / "sweep.json").read_text())
+    record["settings"]["sampler"] = "tpe"
+    begun = kl_ablation.SweepSettings(early_stop=True, sampler="tpe")
+    record["flags"] = flags_to_keep(begun)
+    (killed.path / "sweep.json").write_text(json.dumps(record))
+    killed.read()
+    settings, plan = recorded(killed, kl_ablation.SweepSettings(), ["--resume", "run"])
+    assert (settings.early_stop, plan.sampler) == (True, "tpe")
+
+
+def test_more_trials_do_not_ask_for_more_baselines(killed, monkeypatch, capsys):
+    status, output, _ = command(monkeypatch, capsys, "--resume", "run", "--num-samples", "40", "--dry-run")
+    assert (status, "40 trials = 3 baseline + 4 ablation + 29 search + 4 confirm" in output) == (0, True), output
+
+
+def test_interrupted_trials_keep_their_ids_and_settings(killed):
+    asked = plan_of(6, baseline_seeds=3)
+    expected = [next_trial(asked) for _ in range(4)][2:]
+    found = find_trials(killed, asked.settings)
+    assert (found.ended, found.interrupted, found.done) == (("t000", "t001"), tuple(expected), False)
+    again = plan_of(6, file_storage(killed.path), baseline_seeds=3)
+    assert [next_trial(again).trial_id for _ in range(3)] == ["t002", "t003", "t004"]
+    with pytest.raises(InputError, match="--num-samples 4: 5 trials were begun already; give 5 or more"):
+        find_trials(killed, dataclasses.replace(asked.settings, num_samples=4))
+
+
+def test_a_trial_that_is_still_trained_is_waited_for(killed, capsys, monkeypatch):
+    lock = killed.trial("t002") / "lock"
+    lock.parent.mkdir(parents=True)
+    taken, ended = threading.Event(), threading.Event()
+
+    def train():
+        with held(lock):
+            taken.set()
+            ended.wait(0.5)
+        ended.set()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    assert taken.wait(5)
+    with pytest.raises(HeldError, match=f":{os.getpid()}$"), held(lock):
+        pass
+    wait_for_leftovers(killed, ["t002", "t003"])
+    assert ended.is_set()
+    assert "which still trains t002" in capsys.readouterr().out
+    thread.join()
+    monkeypatch.setattr("sweeps.storage.resume.LEFT_RUNNING_S", 0)
+    with held(lock), pytest.raises(InputError, match=r"run/trials/t002: .* still trains it; end that process"):
+        wait_for_leftovers(killed, ["t002"])
+
+
+@pytest.mark.parametrize("damage", ["none", "flip", "gone"])
+def test_a_trial_without_a_good_checkpoint_begins_anew_and_says_so(small_config, tmp_path, capsys, damage):
+    config = dataclasses.replace(small_config, checkpoint_every=2, eval_every=0)
+
+    class Killed(Exception):
+        pass
+
+    def die_at_3(metrics: Metrics) -> None:
+        if metrics["step"] == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        _begin_or_go_on(config, tmp_path, die_at_3, None)
+    victim = next((tmp_path / "checkpoint").glob("step-2/*.pt"))
+    if damage == "flip":
+        victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+    if damage == "gone":
+        (tmp_path / "checkpoint" / "manifest.json").unlink()
+    steps: list[float] = []
+    final = _begin_or_go_on(config, tmp_path, lambda metrics: steps.append(metrics["step"]), None)
+    assert steps == ([3, 4] if damage == "none" else [1, 2, 3, 4])
+    assert final.get("resumed_from", 0) == (2 if damage == "none" else 0)
+    assert ("begins anew: " in capsys.readouterr().out) == (damage != "none")
+
+
+def test_flags_are_found_however_they_are_written():
+    argv = ["--num_samples=30", "--resume", "runs/a", "--no-dry-run", "--config", "tiny", "--harmful", "a", "b"]
+    assert given_flags(argv) == ["num_samples", "resume", "dry_run", "preset", "harmful"]
+
+
+def test_a_large_file_is_told_by_samples_that_reach_its_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "_SAMPLED_ABOVE", 1000)
+    monkeypatch.setattr(inputs, "_SAMPLE_BYTES", 100)
+    file = tmp_path / "model.safetensors"
+    content = bytes(range(256)) * 100
+    told = set()
+    for changed in (content, content[:-1] + b"x", b"x" + content[1:], content + b"x"):
+        file.write_bytes(changed)
+        told.add(inputs._sampled(file))
+    assert len(told) == 4
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([], "resume    4 of 10 trials ended"),
+        ([42], "resume    4 of 10 trials ended, 1 was interrupted: it goes on from step 42"),
+        ([42, 21, 0], "4 of 10 trials ended, 3 were interrupted: they go on from step 42, step 21 and from the start"),
+    ],
+)
+def test_the_line_on_what_was_found(steps, expected):
+    lines = resume_lines(4, 10, steps, done=False)
+    assert expected in " ".join(line.strip() for line in lines)
+    assert max(map(len, lines)) <= 80
