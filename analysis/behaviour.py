@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from analysis.trials import InputError
+from cbtrain.utils.errors import InputError
 
 
 @dataclass(frozen=True)

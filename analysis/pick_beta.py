@@ -23,7 +23,8 @@ from analysis.behaviour import load_behaviour
 from analysis.decide import decide
 from analysis.decision import Decision
 from analysis.report import commands, report
-from analysis.trials import InputError, load_curves, load_settings, load_trials
+from analysis.trials import load_curves, load_settings, load_trials
+from cbtrain.utils.errors import InputError
 
 DEFAULT_RUN_DIR = "runs/latest"
 _WIDTH = 80

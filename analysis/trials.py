@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from cbtrain.utils.errors import InputError
+
 TEXT_COLUMNS = ("trial_id", "phase", "status", "feasible", "error")
 NUMBER_COLUMNS = (
     "beta_kl",
@@ -29,10 +31,6 @@ NUMBER_COLUMNS = (
     "wall_s",
 )
 STATUSES = ("running", "completed", "stopped", "failed")
-
-
-class InputError(ValueError):
-    """Something that was given to read is wrong. Its text is one line: where, what, and the mend."""
 
 
 def load_trials(run_dir: str | Path) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """A trained adapter against its base: held-out metrics, and what both generate, as a table and as files.
 
-    python -m cbtrain.evaluate --adapter outputs/cb/adapter
+python -m cbtrain.evaluate --adapter outputs/cb/adapter
 """
 
 import sys

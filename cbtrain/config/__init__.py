@@ -11,7 +11,8 @@ from cbtrain.config.presets import (
     get_config,
 )
 from cbtrain.config.schema import DTYPE_NAMES, CircuitBreakerConfig, Dtype, MaskPolicy
-from cbtrain.config.validation import InputError, described, fits, flag, nearest
+from cbtrain.config.validation import described, fits, flag, nearest
+from cbtrain.utils.errors import InputError
 
 __all__ = [
     "DTYPE_NAMES",

@@ -16,7 +16,7 @@ from rich.table import Table
 from cbtrain.config.cli import run
 from cbtrain.config.presets import PRESETS, get_config
 from cbtrain.config.schema import CircuitBreakerConfig
-from cbtrain.config.validation import InputError
+from cbtrain.utils.errors import InputError
 
 _WIDTH = 80
 _COLUMNS = ("alpha", "target_layers", "lora_layers", "steps", "warmup_steps", "lr")

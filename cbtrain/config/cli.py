@@ -14,7 +14,8 @@ import tyro
 
 from cbtrain.config.presets import get_config
 from cbtrain.config.schema import CircuitBreakerConfig
-from cbtrain.config.validation import InputError, flag, nearest
+from cbtrain.config.validation import flag, nearest
+from cbtrain.utils.errors import InputError
 
 Settings = TypeVar("Settings", bound=Any)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cbtrain.config.schema import CircuitBreakerConfig, Dtype
-from cbtrain.config.validation import InputError, nearest
+from cbtrain.config.validation import nearest
+from cbtrain.utils.errors import InputError
 
 
 @dataclass(kw_only=True)

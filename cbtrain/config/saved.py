@@ -7,7 +7,7 @@ from typing import Any
 
 from cbtrain.config.presets import get_config
 from cbtrain.config.schema import CircuitBreakerConfig
-from cbtrain.config.validation import InputError
+from cbtrain.utils.errors import InputError
 
 _PLACES = ("model", "tokenizer", "harmful", "benign")
 """Recorded as paths; where the sweep was not told them, the preset knows them on this machine."""

@@ -8,7 +8,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_type_hints
 
-from cbtrain.config.validation import InputError, described, fits, flag, nearest
+from cbtrain.config.validation import described, fits, flag, nearest
+from cbtrain.utils.errors import InputError
 
 MaskPolicy = Literal["completion_only", "assistant_only", "tool_calls_only", "full_sequence", "given"]
 Dtype = Literal["float32", "bfloat16", "fp32", "bf16"]

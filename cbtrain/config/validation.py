@@ -5,10 +5,6 @@ import math
 from typing import Any, Literal, get_args, get_origin
 
 
-class InputError(ValueError):
-    """Something the user gave is wrong. Its text is one line: where, what, and the mend."""
-
-
 def flag(field_name: str) -> str:
     """The command-line flag of a configuration field."""
     return "--" + field_name.replace("_", "-")

@@ -8,7 +8,7 @@ import pytest
 
 from analysis.behaviour import Answers, Behaviour, load_behaviour
 from analysis.pick_beta import write_report
-from analysis.trials import InputError
+from cbtrain.utils.errors import InputError
 
 MakeRun = Callable[..., Path]
 

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.trials import InputError, load_curves, load_settings, load_trials
+from analysis.trials import load_curves, load_settings, load_trials
+from cbtrain.utils.errors import InputError
 
 MakeRun = Callable[..., Path]
 

@@ -1,0 +1,18 @@
+"""Errors as one line, for a screen or a column of a table."""
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. Its text is one line: where, what, and the mend."""
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line of an error's text that says something; its type's name where it has none."""
+    lines = (line.strip() for line in str(error).splitlines())
+    unsaid = type(error).__name__ if isinstance(error, BaseException) else ""
+    return next(filter(None, lines), unsaid)
+
+
+def named(error: BaseException) -> str:
+    """`ValueError: what it says`, on one line; the type alone where it says nothing."""
+    kind, text = type(error).__name__, first_line(error)
+    return kind if text == kind else f"{kind}: {text}"
