@@ -8,29 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.columns import NUMBER_COLUMNS, STATUSES, TEXT_COLUMNS
 from cbtrain.utils.errors import InputError
-
-TEXT_COLUMNS = ("trial_id", "phase", "status", "feasible", "error")
-NUMBER_COLUMNS = (
-    "beta_kl",
-    "kl_temperature",
-    "seed",
-    "steps",
-    "loss_reroute",
-    "loss_retain",
-    "loss_kl",
-    "eval_loss_reroute",
-    "eval_loss_retain",
-    "eval_benign_kl",
-    "eval_benign_nll",
-    "eval_harmful_nll",
-    "base_harmful_nll",
-    "base_benign_nll",
-    "reroute_regression",
-    "train_s",
-    "wall_s",
-)
-STATUSES = ("running", "completed", "stopped", "failed")
+from cbtrain.utils.metrics_file import read_metrics
 
 
 def load_trials(run_dir: str | Path) -> pd.DataFrame:
@@ -68,23 +48,11 @@ def load_curves(run_dir: str | Path) -> pd.DataFrame:
     Raises:
         InputError: a broken line elsewhere, or a line without a step.
     """
-    rows = []
-    for path in sorted(Path(run_dir).glob("trials/*/metrics.jsonl")):
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        for number, text in enumerate(lines, start=1):
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError as error:
-                if number == len(lines):
-                    break
-                raise InputError(f"{path}:{number}: not JSON ({error.msg}): remove the line") from None
-            if not isinstance(record, dict) or "step" not in record:
-                raise InputError(f"{path}:{number}: no step: a line of metrics has a number under step")
-            if not all(isinstance(value, int | float) for value in record.values()):
-                raise InputError(f"{path}:{number}: holds something that is no number: remove the line")
-            rows.append({"trial_id": path.parent.name, **record})
+    rows = [
+        {"trial_id": path.parent.name, **metrics}
+        for path in sorted(Path(run_dir).glob("trials/*/metrics.jsonl"))
+        for metrics in read_metrics(path)
+    ]
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["trial_id", "step"])
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cbtrain.utils.errors import first_line
+
 ROOT = Path(__file__).resolve().parent.parent
 if not __package__:
     sys.path[0] = str(ROOT)  # started as a script, which puts sweeps/ there
@@ -151,8 +153,8 @@ def _copied(run: "RunDirectory", destination: "Destination", status: int) -> int
     try:
         files, size = destination.copy(run.path)
     except OSError as error:
-        reason = str(error).splitlines()[0]
-        print(f"error: --copy-to {destination.uri}: {reason}; copy {run.shown} yourself", file=sys.stderr)
+        reason = first_line(error)
+        print(f"error: --copy-to {destination.uri}: {reason}; copy {run.shown} by hand", file=sys.stderr)
         return status or 1
     print(f"copied    {files} files, {size / 1e6:.1f} MB, to {destination.uri}")
     return status

@@ -25,6 +25,7 @@ ROOMS = (
     "cbtrain.inspect_data",  #   python -m cbtrain.data
     "cbtrain.evaluate",  #       python -m cbtrain.evaluate
     "cbtrain.train",  #          python -m cbtrain.train
+    "analysis.columns",  #       of trials.csv
     "analysis.formatting",  #    how numbers are written
     "analysis.constraint",  #    what may be lost of the rerouting
     "analysis.noise",  #         seeds against the limit
@@ -43,7 +44,7 @@ ROOMS = (
     "sweeps.settings",  #        the command's flags
     "sweeps.kl_ablation",  #     python sweeps/kl_ablation.py
 )
-TORCH_FREE = ("cbtrain.config", "cbtrain.utils.errors", "cbtrain.utils.files")
+TORCH_FREE = ("cbtrain.config", "cbtrain.utils.errors", "cbtrain.utils.files", "cbtrain.utils.metrics_file")
 """What of `cbtrain` `analysis` may know."""
 FORBIDDEN = {
     "cbtrain": {"ray", "optuna"},

@@ -5,7 +5,6 @@ Pure: the texts of all files come back as strings; `analysis.pick_beta` writes t
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from analysis.decision import Decision, Verdict
 from analysis.formatting import count, number, percent, signed, temperature, with_relation
 from analysis.report import figures
 from analysis.report.commands import folded, sweep_command, train_command
+from cbtrain.utils.files import finite_or_none
 
 SCHEMA_VERSION = 1
 """Of decision.json; rises when a key changes its meaning or goes."""
@@ -94,7 +94,7 @@ def decision_json(decision: Decision, sweep: Mapping[str, Any], trials: pd.DataF
         "versions": sweep.get("versions"),
         "git_commit": sweep.get("git_commit"),
     }
-    return json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(finite_or_none(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def render(
@@ -191,15 +191,6 @@ def _when_collapsed(trials: pd.DataFrame, curves: pd.DataFrame) -> str:
         return "Here the baseline's training loss never fell below 0.5."
     last = int(rows.groupby("trial_id")["step"].min().max())
     return f"Here every baseline that collapsed had fallen below 0.5 by step {last} of {int(curves['step'].max())}."
-
-
-def _finite(value: Any) -> Any:
-    """`value` with every number that JSON cannot hold replaced by null."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _inlined(svg: str, name: str) -> str:

@@ -30,7 +30,8 @@ from cbtrain.model.checks import prepare
 from cbtrain.model.loading import forget_base, load_base, load_tokenizer
 from cbtrain.model.partial_forward import Decoder
 from cbtrain.utils import distributed
-from cbtrain.utils.files import shown, write_whole
+from cbtrain.utils.errors import first_line
+from cbtrain.utils.files import finite_or_none, shown, write_whole
 
 SCHEMA_VERSION = 1
 View = Literal["base", "tuned"]
@@ -124,9 +125,9 @@ def measure(
             asks = {"kind": kind, "source": prompt.source, "prompt": tokenizer.decode(prompt.tokens)}
             lines.append(asks | {"base": base.record(), "tuned": tuned.record()})
     if output_dir is not None:
-        write_whole(output_dir / "completions.jsonl", "".join(json.dumps(_finite(x)) + "\n" for x in lines))
-        write_whole(output_dir / "behaviour.json", json.dumps(_finite(record), indent=1) + "\n")
-    return _finite(record)
+        write_whole(output_dir / "completions.jsonl", "".join(json.dumps(finite_or_none(x)) + "\n" for x in lines))
+        write_whole(output_dir / "behaviour.json", json.dumps(finite_or_none(record), indent=1) + "\n")
+    return finite_or_none(record)
 
 
 @contextlib.contextmanager
@@ -147,8 +148,7 @@ def adapter(config: CircuitBreakerConfig, directory: Path) -> Iterator[PeftModel
             raise ValueError(f"{len(strange)} weights are not those of the model, {min(strange)} for one")
     except Exception as error:  # whatever a strange file makes the libraries raise
         forget_base()
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"--adapter {directory}: does not fit {config.model} ({reason})") from error
+        raise InputError(f"--adapter {directory}: does not fit {config.model} ({first_line(error)})") from error
     try:
         yield model
     finally:
@@ -246,10 +246,3 @@ def _rates(answers: dict[View, list[Completion]]) -> dict[str, Any]:
         "empty_rate": each(lambda answer: not answer.tokens),
         "unchanged_rate": statistics.fmean(base.tokens == tuned.tokens for base, tuned in pairs),
     }
-
-
-def _finite(value: Any) -> Any:
-    """`value` with every number that JSON cannot hold replaced by None."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

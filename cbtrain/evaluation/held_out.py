@@ -17,7 +17,7 @@ from cbtrain.data.batches import TeacherStates, TokenBatch, held_out_batches
 from cbtrain.data.dataset import CircuitBreakerData
 from cbtrain.data.tokenization import TokenRow
 from cbtrain.losses.head_products import rows_per_chunk, teacher_logits_and_difference
-from cbtrain.losses.losses import nll, upcast
+from cbtrain.losses.losses import nll, token_cosine, token_kl, token_l2
 from cbtrain.model.checks import retained_layers
 from cbtrain.model.lora import student_mode
 from cbtrain.model.partial_forward import Decoder
@@ -89,8 +89,7 @@ def evaluate(
             means.add("base_harmful_nll", nll(logits, following), weight)
     for batch, weight in _share(batches.benign):
         student, teacher = decoder.states(recalled(batch, retained, True, cache), retained, final=True)
-        distance = torch.linalg.vector_norm(upcast(student.hidden) - upcast(teacher.hidden), dim=-1)
-        means.add("eval_loss_retain", distance, weight)
+        means.add("eval_loss_retain", token_l2(student.hidden, teacher.hidden), weight)
         for logits, difference, following in _predictions(decoder, batch, student, teacher):
             _add_drift(logits, difference, following, means, weight)
     student_mode(decoder.model)
@@ -139,7 +138,7 @@ def _share(batches: list[TokenBatch]) -> Iterator[tuple[TokenBatch, int]]:
 def _add_cosines(
     student: TeacherStates, teacher: TeacherStates, layers: Sequence[int], means: Means, weight: int
 ) -> None:
-    cosine = F.cosine_similarity(upcast(student.hidden), upcast(teacher.hidden), dim=-1)
+    cosine = token_cosine(student.hidden, teacher.hidden)
     means.add("eval_loss_reroute", F.relu(cosine), weight)
     for layer, values in zip(layers, cosine.unbind(1), strict=True):
         means.add(f"eval_cosine_layer_{layer}", values, weight)
@@ -163,7 +162,7 @@ def _predictions(
 
 def _add_drift(logits: Tensor, difference: Tensor, following: Tensor, means: Means, weight: int) -> None:
     log_p, log_q = F.log_softmax(logits, dim=-1), F.log_softmax(logits + difference, dim=-1)
-    means.add("eval_benign_kl", (log_p.exp() * (log_p - log_q)).sum(-1), weight)
+    means.add("eval_benign_kl", token_kl(log_p, log_q), weight)
     means.add("eval_benign_top1_agreement", log_q.argmax(-1) == log_p.argmax(-1), weight)
     means.add("eval_benign_nll", F.nll_loss(log_q, following, reduction="none"), weight)
     means.add("base_benign_nll", F.nll_loss(log_p, following, reduction="none"), weight)

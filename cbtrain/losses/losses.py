@@ -19,6 +19,21 @@ def upcast(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def token_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """cos(h_student, h_teacher) of hidden states [..., H] at each place: [...], in float32 or better."""
+    return F.cosine_similarity(upcast(student), upcast(teacher), dim=-1)
+
+
+def token_l2(student: Tensor, teacher: Tensor) -> Tensor:
+    """‖h_student − h_teacher‖₂ of hidden states [..., H] at each place: [...], in units of the hidden state."""
+    return torch.linalg.vector_norm(upcast(student) - upcast(teacher), dim=-1)
+
+
+def token_kl(teacher_log_p: Tensor, student_log_q: Tensor) -> Tensor:
+    """Σ_v p_v (log p_v − log q_v) of log-probabilities [..., V] at each place: [...], in nats."""
+    return (teacher_log_p.exp() * (teacher_log_p - student_log_q)).sum(dim=-1)
+
+
 def reroute_loss(student: Tensor, teacher: Tensor, denominator: int | None = None) -> Tensor:
     """Mean over layers and scored tokens of ReLU(cos(h_student, h_teacher)); 1 where nothing has moved.
 
@@ -26,8 +41,7 @@ def reroute_loss(student: Tensor, teacher: Tensor, denominator: int | None = Non
         student, teacher: hidden states of K target layers at N scored harmful tokens, [N, K, H].
         denominator: tokens that the mean is over; None is N.
     """
-    cosine = F.cosine_similarity(upcast(student), upcast(teacher).detach(), dim=-1)
-    return _mean(F.relu(cosine), denominator)
+    return _mean(F.relu(token_cosine(student, teacher.detach())), denominator)
 
 
 def retain_loss(student: Tensor, teacher: Tensor, denominator: int | None = None) -> Tensor:
@@ -37,8 +51,7 @@ def retain_loss(student: Tensor, teacher: Tensor, denominator: int | None = None
         student, teacher: hidden states of K retained layers at N scored benign tokens, [N, K, H].
         denominator: tokens that the mean is over; None is N.
     """
-    difference = upcast(student) - upcast(teacher).detach()
-    return _mean(torch.linalg.vector_norm(difference, dim=-1), denominator)
+    return _mean(token_l2(student, teacher.detach()), denominator)
 
 
 def _mean(values: Tensor, denominator: int | None) -> Tensor:
@@ -80,9 +93,8 @@ def kl_divergence_loss(
     weight = weight[selected]
     log_q = F.log_softmax(upcast(student_logits[selected]) / temperature, dim=-1)
     log_p = F.log_softmax(upcast(teacher_logits[selected]).detach() / temperature, dim=-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
     total = weight.sum()
-    return temperature**2 * (weight * divergence).sum() / torch.where(total > 0, total, 1)
+    return temperature**2 * (weight * token_kl(log_p, log_q)).sum() / torch.where(total > 0, total, 1)
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:

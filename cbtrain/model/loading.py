@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.data.formats.hub import localise
 from cbtrain.model import tiny
+from cbtrain.utils.errors import named
 from cbtrain.utils.files import stamp
 
 
@@ -60,8 +61,7 @@ def told_as_input_errors(field: str, name: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # whatever a broken file makes the libraries raise
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise InputError(f"--{field} {name}: cannot be loaded from a directory or the hub ({reason})") from error
+        raise InputError(f"--{field} {name}: cannot be loaded from a directory or the hub ({named(error)})") from error
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cbtrain.config import CircuitBreakerConfig, InputError
+from cbtrain.utils.errors import first_line
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
@@ -108,8 +109,8 @@ def add_adapter(base: PreTrainedModel, config: CircuitBreakerConfig) -> PeftMode
     try:
         model = get_peft_model(base, lora)
     except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--model {config.model}: {type(base).__name__} takes no such adapter ({reason})") from error
+        kind, reason = type(base).__name__, first_line(error)
+        raise InputError(f"--model {config.model}: {kind} takes no such adapter ({reason})") from error
     if config.lora_init_std > 0:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

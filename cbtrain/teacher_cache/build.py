@@ -86,8 +86,7 @@ def _together(work: Callable[[], Result]) -> Result:
         result = work()
     except OSError as error:
         failure = error
-    failures = torch.tensor([float(failure is not None)], device=distributed.device())
-    if distributed.reduce_sum(failures).item():
+    if distributed.any_rank(failure is not None):
         raise failure or OSError("another worker could not read or write it")
     return result
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.utils import distributed
+from cbtrain.utils.errors import named
 from cbtrain.utils.files import checksum, known_checksum, write_whole
 
 MANIFEST = "manifest.json"
@@ -90,14 +91,13 @@ def load(engine, directory: Path, config: CircuitBreakerConfig) -> Progress:
         tag, progress = _checked(directory, config, distributed.world_size())
     except CheckpointError as error:
         failure = error
-    failures = torch.tensor([float(failure is not None)], device=distributed.device())
-    if distributed.reduce_sum(failures).item():
+    if distributed.any_rank(failure is not None):
         raise failure or CheckpointError(f"{directory}: another worker cannot read it")
     try:
         engine.load_checkpoint(str(directory), tag=tag, load_module_strict=False)
         _set_random_state(torch.load(directory / tag / f"random_state_{distributed.rank()}.pt", weights_only=True))
     except Exception as error:  # other versions of the libraries may fail in any way
-        raise CheckpointError(f"{directory}: cannot be loaded ({type(error).__name__}: {error})") from error
+        raise CheckpointError(f"{directory}: cannot be loaded ({named(error)})") from error
     return progress
 
 

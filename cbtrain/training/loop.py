@@ -130,8 +130,7 @@ def _cache(
     config: CircuitBreakerConfig, data: CircuitBreakerData, pad: int, decoder: Decoder, directory: Path | None
 ) -> TeacherCache | None:
     """The cache of a run that wants one; None, and a line that says why, where it cannot be had."""
-    without = torch.tensor([float(directory is None)], device=distributed.device())
-    if distributed.reduce_sum(without).item() or directory is None:  # one rank's disk may have been too small
+    if distributed.any_rank(directory is None) or directory is None:  # one rank's disk may have been too small
         return None
     try:
         return open_or_build(config, data, pad, decoder, directory)

@@ -16,6 +16,7 @@ from cbtrain.data.batches import ScoredCounts
 from cbtrain.losses.schedule import Coefficients
 from cbtrain.utils import distributed
 from cbtrain.utils.files import write_whole
+from cbtrain.utils.metrics_file import read_metrics
 
 Metrics = dict[str, float]
 Report = Callable[[Metrics], None]
@@ -109,24 +110,15 @@ class MetricsLog:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
         write_whole(output_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-        kept = []
-        if first_step and self._path.is_file():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
-        write_whole(self._path, "".join(line + "\n" for line in kept))
+        earlier = read_metrics(self._path, skip_damaged=True) if first_step else []
+        kept = [json.dumps(metrics) + "\n" for metrics in earlier if metrics["step"] <= first_step]
+        write_whole(self._path, "".join(kept))
 
     def write(self, metrics: Metrics) -> None:
         """Append a line."""
         if self._path is not None:
             with self._path.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; a half-written last line counts as beyond every step."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
 
 
 def console_line(metrics: Metrics) -> str:

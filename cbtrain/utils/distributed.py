@@ -35,6 +35,11 @@ def reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def any_rank(failed: bool) -> bool:
+    """Whether something holds on any rank; every rank calls it, so that none goes on alone into a collective."""
+    return bool(reduce_sum(torch.tensor([float(failed)], device=device())).item())
+
+
 @contextlib.contextmanager
 def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
     """The parameters whole for the body, where ZeRO-3 has partitioned them; small ones it leaves whole."""

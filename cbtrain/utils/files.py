@@ -3,12 +3,14 @@
 import fcntl
 import functools
 import hashlib
+import math
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 _SCRATCH = re.compile(r".+\.[0-9a-f]{32}\.tmp")
 
@@ -86,3 +88,12 @@ def _remove_scratch_of_the_dead(directory: Path) -> None:
 def shown(name: str) -> str:
     """A model or file by the name that means something elsewhere: a hub id whole, of a path its last part."""
     return Path(name).name if Path(name).exists() else name
+
+
+def finite_or_none(value: Any) -> Any:
+    """`value` as JSON can hold it: every number that is not finite as None, tuples as lists, keys as text."""
+    if isinstance(value, Mapping):
+        return {str(key): finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

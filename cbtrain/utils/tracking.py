@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from cbtrain.utils.errors import first_line
+
 Mode = Literal["online", "offline"]
 INIT_TIMEOUT_S = 60.0
 """How long the start of a run waits for the server; without an answer the run goes on untracked."""
@@ -108,8 +110,7 @@ def open_tracker(
 
 
 def _say(error: Exception) -> None:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    print(f"W&B: not tracked ({reason})", file=sys.stderr, flush=True)
+    print(f"W&B: not tracked ({first_line(error)})", file=sys.stderr, flush=True)
 
 
 def _media(path: Path) -> Any:

@@ -18,6 +18,7 @@ import ray._private.state as ray_state
 from ray.train import ScalingConfig
 
 from cbtrain.config import InputError
+from cbtrain.utils.errors import first_line
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_CONCURRENT_BY_DEFAULT = 4
@@ -123,7 +124,7 @@ def started_ray() -> Iterator[list[Node]]:
             )
     except (ConnectionError, RuntimeError, OSError, ray.exceptions.RayError) as error:
         where = f"RAY_ADDRESS {address}" if address else "starting Ray on this machine"
-        raise InputError(f"{where}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"{where}: {first_line(error)}") from error
     # Ray's own handler writes on the screen; the root's, where there is one, is enough.
     logging.getLogger("ray").handlers = [logging.NullHandler()]
     logging.getLogger("ray").propagate = True

@@ -25,6 +25,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.utils.environment import quiet_libraries
+from cbtrain.utils.errors import named
 from sweeps.execution.placement import Workers
 from sweeps.plan.early_stopping import StoppedEarly, StopRule, held_out_curve, judge
 from sweeps.plan.journal import TrialSpec, trial_config
@@ -212,7 +213,7 @@ def root_cause(error: BaseException) -> str:
         error = next(iter(failures.values()))
     while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
         error = cause
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return named(error)
 
 
 @contextlib.contextmanager

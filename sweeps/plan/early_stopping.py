@@ -4,8 +4,6 @@ A trial is compared with the finished `beta_kl = 0` baseline of its own seed at 
 early: the trials that will not reroute drift least.
 """
 
-import contextlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from analysis.formatting import count
 from cbtrain.config import CircuitBreakerConfig, InputError
+from cbtrain.utils.metrics_file import read_metrics
 
 if TYPE_CHECKING:
     from sweeps.plan.journal import TrialSpec
@@ -134,17 +133,12 @@ def held_out_curve(trial: Path) -> dict[int, float]:
 
     A half-written line, as a killed run leaves it, does not count.
     """
-    try:
-        lines = (trial / "metrics.jsonl").read_text().splitlines()
-    except FileNotFoundError:
-        return {}
-    curve = {}
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            metrics = json.loads(line)
-            if "eval_loss_reroute" in metrics:
-                curve[int(metrics["step"])] = float(metrics["eval_loss_reroute"])
-    return curve
+    logged = read_metrics(trial / "metrics.jsonl", skip_damaged=True)
+    return {
+        int(metrics["step"]): float(metrics["eval_loss_reroute"])
+        for metrics in logged
+        if "eval_loss_reroute" in metrics
+    }
 
 
 def judge(rule: StopRule, curve: dict[int, float], metrics: Mapping[str, float]) -> None:

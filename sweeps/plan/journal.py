@@ -8,13 +8,14 @@ A trial comes to be in one record and its outcome is one record, so a sweep kill
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 
+from analysis.columns import Status
 from analysis.surrogate.surrogate import MIN_DRIFT
 from cbtrain.config import CircuitBreakerConfig
 from sweeps.plan.budget import Phase
@@ -26,7 +27,6 @@ CONSTRAINT = "reroute_regression"
 SETTINGS = "settings"
 
 Metric = float | int | str
-Status = Literal["completed", "stopped", "failed"]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import optuna
 import pandas as pd
 from optuna.storages import BaseStorage, InMemoryStorage
 
+from analysis.columns import METRIC_COLUMNS, PLAN_COLUMNS
 from analysis.constraint import absolute_tolerance, baseline_rerouted, reroute_regression
 from analysis.decide import decide
 from analysis.surrogate.surrogate import MAX_MODELLED, STOPPED_LOSS
@@ -25,18 +26,10 @@ from sweeps.plan.sampler import DRAWS_OF_MANY, search_space, suggest
 
 StopReason = Literal["", "baseline_never_rerouted", "baseline_failed"]
 
-METRIC_COLUMNS = (
-    *("steps", "loss_reroute", "loss_retain", "loss_kl"),
-    *("eval_loss_reroute", "eval_loss_retain", "eval_benign_kl", "eval_benign_nll", "eval_harmful_nll"),
-    *("base_benign_nll", "base_harmful_nll", "train_s", "wall_s"),
-)
-"""Columns of trials.csv that the trial itself reports."""
 RUNNING_SHARE = 0.5
 """A search trial starts when none runs, or fewer than this share of those still to be asked for: a short search learns
 from every result, and its last trials rest on nearly all of them."""
 REQUIRED_METRICS = ("eval_benign_kl", "eval_loss_reroute", "eval_harmful_nll")
-PLAN_COLUMNS = {field.name for field in fields(TrialSpec)} | {"status", "reroute_regression", "feasible", "error"}
-"""Columns that the plan fills, whatever a trial reports under these names."""
 
 
 class SweepPlan:
@@ -122,7 +115,7 @@ class SweepPlan:
         """One row for each trial asked for, in that order, with the columns of trials.csv; None is not known."""
         baseline, tolerance = self._baseline_losses(), self.tolerance
         reported = {name for entry in self._entries.values() for name in _metrics(entry)}
-        names = (*METRIC_COLUMNS, *sorted(reported - set(METRIC_COLUMNS) - PLAN_COLUMNS))
+        names = (*METRIC_COLUMNS, *sorted(reported - {*METRIC_COLUMNS, *PLAN_COLUMNS}))
         return [_row(entry, names, baseline, tolerance) for entry in self._entries.values()]
 
     def table(self) -> pd.DataFrame:

@@ -22,6 +22,7 @@ from typing import Any
 import pandas as pd
 
 from cbtrain.config import InputError
+from cbtrain.utils.metrics_file import read_metrics
 from cbtrain.utils.tracking import Mode, Tracker, open_tracker
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,10 +153,8 @@ def log_trial(run_dir: Path, trial_id: str, tracked: Tracked) -> bool:
     config, metrics = directory / "config.json", directory / "metrics.jsonl"
     settings = json.loads(config.read_text()) if config.is_file() else {}
     tracker = tracked(f"{run_dir.name}-{trial_id}", settings | about)
-    for line in metrics.read_text().splitlines() if metrics.is_file() else ():
-        with contextlib.suppress(ValueError):  # half a line, of a trial whose process was killed
-            values = json.loads(line)
-            tracker.log(values, step=values["step"])
+    for values in read_metrics(metrics, skip_damaged=True):
+        tracker.log(values, step=int(values["step"]))
     tracker.summary(row)
     taken = tracker.active
     tracker.close(int(row["status"] == "failed"))

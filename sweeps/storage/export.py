@@ -8,6 +8,7 @@ from pathlib import Path
 from pyarrow import ArrowException, fs
 
 from cbtrain.config import InputError
+from cbtrain.utils.errors import first_line
 
 LEFT_OUT = ("teacher_cache", "ray")
 """Of a run directory: what is large and can be made again, and what nobody reads."""
@@ -32,7 +33,7 @@ class Destination:
         try:
             self._files, root = fs.FileSystem.from_uri(uri if "://" in uri else str(Path(uri).absolute()))
         except (ArrowException, OSError, ImportError) as error:
-            raise InputError(f"--copy-to {uri}: {_line(error)}; give a URI such as s3://bucket/sweeps") from None
+            raise InputError(f"--copy-to {uri}: {first_line(error)}; give a URI such as s3://bucket/sweeps") from None
         self._root = f"{root.rstrip('/')}/{name}"
 
     def check(self, *, new: bool) -> None:
@@ -53,7 +54,7 @@ class Destination:
                 stream.write(b"")
             self._files.delete_file(probe)
         except (ArrowException, OSError) as error:
-            raise InputError(f"--copy-to {self._given}: cannot be written to ({_line(error)})") from None
+            raise InputError(f"--copy-to {self._given}: cannot be written to ({first_line(error)})") from None
 
     def copy(self, run_dir: Path) -> tuple[int, int]:
         """Copy a run directory without teacher cache, checkpoints and Ray's files; how many files and bytes.
@@ -78,7 +79,3 @@ def _results(run_dir: Path) -> Iterator[Path]:
         dropped = LEFT_OUT if inside == Path() else ("checkpoint",) if inside.parent == Path("trials") else ()
         folders[:] = [folder for folder in folders if folder not in dropped]
         yield from (inside / file for file in files if file != "lock")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cbtrain.config import CircuitBreakerConfig, InputError
+from cbtrain.utils.errors import named
 
 _DATASET = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<split>[\w.\[\]:%+-]+))?")
 _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".txt")
@@ -52,7 +53,7 @@ def downloaded(name: str) -> Path:
     try:
         loaded = datasets.load_dataset(match["name"], split=match["split"])
     except Exception as error:  # whatever a missing network, a gated repository or an odd split makes the library raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        reason = named(error)[:200]
         raise InputError(
             f"{name}: no such file, and no dataset to be had from the Hugging Face hub ({reason}); download its file "
             "and name that"

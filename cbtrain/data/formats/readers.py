@@ -15,6 +15,7 @@ from typing import Any
 
 from cbtrain.config import InputError, nearest
 from cbtrain.data.formats import hub
+from cbtrain.utils.errors import first_line
 
 _PARQUET, _GZIP = b"PAR1", b"\x1f\x8b"
 _KNOWN_COLUMNS = {"prompt", "messages", "input_ids", "loss_mask"}
@@ -175,7 +176,7 @@ def _parquet_rows(file: str, content: bytes) -> Iterator[tuple[int, object]]:
                 number += 1
                 yield number, _without_absent_arguments(value)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{file}: a damaged Parquet file ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{file}: a damaged Parquet file ({first_line(error)})") from None
 
 
 def _without_absent_arguments(value: Any) -> Any:
