@@ -7,6 +7,10 @@ constraint when it loses at most a given fraction of the rerouting that the `bet
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 
+REROUTE_TOLERANCE = 0.05
+"""Fraction of the baseline's rerouting that may be lost, where nothing else is asked for."""
+CONFIDENCE = 0.95
+"""Probability of keeping that limit which a recommendation needs, where nothing else is asked for."""
 MIN_BASELINE_ACHIEVED = 0.2
 """Below this mean rerouting achieved the baseline never rerouted, and every comparison with it is vacuous."""
 
@@ -33,3 +37,24 @@ def reroute_regression(loss: float, seed: int, baseline: Mapping[int, float], to
     """
     paired = baseline.get(seed)
     return loss - (fmean(baseline.values()) if paired is None else paired) - tolerance
+
+
+def observed_feasible(regression: float) -> bool:
+    """Whether one trial, as it was measured, is within the limit; of a trial at the limit chance decides which.
+
+    The plan writes this into the column `feasible`. The decision never reads it.
+
+    Args:
+        regression: of `reroute_regression`.
+    """
+    return regression <= 0
+
+
+def probably_feasible(probability: float, confidence: float) -> bool:
+    """Whether a setting is within the limit as surely as a recommendation needs.
+
+    Args:
+        probability: that the setting's mean over seeds is within the limit, by the model of all trials.
+        confidence: probability that is asked for.
+    """
+    return probability >= confidence

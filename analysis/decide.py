@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from analysis.constraint import absolute_tolerance, baseline_rerouted
+from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE, absolute_tolerance, baseline_rerouted, probably_feasible
 from analysis.decision import Baseline, Decision, Needed, SettingAssessment
 from analysis.formatting import count, number, percent, signed, temperature, with_relation
 from analysis.noise import MIN_SEEDS, is_noisy, samples_for, seeds_needed
@@ -23,7 +23,11 @@ _REQUIRED = ("beta_kl", "kl_temperature", "seed", "status", *METRICS)
 
 
 def decide(
-    trials: pd.DataFrame, *, reroute_tolerance: float = 0.05, confidence: float = 0.95, draws: int | None = None
+    trials: pd.DataFrame,
+    *,
+    reroute_tolerance: float = REROUTE_TOLERANCE,
+    confidence: float = CONFIDENCE,
+    draws: int | None = None,
 ) -> Decision:
     """Decide from raw trials (columns of `trials.csv`); only completed ones with finite metrics count.
 
@@ -46,7 +50,7 @@ def decide(
         reason=_why_no_baseline(trials),
         reroute_tolerance=reroute_tolerance,
         confidence=confidence,
-        seed_rules=evaluate_rules(usable, None, None, None, confidence),
+        rules_of_thumb=evaluate_rules(usable, None, None, None, confidence),
         n_trials=len(usable),
         warnings=tuple(warnings),
     )
@@ -67,7 +71,7 @@ def decide(
     pick = settings[0] if settings[0].qualifies else None
     near = pick.beta_kl if pick else None
     rules = evaluate_rules(usable, near, _outlook(model, 0.3), _outlook(model, 0.5), confidence)
-    decision = replace(decision, settings=settings, seed_rules=rules)
+    decision = replace(decision, settings=settings, rules_of_thumb=rules)
     if pick is not None:
         return _chosen(decision, pick, baseline)
     on_map = model.probability_feasible(_map_grid())
@@ -140,7 +144,7 @@ def _assess(
                 kl_temperature=float(heat),
                 n_seeds=int(rows["seed"].nunique()),
                 probability_feasible=float(feasible[i]),
-                qualifies=bool(feasible[i] >= confidence),
+                qualifies=probably_feasible(float(feasible[i]), confidence),
                 drift=float(drift[i]),
                 reroute_delta=float(delta[i]),
                 reroute_delta_interval=(float(low[i]), float(high[i])),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from analysis.rules_of_thumb import SeedRule
+from analysis.rules_of_thumb import RuleOfThumb
 
 Verdict = Literal[
     "choose", "no_candidate_qualifies", "insufficient_evidence", "baseline_never_rerouted", "baseline_failed"
@@ -80,7 +80,7 @@ class Decision:
     """One plain sentence."""
     reroute_tolerance: float
     confidence: float
-    seed_rules: tuple[SeedRule, ...]
+    rules_of_thumb: tuple[RuleOfThumb, ...]
     n_trials: int
     """Completed trials with finite metrics: those the decision rests on."""
     baseline: Baseline | None = None

@@ -144,8 +144,8 @@ def _summary(decision: Decision, run_dir: Path, command: str) -> str:
     for warning in decision.warnings:
         if not decision.behaviour_warning or decision.behaviour_warning not in warning:
             lines += textwrap.wrap(f"warning: {warning}", _WIDTH)
-    lines += ["", f"  {'your rule':<38}  {'says':<7}  on"]
-    for rule in decision.seed_rules:
+    lines += ["", f"  {'rule of thumb':<38}  {'says':<7}  on"]
+    for rule in decision.rules_of_thumb:
         lines.append(f"  {rule.rule:<38}  {report.SAYS[rule.fired]:<7}  {rule.evidence}")
     lines += ["", f"report  {page}", "train   " + commands.folded(command, _WIDTH - 10).replace("\n", "\n        ")]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import linregress
 
+from analysis.constraint import probably_feasible
 from analysis.formatting import number, signed, with_relation
 
 LOSS_KL_TOO_STRONG = 1.0
@@ -18,7 +19,7 @@ _SLOPE_P_VALUE = 0.05
 
 
 @dataclass(frozen=True)
-class SeedRule:
+class RuleOfThumb:
     """A rule, whether its condition holds (None: no trial to tell by), and the numbers that say so."""
 
     rule: str
@@ -37,7 +38,7 @@ class Outlook:
 
 def evaluate_rules(
     trials: pd.DataFrame, pick_beta_kl: float | None, at_03: Outlook | None, at_05: Outlook | None, confidence: float
-) -> tuple[SeedRule, ...]:
+) -> tuple[RuleOfThumb, ...]:
     """The four rules on completed trials; `pick_beta_kl` None looks at the rules' own default, 0.3.
 
     Args:
@@ -53,51 +54,53 @@ def evaluate_rules(
     return strong, rising, _all_good(strong, rising, at_03, confidence), _stronger(at_05, confidence)
 
 
-def _kl_too_strong(at_one: pd.DataFrame, near: float) -> SeedRule:
+def _kl_too_strong(at_one: pd.DataFrame, near: float) -> RuleOfThumb:
     rule = f"loss_kl > {LOSS_KL_TOO_STRONG} → too strong, use 0.1"
     with_kl = _finite(at_one[at_one["beta_kl"] > 0], "loss_kl")
     if with_kl.empty:
-        return SeedRule(rule, None, "no completed trial at T 1")
+        return RuleOfThumb(rule, None, "no completed trial at T 1")
     distance = np.abs(np.log(with_kl["beta_kl"] / near))
     beta = float(with_kl["beta_kl"].loc[distance.idxmin()])
     loss_kl = float(with_kl.loc[with_kl["beta_kl"] == beta, "loss_kl"].mean())
-    return SeedRule(rule, loss_kl > LOSS_KL_TOO_STRONG, f"{number(loss_kl)} at ({number(beta)}, T 1)")
+    return RuleOfThumb(rule, loss_kl > LOSS_KL_TOO_STRONG, f"{number(loss_kl)} at ({number(beta)}, T 1)")
 
 
-def _reroute_rises(at_one: pd.DataFrame) -> SeedRule:
+def _reroute_rises(at_one: pd.DataFrame) -> RuleOfThumb:
     rule = "reroute rises with KL → 0.1 or disable"
     rows = _finite(at_one, "loss_reroute")
     if len(rows) < 3 or rows["beta_kl"].nunique() < 2:
-        return SeedRule(rule, None, "under 3 trials at T 1")
+        return RuleOfThumb(rule, None, "under 3 trials at T 1")
     log_beta = np.log1p(rows["beta_kl"] / 1e-3)
     line = linregress(log_beta, rows["loss_reroute"], alternative="greater")
     if not line.pvalue < _SLOPE_P_VALUE:
-        return SeedRule(rule, False, "slope within noise")
+        return RuleOfThumb(rule, False, "slope within noise")
     top = rows["beta_kl"] == rows["beta_kl"].max()
     bottom = rows["beta_kl"] == rows["beta_kl"].min()
     rise = float(rows.loc[top, "loss_reroute"].mean() - rows.loc[bottom, "loss_reroute"].mean())
     low, high = float(rows["beta_kl"].min()), float(rows["beta_kl"].max())
-    return SeedRule(rule, True, f"{signed(rise)} from {number(low)} to {number(high)}")
+    return RuleOfThumb(rule, True, f"{signed(rise)} from {number(low)} to {number(high)}")
 
 
-def _all_good(strong: SeedRule, rising: SeedRule, at_03: Outlook | None, confidence: float) -> SeedRule:
+def _all_good(strong: RuleOfThumb, rising: RuleOfThumb, at_03: Outlook | None, confidence: float) -> RuleOfThumb:
     rule = "all looks good → 0.3"
     if at_03 is None or strong.fired is None or rising.fired is None:
-        return SeedRule(rule, None, "not enough trials")
+        return RuleOfThumb(rule, None, "not enough trials")
     outlook = with_relation("P(0.3)", at_03.probability_feasible)
     quiet = not strong.fired and not rising.fired
-    return SeedRule(
-        rule, quiet and at_03.probability_feasible >= confidence, outlook if quiet else f"see above; {outlook}"
+    return RuleOfThumb(
+        rule,
+        quiet and probably_feasible(at_03.probability_feasible, confidence),
+        outlook if quiet else f"see above; {outlook}",
     )
 
 
-def _stronger(at_05: Outlook | None, confidence: float) -> SeedRule:
+def _stronger(at_05: Outlook | None, confidence: float) -> RuleOfThumb:
     rule = "stronger preservation → 0.5, verify"
     if at_05 is None:
-        return SeedRule(rule, None, "not enough trials")
+        return RuleOfThumb(rule, None, "not enough trials")
     probability = at_05.probability_feasible
     evidence = f"{with_relation('P(0.5)', probability)}, drift {number(at_05.drift, 2)}"
-    return SeedRule(rule, probability >= confidence, evidence)
+    return RuleOfThumb(rule, probably_feasible(probability, confidence), evidence)
 
 
 def _finite(rows: pd.DataFrame, column: str) -> pd.DataFrame:

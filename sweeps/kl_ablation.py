@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.filesize import decimal
+
 from cbtrain.utils.errors import first_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,7 +158,7 @@ def _copied(run: "RunDirectory", destination: "Destination", status: int) -> int
         reason = first_line(error)
         print(f"error: --copy-to {destination.uri}: {reason}; copy {run.shown} by hand", file=sys.stderr)
         return status or 1
-    print(f"copied    {files} files, {size / 1e6:.1f} MB, to {destination.uri}")
+    print(f"copied    {files} files, {decimal(size)}, to {destination.uri}")
     return status
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
 from analysis.decision import Decision
 from analysis.noise import baseline_seeds_of
 
@@ -74,8 +75,8 @@ def _asked_otherwise(sweep: Mapping[str, Any]) -> dict[str, Any]:
     settings, workers = sweep["settings"], sweep.get("workers", {})
     by_budget = baseline_seeds_of(settings.get("num_samples", 0))
     given = {
-        "reroute_tolerance": (settings.get("reroute_tolerance", 0.05), 0.05),
-        "confidence": (settings.get("confidence", 0.95), 0.95),
+        "reroute_tolerance": (settings.get("reroute_tolerance", REROUTE_TOLERANCE), REROUTE_TOLERANCE),
+        "confidence": (settings.get("confidence", CONFIDENCE), CONFIDENCE),
         "seed": (settings.get("seed", 0), 0),
         "baseline_seeds": (settings.get("baseline_seeds") or by_budget, by_budget),
         "workers_per_trial": (workers.get("count", 1), 1),

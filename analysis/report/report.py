@@ -23,7 +23,7 @@ from analysis.report import figures
 from analysis.report.commands import folded, sweep_command, train_command
 from cbtrain.utils.files import finite_or_none
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of decision.json; rises when a key changes its meaning or goes."""
 SAYS = {True: "yes", False: "no", None: "unknown"}
 """How a rule's `fired` reads."""

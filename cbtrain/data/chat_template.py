@@ -6,7 +6,7 @@ generation prompt does not say and `messages[:i + 1]` does. That holds for any t
 here. A turn's tool calls are what stands in it between its text and its end.
 
 Templates differ in what they can render. A row is tried as it is; where the template raises, or silently leaves out
-a text, a call or a tool's answer, it is rewritten step by step (see `cbtrain.data.template_fallbacks`).
+a text, a call or a tool's answer, it is rewritten step by step (`template_fallbacks.py`).
 """
 
 import re
@@ -18,6 +18,7 @@ import jinja2
 
 from cbtrain.config import InputError, MaskPolicy
 from cbtrain.data.formats.rows import Message, Row
+from cbtrain.data.loss_mask import ends_on_nothing, scored_turns
 from cbtrain.data.template_fallbacks import CALLS_AS_TEXT, FORMS
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class ChatTemplate:
         problem: object = "it leaves out a part of every form of the row"
         for form in FORMS:
             messages = form.rewrite(row.messages)
-            turns = None if policy == "full_sequence" else _scored_turns(messages, policy)
+            turns = None if policy == "full_sequence" else scored_turns(messages, policy)
             if turns is not None:
                 if not turns:
                     return None
@@ -90,7 +91,7 @@ class ChatTemplate:
                     if turns is None:
                         return Rendering(text, None, form.changes)
                     spans, left_out = self._verified_spans(messages, turns, text, policy)
-                    earlier = (EARLIER,) if policy == "completion_only" and _ends_on_nothing(row.messages) else ()
+                    earlier = (EARLIER,) if policy == "completion_only" and ends_on_nothing(row.messages) else ()
                     return Rendering(text, spans, form.changes + left_out + earlier)
             except _TEMPLATE_ERRORS as error:
                 problem = error
@@ -241,27 +242,6 @@ def _shown_to_template(message: Message) -> Message:
 def _encodable(text: str) -> str:
     """Half of a surrogate pair is valid in JSON but not in UTF-8, which tokenizers read."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _scored_turns(messages: Sequence[Message], policy: MaskPolicy) -> list[int]:
-    roles = [message["role"] for message in messages]
-    first_user = roles.index("user") if "user" in roles else len(roles)
-    turns = [
-        i
-        for i, message in enumerate(messages)
-        if i > first_user
-        and message["role"] == "assistant"
-        and (message["content"].strip() or message.get("tool_calls"))
-    ]
-    if policy == "tool_calls_only":
-        return [i for i in turns if messages[i].get("tool_calls") or messages[i].get(CALLS_AS_TEXT)]
-    return turns[-1:] if policy == "completion_only" else turns
-
-
-def _ends_on_nothing(messages: Sequence[Message]) -> bool:
-    """Whether the last assistant turn neither speaks nor calls."""
-    last = next((message for message in reversed(messages) if message["role"] == "assistant"), None)
-    return last is not None and not last["content"].strip() and not last.get("tool_calls")
 
 
 def _overlap(spoken: str, text: str) -> int:

@@ -14,9 +14,7 @@ o_proj and down_proj × s, final norm ÷ s, RMSNorm's epsilon × s²). At this s
 units of the hidden state, would otherwise outweigh the cosine and nothing would move.
 """
 
-import hashlib
 import json
-import os
 import random
 import shutil
 import tempfile
@@ -25,6 +23,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from platformdirs import user_cache_path
 from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -62,6 +61,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
+RECIPE_VERSION = 1
+"""Raised with every change of what `build` makes, which is kept under this version."""
 STEPS, BATCH_SIZE, PEAK_LR, RESIDUAL_SCALE, SEED = 800, 24, 8e-3, 0.03, 0
 
 
@@ -79,9 +80,7 @@ def resolve(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
 
 def cache_directory() -> Path:
     """Where this recipe's build is kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    return Path(root) / "circuit-breaker-kl-sweep" / f"tiny-{recipe}"
+    return user_cache_path("circuit-breaker-kl-sweep", appauthor=False) / f"tiny-{RECIPE_VERSION}"
 
 
 def build() -> Path:

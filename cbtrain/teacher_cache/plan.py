@@ -6,6 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.data.dataset import CircuitBreakerData
 from cbtrain.model.checks import check_fit, retained_layers
@@ -64,7 +66,7 @@ def plan_cache(
     held_out = len(data.harmful.held_out) + len(data.benign.held_out)
     evaluations = -(-config.steps // config.eval_every) if config.eval_every else 1
     read = 2 * config.steps * config.batch_size + evaluations * held_out
-    size = f"teacher states of {len(coming.wanted):,} rows, {in_units(coming.bytes)}"
+    size = f"teacher states of {len(coming.wanted):,} rows, {decimal(coming.bytes)}"
     if setting == AUTO and runs * read < WORTH_READS * len(coming.wanted):
         return CachePlan(None, f"off, {LIVE}: {size}, would be read less than twice each")
     # What lies there already may be of other rows; `open_or_build` counts what is missing.
@@ -72,7 +74,7 @@ def plan_cache(
         coming.require_room(max(0, coming.bytes - bytes_there(directory)))
     except OSError as error:
         return CachePlan(None, f"off, {LIVE}: it {error.strerror}")
-    says = f"{size} of {in_units(coming.free_bytes)} free"
+    says = f"{size} of {decimal(coming.free_bytes)} free"
     return CachePlan(directory, says, len(coming.wanted), coming.bytes, read)
 
 
@@ -102,7 +104,7 @@ class Prospect:
     def require_room(self, missing_bytes: int) -> None:
         """Raise `OSError` where the disk is too small for what is not there yet."""
         if missing_bytes * HEADROOM > self.free_bytes:
-            raise OSError(errno.ENOSPC, f"needs {in_units(missing_bytes)}, {in_units(self.free_bytes)} are free")
+            raise OSError(errno.ENOSPC, f"needs {decimal(missing_bytes)}, {decimal(self.free_bytes)} are free")
 
 
 def prospect(config: CircuitBreakerConfig, data: CircuitBreakerData, blocks: int, directory: Path) -> Prospect:
@@ -110,13 +112,3 @@ def prospect(config: CircuitBreakerConfig, data: CircuitBreakerData, blocks: int
     wanted = wanted_states(data, config.target_layers, retained_layers(config, blocks))
     size = estimated_bytes(wanted, hidden_size(config), config.dtype)
     return Prospect(wanted, size, shutil.disk_usage(nearest_existing(directory)).free)
-
-
-def in_units(size: int) -> str:
-    """Bytes as people read them."""
-    value, unit = float(size), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}"

@@ -16,7 +16,7 @@ import pandas as pd
 from optuna.storages import BaseStorage, InMemoryStorage
 
 from analysis.columns import METRIC_COLUMNS, PLAN_COLUMNS
-from analysis.constraint import absolute_tolerance, baseline_rerouted, reroute_regression
+from analysis.constraint import absolute_tolerance, baseline_rerouted, observed_feasible, reroute_regression
 from analysis.decide import decide
 from analysis.surrogate.surrogate import MAX_MODELLED, STOPPED_LOSS
 from cbtrain.config import InputError
@@ -260,7 +260,7 @@ def _row(
         "seed": spec.seed,
         **{name: metrics.get(name) for name in names},
         "reroute_regression": regression,
-        "feasible": None if regression is None else regression <= 0,
+        "feasible": None if regression is None else observed_feasible(regression),
         "error": "" if outcome is None else outcome.error,
     }
 

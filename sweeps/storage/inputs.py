@@ -64,6 +64,7 @@ def predicted_memory(
 ) -> str:
     """What a worker of a trial is predicted to need, in words."""
     import torch
+    from rich.filesize import decimal
 
     from cbtrain.training.memory_estimate import predict_run
 
@@ -74,7 +75,7 @@ def predicted_memory(
         peak = predict_run(config, data, world_size=workers, cuda=on_gpu).peak
     except ValueError as error:
         return f"not predicted: {error}"
-    needed = f"{peak / 1e9:.3g} GB" if peak > 1e9 else f"{peak / 1e6:.3g} MB"
+    needed = decimal(peak)
     return f"{needed} a worker at its peak, predicted, libraries aside"
 
 

@@ -37,7 +37,7 @@ KEYS = {
     "n_seeds",
     "confirmed",
     "warnings",
-    "seed_rules",
+    "rules_of_thumb",
     "train_command",
 }
 
@@ -83,11 +83,11 @@ def test_decision_json_is_complete_and_finite(make_run: MakeRun, trials: pd.Data
     decision, _ = write_report(run)
     written = decision_of(run)
     assert set(written) >= KEYS
-    assert written["schema_version"] == 1
+    assert written["schema_version"] == 2
     assert written["verdict"] == decision.verdict == "choose"
     assert len(written["reroute_delta_interval"]) == 2
-    assert len(written["seed_rules"]) == 4
-    assert set(written["seed_rules"][0]) == {"rule", "fired", "evidence"}
+    assert len(written["rules_of_thumb"]) == 4
+    assert set(written["rules_of_thumb"][0]) == {"rule", "fired", "evidence"}
     assert written["trials"] == {"completed": len(trials)}
 
 

@@ -75,5 +75,5 @@ def test_without_trials_no_rule_can_tell() -> None:
 
 
 def test_a_decision_carries_the_four_rules(trials: pd.DataFrame) -> None:
-    assert len(decide(trials).seed_rules) == 4
-    assert all(rule.fired is not None and rule.evidence for rule in decide(trials).seed_rules)
+    assert len(decide(trials).rules_of_thumb) == 4
+    assert all(rule.fired is not None and rule.evidence for rule in decide(trials).rules_of_thumb)

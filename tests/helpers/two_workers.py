@@ -13,6 +13,7 @@ from cbtrain.data.dataset import CircuitBreakerData, SideCounts, SideData
 from cbtrain.data.tokenization import TokenRow
 from cbtrain.training import loop
 from cbtrain.training.dataloader import Feed
+from cbtrain.training.engine import adapted_model, deepspeed_engine
 from cbtrain.utils import distributed
 from cbtrain.utils.environment import quiet_libraries
 
@@ -35,7 +36,7 @@ def updates_of_half_unscored_rows(config: CircuitBreakerConfig) -> list[list[flo
     """Losses and gradient norm of each step; of two workers one has no scored token, on either side in turn."""
     config = replace(config, batch_size=2, steps=STEPS, lora_init_std=0.1)
     data, updates = half_unscored(), []
-    with distributed.process_group(), loop.adapted_model(config) as model, loop._engine(model, config) as engine:
+    with distributed.process_group(), adapted_model(config) as model, deepspeed_engine(model, config) as engine:
         feed = Feed(data, config, 0, engine.module.decoder.layers)
         for step, given in enumerate(feed.steps(0), 1):
             mine = sum(

@@ -1,5 +1,6 @@
 """The embedded default's recipe, at a few steps of pre-training."""
 
+import hashlib
 import json
 from itertools import combinations
 
@@ -11,6 +12,8 @@ from cbtrain.config import get_config
 from cbtrain.data.loading import load_data
 from cbtrain.model import tiny
 from cbtrain.model.loading import load_tokenizer
+
+STEPS = tiny.STEPS
 
 
 @pytest.fixture
@@ -45,13 +48,21 @@ def test_a_build_that_fails_leaves_nothing(cache, monkeypatch):
     assert list(tiny.cache_directory().parent.iterdir()) == []
 
 
-def test_another_recipe_is_another_directory(cache, tmp_path, monkeypatch):
+def test_another_version_of_the_recipe_is_another_directory(cache, monkeypatch):
     before = tiny.cache_directory()
-    copy = tmp_path / "tiny.py"
-    with open(tiny.__file__) as source:
-        copy.write_text(source.read() + "\nSEED = 1\n")
-    monkeypatch.setattr(tiny, "__file__", str(copy))
+    monkeypatch.setattr(tiny, "RECIPE_VERSION", tiny.RECIPE_VERSION + 1)
     assert tiny.cache_directory() != before
+
+
+def test_what_is_built_changes_only_with_the_version_of_its_recipe(cache):
+    """Weights differ in their last bits between machines; data, tokenizer, shapes and training's numbers do not."""
+    directory = tiny.build()
+    built = [(directory / name).read_bytes() for name in ("harmful.jsonl", "benign.jsonl", "tokenizer.json")]
+    training = (STEPS, tiny.BATCH_SIZE, tiny.PEAK_LR, tiny.RESIDUAL_SCALE, tiny.SEED)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    shapes = [(name, tuple(weight.shape)) for name, weight in model.named_parameters()]
+    digest = hashlib.sha256(b"".join(built) + repr((training, shapes)).encode()).hexdigest()[:16]
+    assert (tiny.RECIPE_VERSION, digest) == (1, "81994b92313db7cc"), "raise tiny.RECIPE_VERSION with the recipe"
 
 
 def test_building_leaves_threads_and_random_numbers_as_they_were(cache):

@@ -1,6 +1,7 @@
 """A run that recalls its teacher: from a cache that is right, or, where there can be none, from the live teacher."""
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -8,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.filesize import decimal
 from safetensors.torch import load_file, save_file
 
 from cbtrain.config import CircuitBreakerConfig, InputError, get_config
 from cbtrain.model.checks import prepare
 from cbtrain.model.loading import forget_base, resolve
 from cbtrain.model.partial_forward import Decoder
-from cbtrain.teacher_cache import build
+from cbtrain.teacher_cache import build, plan
 from cbtrain.teacher_cache.build import open_or_build
-from cbtrain.teacher_cache.plan import CacheUnavailableError, in_units, plan_cache, prospect
+from cbtrain.teacher_cache.plan import CacheUnavailableError, plan_cache, prospect
 from cbtrain.teacher_cache.store import TeacherCache
 from cbtrain.training import loop
 from cbtrain.training.engine import adapted_model
@@ -123,8 +125,8 @@ def test_a_shard_damaged_between_runs_is_computed_anew(small_config, tmp_path, t
 
 def test_a_disk_that_is_too_small_leaves_the_live_teacher_and_says_why(small_config, tmp_path, monkeypatch, capsys):
     expected = run(small_config, tmp_path / "a", None)
-    usage = build.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
     found = run(small_config, tmp_path / "b", tmp_path / "cache")
     assert {name: found[name] for name in EVALUATED} == {name: expected[name] for name in EVALUATED}
     said = capsys.readouterr().err
@@ -152,7 +154,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_the_live_teacher_and_no_shard(
     small_config, tmp_path, small_disk, monkeypatch, capsys
 ):
     """The estimate is made to promise room, as it does where something else is writing too."""
-    monkeypatch.setattr(build.Prospect, "require_room", lambda *_: None)
+    monkeypatch.setattr(plan.Prospect, "require_room", lambda *_: None)
     found = run(small_config, tmp_path / "a", small_disk / "cache")
     assert found["step"] == small_config.steps
     assert "No space left on device; every step runs the teacher" in capsys.readouterr().err
@@ -195,9 +197,11 @@ def test_rows_that_are_not_seen_after_they_were_written_leave_the_live_teacher(s
         open_or_build(small_config, data, pad, Decoder(model, "early_exit"), tmp_path / "cache")
 
 
-@pytest.mark.parametrize(("size", "text"), [(999, "999 B"), (3_080_000, "3.08 MB"), (12_345_678_901, "12.3 GB")])
-def test_sizes_are_said_in_units(size, text):
-    assert in_units(size) == text
+def test_the_plan_says_sizes_in_units_that_people_read(small_config, tmp_path):
+    data, _ = prepare(small_config)
+    plan = plan_cache("auto", tmp_path / "cache", small_config, data, runs=20)
+    assert re.search(r"teacher states of [\d,]+ rows, [\d.]+ kB of [\d.,]+ [GT]B free", plan.says), plan.says
+    assert decimal(plan.bytes) in plan.says
 
 
 def test_zero_3_fills_and_reads_the_cache_as_stage_1_does(small_config, tmp_path, teacher_calls):
@@ -241,7 +245,7 @@ def test_the_cache_is_planned_by_what_it_takes_and_gives(
     small_config, tmp_path, monkeypatch, setting, runs, free, directory, says
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
     plan = plan_cache(setting, tmp_path / "run" / "teacher_cache", small_config, prepare(small_config)[0], runs)
     assert plan.directory == (directory and tmp_path / directory)
     assert says in plan.says
@@ -277,8 +281,8 @@ def test_weights_replaced_between_runs_of_one_process_are_read_anew(small_config
 def test_a_full_cache_needs_no_room(small_config, tmp_path, monkeypatch, teacher_calls):
     fill_teacher_cache(small_config, tmp_path / "cache")
     teacher_calls.clear()
-    usage = build.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
     data, _ = prepare(small_config)
     assert plan_cache(str(tmp_path / "cache"), tmp_path, small_config, data, 20).directory == tmp_path / "cache"
     run(small_config, tmp_path / "a", tmp_path / "cache")
