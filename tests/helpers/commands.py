@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import uuid
@@ -17,13 +18,17 @@ QUICK = ("--warmup-steps", "2", "--batch-size", "8", "--eval-every", "0", "--beh
 class Sweep:
     """The command as a process, and what of it is left when it has ended."""
 
-    def __init__(self, cwd: Path, *arguments: str) -> None:
+    def __init__(self, cwd: Path, *arguments: str, installed: Path | None = None) -> None:
+        """Start it from the repository, or as the module of packages that were `installed` elsewhere."""
         self.mark = uuid.uuid4().hex
         self._shared_memory = set(os.listdir("/dev/shm"))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "SWEEP_TEST_MARK": self.mark}
         environment.pop("RAY_ADDRESS", None)
+        command = [str(ROOT / "sweeps" / "kl_ablation.py")]
+        if installed:
+            environment["PYTHONPATH"], command = str(installed), ["-m", "sweeps.kl_ablation"]
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "sweeps" / "kl_ablation.py"), *arguments],
+            [sys.executable, *command, *arguments],
             cwd=cwd,
             env=environment,
             stdout=subprocess.PIPE,
@@ -62,6 +67,22 @@ class Sweep:
         """What is still there of them a little later, and new files in shared memory."""
         _, alive = psutil.wait_procs(self.processes(), timeout=10)
         return [str(process) for process in alive] + sorted(set(os.listdir("/dev/shm")) - self._shared_memory)
+
+
+def install(directory: Path) -> Path:
+    """Build a wheel of the packages from a copy of the sources, and install it below `directory`; where it is."""
+    source, target = directory / "source", directory / "installed"
+    for name in ("cbtrain", "sweeps", "analysis"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check"]
+    alone = ["--no-deps", "--no-index"]
+    build = [*pip, "wheel", *alone, "--no-build-isolation", "--wheel-dir", str(directory), str(source)]
+    subprocess.run(build, check=True, capture_output=True, cwd=directory)
+    (wheel,) = directory.glob("*.whl")
+    subprocess.run([*pip, "install", *alone, "--target", str(target), str(wheel)], check=True, capture_output=True)
+    return target
 
 
 def world(directory: Path, cwd: Path) -> list[str]:

@@ -132,7 +132,7 @@ def test_a_disk_that_is_too_small_leaves_the_live_teacher_and_says_why(small_con
     said = capsys.readouterr().err
     assert said.count("teacher cache") == 1
     assert "needs" in said
-    assert "1 kB are free; every step runs the teacher" in said
+    assert "1.0 kB are free; every step runs the teacher" in said
     assert not list((tmp_path / "cache").glob("*/*.safetensors"))
 
 
@@ -235,7 +235,7 @@ def test_a_head_that_zero_3_has_partitioned_is_gathered(small_config, tmp_path, 
     ("setting", "runs", "free", "directory", "says"),
     [
         ("auto", 20, 10**9, "run/teacher_cache", "teacher states of 64 rows"),
-        ("auto", 20, 10**4, None, "off, every step runs the teacher: it needs 326 kB, 10 kB are free"),
+        ("auto", 20, 10**4, None, "off, every step runs the teacher: it needs 326.0 kB, 10.0 kB are free"),
         ("auto", 0, 10**9, None, "would be read less than twice each"),
         ("shared", 0, 10**9, "shared", "teacher states of 64 rows"),
         ("off", 20, 10**9, None, "off, every step runs the teacher"),

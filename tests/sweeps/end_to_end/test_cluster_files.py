@@ -43,7 +43,7 @@ def test_a_jobs_upload_holds_the_packages_and_neither_runs_nor_environments(tmp_
         {"working_dir": str(checkout)}, include_gitignore=True, scratch_dir=str(tmp_path), upload_fn=upload
     )
     names = zipfile.ZipFile(package).namelist()
-    assert {"sweeps/kl_ablation.py", "cbtrain/loop.py", "analysis/report.html.j2"} <= set(names)
+    assert {"sweeps/kl_ablation.py", "cbtrain/training/loop.py", "analysis/report/report.html.j2"} <= set(names)
     assert not [name for name in names if name.endswith("large.bin")]
     assert package.stat().st_size < 2**20
 

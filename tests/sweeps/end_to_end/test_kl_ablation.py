@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from typing import get_type_hints
 import optuna
 import pandas as pd
 import pytest
-from commands import QUICK, ROOT, Sweep, world
+from commands import QUICK, Sweep, install, world
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from peft import PeftModel
@@ -33,12 +34,14 @@ COLUMNS = {
 }
 
 
-def test_a_sweep_from_command_to_report(tmp_path):
+def test_a_sweep_from_command_to_report_by_packages_that_were_installed_elsewhere(tmp_path):
     tiny.build()  # which says so on stderr where it is the first time
+    installed = install(tmp_path)
     sweep = Sweep(
         tmp_path,
         *("--num-samples", "15", "--baseline-seeds", "3", "--run-dir", "elsewhere/a"),
         *("--steps", "20", "--warmup-steps", "5", "--eval-every", "10", "--behaviour-prompts", "4"),
+        installed=installed,
     )
     status, output, errors = sweep.wait()
     assert status == 0, errors
@@ -62,8 +65,9 @@ def test_a_sweep_from_command_to_report(tmp_path):
     check_trial_directories(run_dir, trials)
 
     done = subprocess.run(
-        [sys.executable, str(ROOT / "analysis" / "pick_beta.py")],
+        [sys.executable, "-m", "analysis.pick_beta"],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
         capture_output=True,
         text=True,
         check=False,
@@ -172,7 +176,7 @@ def test_a_dry_run_says_what_it_would_take_and_starts_nothing(small_world, tmp_p
     assert any(line.startswith("plan      20 trials") for line in lines)
     assert "          TPE" in lines
     assert any(line.startswith("stop      search trials early") for line in lines)
-    assert any(re.match(r"cache     teacher states of 64 rows, \d+ kB of .* free", line) for line in lines), lines
+    assert any(re.match(r"cache     teacher states of 64 rows, [\d.]+ kB of .* free", line) for line in lines), lines
     assert any(re.match(r"memory    [\d.]+ MB a worker at its peak, predicted", line) for line in lines), lines
     assert list(tmp_path.iterdir()) == []
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -178,6 +179,19 @@ def test_a_finished_sweep_is_concluded_without_running_anything(killed, monkeypa
     assert json.loads((killed.path / "sweep.json").read_text())["status"] == "finished"
     assert pd.read_csv(killed.path / "trials.csv").status.tolist() == ["completed"] * 6
     assert not list(killed.path.glob("trials/*/checkpoint"))
+
+
+def test_a_damaged_behaviour_of_a_finished_sweep_is_one_line_here_as_for_pick_beta(killed, monkeypatch, capsys):
+    plan = plan_of(6, file_storage(killed.path), baseline_seeds=3)
+    while not plan.done:
+        spec = next_trial(plan)
+        plan.tell(spec.trial_id, measured(spec))
+    for trial in plan.rows():
+        killed.trial(str(trial["trial_id"])).mkdir(parents=True, exist_ok=True)
+        (killed.trial(str(trial["trial_id"])) / "behaviour.json").write_text("{}")
+    status, _, error = command(monkeypatch, capsys, "--resume", "run", "--behaviour-prompts", "4")
+    assert (status, error.count("\n")) == (2, 1), error
+    assert re.match(r"error: \S+/t000/behaviour.json: not what `cbtrain.evaluate` writes: remove it", error), error
 
 
 def test_a_sweep_whose_baseline_never_rerouted_ends_there_and_says_which_knob_to_turn(killed, monkeypatch, capsys):
