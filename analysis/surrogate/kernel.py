@@ -1,4 +1,8 @@
-"""Covariance over (beta_kl, kl_temperature), its hyper-parameters and their priors."""
+"""Covariance over (beta_kl, kl_temperature), its hyper-parameters and their priors.
+
+`theta` `[D, 5]` holds, in each row, the natural logarithms of length_beta, length_temperature, signal, seed and noise;
+the last three are standard deviations, so that exp(2 · theta) is a variance.
+"""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +20,9 @@ JITTER = 1e-10
 """Relative to a variance: what keeps it above 0."""
 
 _BETA_KL_OFFSET = 1e-4
+"""A tenth of the smallest weight searched: what sets the distance of that weight from the baseline."""
 _TREND = 2.0
+"""Standard deviation of the trend's slope, in units of the signal a unit of the first coordinate."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,11 @@ def coordinates(beta_kl: ArrayLike, kl_temperature: ArrayLike) -> Array:
 def covariance(a: Array, b: Array, theta: Array) -> Array:
     """`[D, m, n]` covariance of f between points `[m, 2]` and `[n, 2]` under `[D, 5]` hyper-parameters.
 
-    Matérn 5/2, and a trend along the first coordinate, since what grows with beta_kl goes on growing beyond the data.
+    Matérn 5/2, and a trend along the first coordinate, since what grows with beta_kl goes on growing beyond the data:
+
+        signal² · ((1 + r + r² / 3) · exp(−r) + 2² · a₁ b₁),    r² = 5 · Σ_j ((a_j − b_j) / length_j)²
+
+    The trend is a straight line through the baseline, where a₁ = 0, whose slope has a normal prior.
     """
     gaps = np.square(a[:, None, :] - b[None, :, :])
     scales = np.exp(-2 * theta[:, :2])
@@ -80,6 +90,7 @@ def observed_covariance(x: Array, seed: NDArray, theta: Array, level: float) -> 
     """`[D, n, n]` covariances of observations: of f, the level, what a seed's observations share, and noise."""
     seed_variance, noise_variance = np.exp(2 * theta[:, 3:5]).T[:, :, None, None]
     same_seed = (seed[:, None] == seed[None, :]).astype(float)
+    # Baselines stand at one point: where the noise is drawn small, their rows are all but equal.
     jitter = JITTER * (np.exp(2 * theta[:, 2])[:, None, None] + level**2)
-    of_f = covariance(x, x, theta) + level**2
+    of_f = covariance(x, x, theta) + level**2  # the level is one unknown that all observations share
     return of_f + seed_variance * same_seed + (noise_variance + jitter) * np.eye(len(x))

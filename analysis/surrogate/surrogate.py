@@ -56,6 +56,9 @@ class Surrogate:
         usable, _ = finite_trials(trials)
         usable = modelled(usable)
         stopped = trials[(trials["status"] == "stopped") & (trials["beta_kl"] > 0)].tail(MAX_MODELLED)
+        # A fraction of what the baseline achieved has the same scale in every sweep, and the priors rest on that scale.
+        # The observed mean only sets origin and unit. It is not taken for the truth: the baseline's own value stays
+        # uncertain in the model, and `lost` is the difference to it.
         baseline = usable.loc[usable["beta_kl"] == 0, "eval_loss_reroute"].astype(float).mean()
         lost = (usable["eval_loss_reroute"].to_numpy(float) - baseline) / (1 - baseline)
         log_drift = np.log(usable["eval_benign_kl"].to_numpy(float).clip(min=MIN_DRIFT))

@@ -7,7 +7,8 @@ both stay accurate where the KL is tiny, which is where a LoRA adapter starts.
 Shapes: H hidden size, V vocabulary, N selected predictions, C predictions of one chunk. On CUDA the elementwise part
 runs under `torch.compile`; on CPU eagerly, by blocks that stay in the cache.
 
-Source: DESIGN.md §4, "Fused form"; Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", for the T².
+Derivation, with the numbers of the steps below: `cbtrain/README.md`, "The KL from the difference". The T² is that of
+Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
 """
 
 import functools
@@ -31,7 +32,8 @@ from cbtrain.losses.head_products import (
 )
 from cbtrain.losses.losses import kl_divergence_loss
 
-# Beyond e^±REACH an increment is split into two factors; 1 ± e^-REACH is 1 in float64 too.
+# From here on e^d − 1 is e^d to the last bit, as e^−40 < 2^−53, the rounding of float64; e^40 is far from float32's
+# largest number, e^88, and so is a sum of as many such terms as a vocabulary has.
 REACH = 40.0
 
 
@@ -124,22 +126,28 @@ def _loss_and_gradient(
     *,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The scalar loss, and its gradient with respect to the student's states, [N, H] or empty."""
+    """The scalar loss, and its gradient with respect to the student's states, [N, H] or empty.
+
+    The gradient is formed here and not in the backward, while a chunk's logits exist: [N, H] is kept, not [N, V].
+    """
     dtype, operand = arithmetic_dtype(student, teacher, weight), operand_dtype(student, teacher, weight)
     count, vocabulary = student.shape[0], weight.shape[0]
     limit = rows_per_chunk(vocabulary, chunk_bytes, dtype.itemsize)
     limit = limit if student.is_cuda else min(limit, CPU_ROWS)
-    # Chunks of equal size: a short last one would waste its matrix products.
+    # Chunks of equal size, as a short last one would waste its matrix products: ⌈N / ⌈N / limit⌉⌉ rows, 0 where N is 0.
     rows = -(-count // max(1, -(-count // limit)))
+    # Allocated once: a chunk's logits are not needed when the next chunk overwrites them.
     buffer = student.new_empty((2 * rows, vocabulary), dtype=dtype)
     divergence = student.new_empty(count, dtype=dtype)
     gradient = student.new_empty(student.shape if with_gradient else 0, dtype=dtype)
     for start in range(0, count, max(rows, 1)):
         chunk = slice(start, min(start + rows, count))
+        # z_t and W (h_s − h_t), [C, V] each: the two halves of the buffer.
         logits, difference = project(student[chunk], teacher[chunk], weight, buffer).chunk(2)
         divergence[chunk], logit_gradient = _elementwise(logits, difference, bias, softcap, temperature, operand)
         if with_gradient:
             back_project(logit_gradient, weight, gradient[chunk])
+    # T²/N on the sum of the KLs. Each one's gradient in z_s is (q − p) / T, so T/N is left for W^T (q − p).
     return temperature**2 / denominator * divergence.sum(), gradient.mul_(temperature / denominator)
 
 
@@ -153,7 +161,8 @@ def _elementwise(
 ) -> tuple[Tensor, Tensor]:
     """`divergence_and_gradient` of a chunk: compiled on CUDA; on CPU by blocks, the gradient over the difference.
 
-    The compiled form has not been measured on a GPU.
+    A block is a view of the buffer. Its differences have been read when its gradient, in the same dtype on CPU, is
+    written in their place. The compiled form has not been measured on a GPU.
     """
     if teacher_logits.is_cuda:
         return _compiled()(teacher_logits, difference, bias, softcap, temperature, operand)
@@ -180,29 +189,40 @@ def divergence_and_gradient(
     temperature: float,
     operand: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """KL of each row, [C], in nats, and T/T² of its gradient with respect to the student's logits, [C, V].
+    """KL(p ‖ q) of each row, [C], in nats, and T times its gradient in the student's logits, [C, V]: q − p.
 
-    With p = softmax(teacher logits / T) and d = difference / T, centred to Σ p·d ≈ 0: g = p·expm1(d) and s = Σ g give
-    KL = log1p(s) − Σ p·d and q − p = (g − s·p) / (1 + s). Nothing cancels however small d is. However large it is,
-    nothing overflows: g, s and the 1 of 1 + s carry e^−shift, which is 1 unless max(log p + d) exceeds `REACH`.
+    d = difference / T, centred; g = p·expm1(d); s = Σ g; Z = 1 + s = Σ p·e^d. `growth` is g and `total` is s, both
+    times e^−shift, which is 1 unless d is very large. The steps have the numbers of the derivation.
 
     Args:
-        teacher_logits, difference: [C, V], as projected: before bias, softcap and temperature.
+        teacher_logits, difference: [C, V], as projected: before bias, softcap and temperature. They stay as they are.
         operand: dtype in which the gradient enters its matrix product.
     """
+    # 1. z_t / T and d, [C, V]. A bias drops out of d. A softcap does not: its slope is needed in step 7.
     teacher_logits, difference, slope = capped(teacher_logits, difference, bias, softcap)
     if temperature != 1:
         teacher_logits, difference = teacher_logits / temperature, difference / temperature
     log_p = torch.log_softmax(teacher_logits, dim=-1)
     p = log_p.exp()
+    # 2. Centre d: a constant changes neither p nor q. Then Σ p·d = 0, so s ≥ 0, and s is of second order in d, as the
+    # KL is. The result is a new tensor, so that the steps below may overwrite it.
     difference = difference - torch.linalg.vecdot(p, difference)[:, None]
+    # Rounding leaves Σ p·d a little off 0. That is of first order, and s contains it: step 5 subtracts it. [C, 1].
     residual = torch.linalg.vecdot(p, difference)[:, None]
+    # 3. The shift [C, 1] looks at log p + d, the logarithm of a term of Z: a large d where p is tiny does no harm.
     shift = ((log_p + difference).amax(dim=-1, keepdim=True) - REACH).clamp(min=0)
+    # 4. g as e^(log p + d − near − shift), at most 1, times expm1(near), at most e^REACH. Neither can overflow, as
+    # expm1(d) does. exp(d) − 1 would lose the digits of a small d. In place: g takes the memory of d, which is not
+    # read again; `near` is a copy, read by sub_ before expm1_ overwrites it.
     near = difference.clamp(max=REACH)
     growth = difference.sub_(near).add_(log_p).sub_(shift).exp_().mul_(near.expm1_())
     total = growth.sum(dim=-1, keepdim=True)
+    # 5. KL = log Z − Σ p·d. e^−shift·Z is 1 + (total + expm1(−shift)); log(1 + …) would lose a small s, log1p does not.
     divergence = shift + torch.log1p(total + torch.expm1(-shift)) - residual
+    # 6. q − p = (g − s·p) / Z; softmax(z_s) − softmax(z_t) would cancel. e^−shift is in both parts of the fraction.
+    # In place: g was summed above and is not read again.
     gradient = growth.addcmul_(p, total, value=-1).div_(total + torch.exp(-shift))
+    # 7. The chain rule through the softcap.
     if slope is not None:
         gradient = gradient * slope
     return divergence[:, 0], gradient.to(operand)

@@ -89,15 +89,20 @@ def capped(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Bias and softcap c on the teacher's logits and on student − teacher, and the cap's slope at the student's.
 
-    c·tanh x − c·tanh y = c·tanh(x − y)·(1 − tanh x·tanh y) keeps a small difference accurate.
+    All [C, V], in new tensors where anything changes; the slope is None without a cap.
     """
+    # Both logits carry the bias, so student − teacher does not.
     if bias is not None:
         teacher_logits = teacher_logits + bias
     if softcap is None:
         return teacher_logits, difference, None
     student = torch.tanh((teacher_logits + difference) / softcap)
     teacher = torch.tanh(teacher_logits / softcap)
+    # tanh x − tanh y = tanh(x − y)·(1 − tanh x·tanh y). The left side subtracts two numbers that nearly agree. On the
+    # right the difference is a factor, with all its digits, and the other factor loses digits only near ±c, where
+    # the cap lets little of a difference through.
     rise = softcap * torch.tanh(difference / softcap) * (1 - student * teacher)
+    # d c·tanh(z/c) / dz = 1 − tanh²(z/c), at the student's z: only the student gets a gradient.
     return softcap * teacher, rise, 1 - student * student
 
 

@@ -33,7 +33,7 @@ class StepOutput(NamedTuple):
 
 
 class CircuitBreakerStep(nn.Module):
-    """loss = cs · loss_reroute + cr · (loss_retain + beta_kl · loss_kl), DESIGN §4."""
+    """loss = cs · loss_reroute + cr · (loss_retain + beta_kl · loss_kl); the parts are in `cbtrain/README.md`."""
 
     def __init__(self, model: PeftModel, config: CircuitBreakerConfig) -> None:
         super().__init__()

@@ -43,6 +43,7 @@ DRAWS_OF_MANY = 16
 """Hyper-parameter draws where trials are many, and tell much of them."""
 
 _DRAWS, _MANY = 64, 80
+"""Hyper-parameter draws, and the number of the sweep's trials up to which there are so many."""
 _WEIGHTS, _TEMPERATURES = 64, 7
 
 
@@ -121,17 +122,14 @@ class PosteriorSampler(BaseSampler):
 
 
 def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw: int) -> tuple[float, float]:
-    """The point of the highest value on a grid that `draw` shifts, apart from those that were asked for.
-
-    Where the seeds differ by too much for the limit, a setting that ran already and not yet on this seed comes first
-    if it is worth as much: there a second look at few settings tells more than a first at many. Where no point is
-    worth a trial, the setting that would be chosen now runs again, if on this seed and on a second one at all.
-    """
+    """The point of the highest value on a grid that `draw` shifts, or a setting that ran and deserves a second seed."""
+    # 1. The model; drift that is still being measured counts as known, see `PosteriorSampler`.
     model = Surrogate.of(trials, settings.reroute_tolerance, _DRAWS if len(trials) <= _MANY else DRAWS_OF_MANY)
     asked = trials[trials["beta_kl"] > 0]
     running = asked[asked["status"] == "running"]
     if len(running):
         model = model.believing_drift(coordinates(running["beta_kl"], running["kl_temperature"]), running["seed"])
+    # 2. What a new point has to beat: the setting that would be chosen now, or no KL.
     known = pd.concat([finite_trials(asked)[0], running])
     pick = _pick(model, known, settings.confidence)
     reference = BASELINE if pick is None else coordinates(*pick)[0]
@@ -141,6 +139,8 @@ def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw
         saved = expected_saving(model.log_drift_over(points, reference))
         return saved, model.probability_of_qualifying(points, seed, settings.confidence, left)
 
+    # 3. The worth of every grid point. Along a row, of one temperature, a larger weight saves no less drift than the
+    #    weights below it, and is proved to be feasible no more easily: hence the running maximum and minimum.
     unit = _grid(draw)
     points = coordinates(*_from_unit(unit, settings))
     saved, proved = (part.reshape(_TEMPERATURES, _WEIGHTS) for part in saved_and_proved(points))
@@ -148,16 +148,20 @@ def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw
     taken = _to_unit(asked["beta_kl"].to_numpy(float), asked["kl_temperature"].to_numpy(float), settings)
     apart = np.abs(unit[:, None] - taken).max(axis=2).min(axis=1, initial=np.inf) >= SAME_POINT
     worth = np.where(apart, worth.ravel(), -1)
+    # 4. With noisy seeds a second look at few settings tells more than a first at many: a repeat that is worth as much.
     again = _not_on(seed, known, asked) if _noisy(trials, settings) else []
     if again:
         worth_again = np.prod(saved_and_proved(coordinates(*np.transpose(again))), axis=0)
         if worth_again.max() >= worth.max():
             return again[np.argmax(worth_again)]
+    # 5. No point is worth a trial: the pick on its second seed. The factor before `worth` makes a share of the pick's
+    #    drift one of the drift without KL.
     seeds = [] if pick is None else _seeds_of(pick, asked)
     if pick is not None and len(seeds) == 1 and seed not in seeds:
         of_pick, of_baseline = model.drift.value(np.stack([reference, BASELINE])).expectation()
         if np.exp(of_pick - of_baseline) * worth.max() < WORTH_A_TRIAL:
             return pick
+    # 6. The best point; where the whole grid is taken, one at random.
     if not apart.any():
         unit, worth = np.random.default_rng(draw).random((1, 2)), np.zeros(1)
     beta_kl, kl_temperature = _from_unit(unit[[np.argmax(worth)]], settings)
@@ -178,7 +182,10 @@ def _not_on(seed: int, known: pd.DataFrame, asked: pd.DataFrame) -> list[tuple[f
 
 
 def _pick(model: Surrogate, ran: pd.DataFrame, confidence: float) -> tuple[float, float] | None:
-    """The setting with the least drift among those that qualify, which would be chosen now; None where none does."""
+    """The setting with the least drift among those that qualify, which would be chosen now; None where none does.
+
+    Settings that still run are among `ran`: the model may know a place before it has a result there.
+    """
     points = coordinates(ran["beta_kl"], ran["kl_temperature"])
     drift = model.drift.value(points).expectation()
     drift[model.probability_feasible(points) < confidence] = np.inf
@@ -194,14 +201,25 @@ def _seeds_of(setting: tuple[float, float], asked: pd.DataFrame) -> set[int]:
 
 
 def expected_saving(change: Mixture) -> Array:
-    """`[m]`: E[max(0, 1 − e^change)], the share of drift that is saved, of a change in its logarithm."""
+    """`[m]`: E[max(0, 1 − e^change)], the share of drift that is saved, of a change in its logarithm.
+
+    For a change that is normal with mean μ and standard deviation s it is, with z = −μ / s,
+
+        P(change < 0) − E[e^change; change < 0] = Φ(z) − e^(μ + s²/2) · Φ(z − s)
+
+    averaged over the mixture. The second term is at most 1 and goes by its logarithm: its first factor may overflow
+    where its second one vanishes.
+    """
     z = -change.mean / change.sd
     log_kept = change.mean + 0.5 * np.square(change.sd) + log_ndtr(z - change.sd)
     return change.weights @ np.maximum(0, ndtr(z) - np.exp(np.minimum(log_kept, 0)))
 
 
 def _grid(draw: int) -> Array:
-    """`[temperatures × weights, 2]` points of the unit square, their weights shifted together by less than a step."""
+    """`[temperatures × weights, 2]` points of the unit square, their weights shifted together by less than a step.
+
+    The shift differs from trial to trial, so that a sweep can come closer to the limit than a step of the grid.
+    """
     weights = (np.arange(_WEIGHTS) + np.random.default_rng(draw).random()) / _WEIGHTS
     pairs = np.meshgrid(weights, np.linspace(0, 1, _TEMPERATURES))
     return np.stack(pairs, axis=2).reshape(-1, 2)
