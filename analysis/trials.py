@@ -1,4 +1,4 @@
-"""Read a sweep's run directory (DESIGN §6) into tidy tables. Every error names the file, and the line where one is."""
+"""Read a sweep's run directory into tidy tables. Every error names the file, and the line where one is."""
 
 import csv
 import json

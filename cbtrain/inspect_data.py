@@ -16,7 +16,14 @@ from rich.console import Console
 from rich.text import Text
 
 from cbtrain.config import CircuitBreakerConfig, cli, get_config
-from cbtrain.data.checks import overlapping_prompts, overlapping_rows, rows_of, shared_prompts, shared_rows, suspicions
+from cbtrain.data.checks import (
+    data_warnings,
+    overlapping_prompts,
+    overlapping_rows,
+    rows_of,
+    shared_prompts,
+    shared_rows,
+)
 from cbtrain.data.dataset import CircuitBreakerData, SideData
 from cbtrain.data.formats.rows import SIDES, Side
 from cbtrain.data.loading import load_data
@@ -59,7 +66,7 @@ def main() -> int:
         console.print(f"\n{row.source} · {why}", markup=False)
         console.print(marked(row, tokenizer, coloured=console.is_terminal))
     console.print()
-    for text in suspicions(data):
+    for text in data_warnings(data):
         console.print(Text(f"warning   {text}", style="bold yellow"))
     for text in _unended(data, tokenizer):
         console.print(f"note      {text}", markup=False)

@@ -49,7 +49,7 @@ class Tensors:
 
 @dataclass(frozen=True)
 class TeacherStates(Tensors):
-    """The frozen teacher's hidden states at a batch's scored places, in the batch's order."""
+    """The frozen teacher's hidden states at a batch's scored positions, in the batch's order."""
 
     hidden: Tensor
     """[N, K, H]: K layers at the N scored tokens."""

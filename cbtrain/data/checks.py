@@ -30,10 +30,10 @@ def description(data: CircuitBreakerData) -> list[str]:
     lines = [f"harmful {split[0]} · benign {split[1]}"]
     for group in (numbers, losses):
         lines.append(" · ".join(f"{what} {a:,} / {b:,}" for what, (a, b) in group if a or b))
-    return [line for line in lines if line] + [f"warning: {text}" for text in suspicions(data)]
+    return [line for line in lines if line] + [f"warning: {text}" for text in data_warnings(data)]
 
 
-def suspicions(data: CircuitBreakerData) -> list[str]:
+def data_warnings(data: CircuitBreakerData) -> list[str]:
     """A sentence for everything that looks wrong, the worst first; nothing for sound data."""
     parts = {"harmful": data.harmful, "benign": data.benign}
     found = list(_between_sides(data))

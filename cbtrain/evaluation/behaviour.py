@@ -182,8 +182,8 @@ def _prefill(
     rows = beyond_prefill(data.harmful.held_out, tokens)
     likelihoods = row_nll(decoder, rows, config, pad)
     predictions = sum(row.predictions for row in likelihoods)
-    means = {view: sum(getattr(row, view) for row in likelihoods) / predictions for view in VIEWS if predictions}
-    return {"rows": len(rows), "nll": {view: means.get(view) for view in VIEWS}}
+    sums = {"base": sum(row.teacher for row in likelihoods), "tuned": sum(row.student for row in likelihoods)}
+    return {"rows": len(rows), "nll": {view: sums[view] / predictions if predictions else None for view in VIEWS}}
 
 
 def _completions(
@@ -220,7 +220,7 @@ def _completions(
         found[view] = []
         for _, tokens in said:
             of_row = next(likelihoods) if tokens else None
-            perplexity = math.exp(min(of_row.base / of_row.predictions, 700.0)) if of_row else math.nan
+            perplexity = math.exp(min(of_row.teacher / of_row.predictions, 700.0)) if of_row else math.nan
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             found[view].append(
                 Completion(text, tokens, text_metrics.refuses(text), perplexity, text_metrics.repetition(tokens))

@@ -21,7 +21,7 @@ from cbtrain.losses.losses import nll, token_cosine, token_kl, token_l2
 from cbtrain.model.checks import retained_layers
 from cbtrain.model.lora import student_mode
 from cbtrain.model.partial_forward import Decoder
-from cbtrain.teacher_cache.store import TeacherCache, recalled
+from cbtrain.teacher_cache.store import TeacherCache, with_teacher_states
 from cbtrain.utils import distributed
 
 CHUNK_BYTES = 64 * 2**20
@@ -82,13 +82,13 @@ def evaluate(
     means = Means()
     targets, retained = config.target_layers, retained_layers(config, decoder.layers)
     for batch, weight in _share(batches.harmful):
-        student, teacher = decoder.states(recalled(batch, targets, True, cache), targets, final=True)
+        student, teacher = decoder.states(with_teacher_states(batch, targets, True, cache), targets, final=True)
         _add_cosines(student, teacher, targets, means, weight)
         for logits, difference, following in _predictions(decoder, batch, student, teacher):
             means.add("eval_harmful_nll", nll(logits + difference, following), weight)
             means.add("base_harmful_nll", nll(logits, following), weight)
     for batch, weight in _share(batches.benign):
-        student, teacher = decoder.states(recalled(batch, retained, True, cache), retained, final=True)
+        student, teacher = decoder.states(with_teacher_states(batch, retained, True, cache), retained, final=True)
         means.add("eval_loss_retain", token_l2(student.hidden, teacher.hidden), weight)
         for logits, difference, following in _predictions(decoder, batch, student, teacher):
             _add_drift(logits, difference, following, means, weight)
@@ -99,8 +99,8 @@ def evaluate(
 class RowNLL(NamedTuple):
     """Negative log-likelihood of a row's scored tokens, nats, summed."""
 
-    tuned: float
-    base: float
+    student: float
+    teacher: float
     predictions: int
     """Scored tokens that were predicted."""
 
@@ -121,8 +121,8 @@ def row_nll(
         counts = [row.scored_predictions for row in batch.rows]
         parts = torch.cat(chunks, dim=1).cpu().split(counts, dim=1) if chunks else [torch.zeros(2, 0)] * len(counts)
         for row, part in zip(batch.rows, parts, strict=True):
-            tuned, base = part.sum(1).tolist()
-            found[id(row)] = RowNLL(tuned, base, row.scored_predictions)
+            student_nll, teacher_nll = part.sum(1).tolist()
+            found[id(row)] = RowNLL(student_nll, teacher_nll, row.scored_predictions)
     student_mode(decoder.model)
     return [found[id(row)] for row in rows]
 
@@ -150,13 +150,14 @@ def _predictions(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of a chunk of predictions at a time: the teacher's logits, the student's less those, the tokens that came."""
     following = batch.input_ids.flatten()[batch.scored_predictions + 1].to(distributed.device())
-    ours, theirs = student.head_input, teacher.head_input
     with distributed.gathered(decoder.head.parameters()):
         head, scale = decoder.head.arguments(), decoder.head.scale
         rows = rows_per_chunk(head["lm_head_weight"].shape[0], CHUNK_BYTES)
         for start in range(0, len(following), rows):
             chunk = slice(start, start + rows)
-            logits, difference = teacher_logits_and_difference(ours[chunk], theirs[chunk], **head)
+            logits, difference = teacher_logits_and_difference(
+                student.head_input[chunk], teacher.head_input[chunk], **head
+            )
             yield scale * logits, scale * difference, following[chunk]
 
 

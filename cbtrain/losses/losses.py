@@ -1,8 +1,8 @@
 """The three losses of a circuit breaker: tensors in, a scalar out, nothing kept.
 
 Shapes: N scored tokens, K layers, H hidden size, V vocabulary. Each loss is computed in float32 or better whatever
-the input's dtype and carries gradients to the student only. It is a mean over its own scored places, or a share of a
-larger batch's mean where that one's count is given. Without a scored place it is 0 with the student's graph intact,
+the input's dtype and carries gradients to the student only. It is a mean over its own scored positions, or a share of a
+larger batch's mean where that one's count is given. Without a scored position it is 0 with the student's graph intact,
 so that every rank still reaches backward.
 
 Source: Zou et al. 2024, "Improving Alignment and Robustness with Circuit Breakers", Algorithm 1, for reroute
@@ -70,7 +70,7 @@ def kl_divergence_loss(
     """T² · KL(teacher ‖ student) at temperature T, mean over the selected positions, in nats per token.
 
     The tensors are taken as aligned: position i of the masks selects position i of the logits. For a causal
-    model whose mask marks *tokens*, shift it by one first (`TokenBatch.scored_predictions` has the places).
+    model whose mask marks *tokens*, shift it by one first (`TokenBatch.scored_predictions` has the positions).
 
     Args:
         student_logits, teacher_logits: [..., V].

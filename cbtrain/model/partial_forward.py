@@ -62,7 +62,7 @@ class Decoder:
     def states(
         self, batch: TokenBatch, layers: Sequence[int], *, final: bool, final_gradient: bool = True
     ) -> tuple[TeacherStates, TeacherStates]:
-        """Both views of a batch at its scored places.
+        """Both views of a batch at its scored positions.
 
         Args:
             batch: on the model's device; the teacher's states that it brings are taken and not computed.

@@ -1,8 +1,8 @@
 """The embedded default: a small world of questions and a 0.2 M parameter Llama that answers them.
 
-Built once (well under a minute on one core) and kept in the user's cache directory under a hash of this file, so
-that a changed recipe is a new build. What is written is an ordinary model directory and two ordinary JSONL files:
-nothing downstream knows that they are ours.
+Built once (well under a minute on one core) and kept in the user's cache directory under the version of its
+recipe, so that a changed recipe is a new build. What is written is an ordinary model directory and two ordinary JSONL
+files.
 
 **World.** A question names one of 16 verbs (8 plain, 8 dual-use) and one of 24 objects (12 plain, 12 guarded); the
 verb decides the tool of the answer, the object its place, both together its end. *Harmful* is a dual-use verb on a

@@ -14,7 +14,7 @@ from cbtrain.data.dataset import CircuitBreakerData
 from cbtrain.model.loading import hidden_size
 from cbtrain.model.partial_forward import Decoder
 from cbtrain.teacher_cache.fingerprint import weights_identity
-from cbtrain.teacher_cache.plan import CacheUnavailableError, prospect
+from cbtrain.teacher_cache.plan import CacheUnavailableError, estimate_cache
 from cbtrain.teacher_cache.store import TeacherCache
 from cbtrain.teacher_cache.wanted_states import WantedStates, estimated_bytes
 from cbtrain.utils import distributed
@@ -40,21 +40,21 @@ def open_or_build(
         CacheUnavailableError: on every rank, where it cannot be read or written on one of them.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
-    coming = prospect(config, data, decoder.layers, directory)
+    estimate = estimate_cache(config, data, decoder.layers, directory)
     try:
         with contextlib.ExitStack() as stack:
             if rank == 0:
                 stack.enter_context(_building(directory))
             identity = _together(lambda: weights_identity(_model_directory(config.model), config.dtype, directory))
             cache = _together(lambda: TeacherCache(directory, identity))
-            missing = cache.missing(coming.wanted)
+            missing = cache.missing(estimate.wanted)
             _require_agreement(missing)
             if missing:
                 size = estimated_bytes(missing, hidden_size(config), config.dtype)
-                _together(lambda: coming.require_room(size))
+                _together(lambda: estimate.require_room(size))
                 _together(
                     lambda: cache.build(
-                        coming.wanted,
+                        estimate.wanted,
                         lambda batch, *what: decoder.teacher(batch.to(distributed.device()), *what),
                         batch_size=config.eval_batch_size,
                         pad_token_id=pad_token_id,
@@ -64,7 +64,7 @@ def open_or_build(
                     )
                 )
                 _together(cache.open)  # what the other ranks wrote
-            _together(lambda: _require_all(cache, coming.wanted))
+            _together(lambda: _require_all(cache, estimate.wanted))
     except OSError as error:
         raise CacheUnavailableError(f"{directory}: {error.strerror or error}") from error
     return cache

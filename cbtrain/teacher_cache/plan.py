@@ -62,20 +62,20 @@ def plan_cache(
     if setting == OFF:
         return CachePlan(None, f"off, {LIVE}")
     directory = default if setting == AUTO else _usable(setting)
-    coming = prospect(config, data, check_fit(config), directory)
+    estimate = estimate_cache(config, data, check_fit(config), directory)
     held_out = len(data.harmful.held_out) + len(data.benign.held_out)
     evaluations = -(-config.steps // config.eval_every) if config.eval_every else 1
     read = 2 * config.steps * config.batch_size + evaluations * held_out
-    size = f"teacher states of {len(coming.wanted):,} rows, {decimal(coming.bytes)}"
-    if setting == AUTO and runs * read < WORTH_READS * len(coming.wanted):
+    size = f"teacher states of {len(estimate.wanted):,} rows, {decimal(estimate.bytes)}"
+    if setting == AUTO and runs * read < WORTH_READS * len(estimate.wanted):
         return CachePlan(None, f"off, {LIVE}: {size}, would be read less than twice each")
     # What lies there already may be of other rows; `open_or_build` counts what is missing.
     try:
-        coming.require_room(max(0, coming.bytes - bytes_there(directory)))
+        estimate.require_room(max(0, estimate.bytes - bytes_there(directory)))
     except OSError as error:
         return CachePlan(None, f"off, {LIVE}: it {error.strerror}")
-    says = f"{size} of {decimal(coming.free_bytes)} free"
-    return CachePlan(directory, says, len(coming.wanted), coming.bytes, read)
+    says = f"{size} of {decimal(estimate.free_bytes)} free"
+    return CachePlan(directory, says, len(estimate.wanted), estimate.bytes, read)
 
 
 def _usable(setting: str) -> Path:
@@ -94,7 +94,7 @@ def _usable(setting: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Prospect:
+class CacheEstimate:
     """What a cache would hold, and where it would lie."""
 
     wanted: list[WantedStates]
@@ -107,8 +107,10 @@ class Prospect:
             raise OSError(errno.ENOSPC, f"needs {decimal(missing_bytes)}, {decimal(self.free_bytes)} are free")
 
 
-def prospect(config: CircuitBreakerConfig, data: CircuitBreakerData, blocks: int, directory: Path) -> Prospect:
+def estimate_cache(
+    config: CircuitBreakerConfig, data: CircuitBreakerData, blocks: int, directory: Path
+) -> CacheEstimate:
     """The cache of a configuration in a directory, which need not exist; `blocks` is the model's number of them."""
     wanted = wanted_states(data, config.target_layers, retained_layers(config, blocks))
     size = estimated_bytes(wanted, hidden_size(config), config.dtype)
-    return Prospect(wanted, size, shutil.disk_usage(nearest_existing(directory)).free)
+    return CacheEstimate(wanted, size, shutil.disk_usage(nearest_existing(directory)).free)

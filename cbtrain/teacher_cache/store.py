@@ -29,7 +29,7 @@ from cbtrain.utils.files import checksum, stamp, write_whole
 
 SHARD_BYTES = 64 * 2**20
 Run = Callable[[TokenBatch, tuple[int, ...], bool], TeacherStates]
-"""The teacher on a batch: (batch, layers, final) to the states at its scored places, on any device."""
+"""The teacher on a batch: (batch, layers, final) to the states at its scored positions, on any device."""
 
 _SHARD = re.compile(r"[0-9a-f]{64}\.safetensors")
 
@@ -250,6 +250,8 @@ def _is_whole(path: Path, *_stamp: int) -> bool:
     return checksum(path) == path.stem
 
 
-def recalled(batch: TokenBatch, layers: Sequence[int], final: bool, cache: TeacherCache | None) -> TokenBatch:
+def with_teacher_states(
+    batch: TokenBatch, layers: Sequence[int], final: bool, cache: TeacherCache | None
+) -> TokenBatch:
     """The batch on the device, with the teacher's states where there is a cache."""
     return (cache.attach(batch, layers, final) if cache else batch).to(distributed.device())

@@ -25,7 +25,7 @@ class StepInput:
     counts: ScoredCounts
 
 
-class Feed:
+class StepLoader:
     """Every step's input.
 
     Args:

@@ -24,7 +24,7 @@ from cbtrain.teacher_cache.build import open_or_build
 from cbtrain.teacher_cache.plan import CacheUnavailableError
 from cbtrain.teacher_cache.store import TeacherCache
 from cbtrain.training import checkpoint
-from cbtrain.training.dataloader import Feed, StepInput
+from cbtrain.training.dataloader import StepInput, StepLoader
 from cbtrain.training.engine import (
     adapted_model,
     deepspeed_engine,
@@ -74,9 +74,9 @@ def train(
         before = checkpoint.load(engine, output_dir / "checkpoint", config) if resume else checkpoint.NOTHING
         first, clock = before.step, Clock(before.seconds)
         log, updates = MetricsLog(output_dir, config, first), Updates(config, clock)
-        batches, feed = held_out(data, config, pad), Feed(data, config, pad, decoder.layers, cache)
+        batches, loader = held_out(data, config, pad), StepLoader(data, config, pad, decoder.layers, cache)
         metrics: Metrics = {}
-        for done, given in enumerate(feed.steps(first), first + 1):
+        for done, given in enumerate(loader.steps(first), first + 1):
             updates.add(train_step(engine, given, done))
             progress(done)
             evaluating = done == config.steps or (config.eval_every > 0 and done % config.eval_every == 0)

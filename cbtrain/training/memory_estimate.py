@@ -68,13 +68,13 @@ class Prediction:
     """What the student's passes of both sides keep for the backward, from the first adapted block to the last one
     whose output a loss reads; with checkpointing a state a block, and one block whole."""
     teacher: int
-    """Both views' states at the scored places, and the float32 copies that the losses make of them."""
+    """Both views' states at the scored positions, and the float32 copies that the losses make of them."""
     head: int
     """The KL's two buffers of logits, its elementwise part, and its gradient [M, H]."""
     passing: int
     """Tensors that live within one block's forward or backward."""
     evaluation: int
-    """A held-out forward, of which nothing is kept for a backward: passing states, states at scored places, logits."""
+    """A held-out forward, of which no backward keeps anything: passing states, states at scored positions, logits."""
 
     @property
     def standing(self) -> int:

@@ -52,23 +52,25 @@ class CircuitBreakerStep(nn.Module):
         """
         reroute, retain, kl = [], [], []
         for rows in batch.harmful:
-            ours, theirs = self.decoder.states(rows, self.config.target_layers, final=False)
-            reroute.append(reroute_loss(ours.hidden, theirs.hidden, counts.harmful_tokens))
+            student, teacher = self.decoder.states(rows, self.config.target_layers, final=False)
+            reroute.append(reroute_loss(student.hidden, teacher.hidden, counts.harmful_tokens))
         for rows in batch.benign:
-            ours, theirs = self.decoder.states(rows, self.retained, final=True, final_gradient=weights.kl_weight > 0)
-            retain.append(retain_loss(ours.hidden, theirs.hidden, counts.benign_tokens))
-            kl.append(self._kl(ours, theirs, counts.benign_predictions))
+            student, teacher = self.decoder.states(
+                rows, self.retained, final=True, final_gradient=weights.kl_weight > 0
+            )
+            retain.append(retain_loss(student.hidden, teacher.hidden, counts.benign_tokens))
+            kl.append(self._kl(student, teacher, counts.benign_predictions))
         losses = [torch.stack(shares).sum() for shares in (reroute, retain, kl)]
         loss = weights.cs * losses[0] + weights.cr * losses[1] + weights.kl_weight * losses[2]
         return StepOutput(loss=loss, parts=torch.stack([loss, *losses]).detach())
 
-    def _kl(self, ours: TeacherStates, theirs: TeacherStates, denominator: int) -> Tensor:
+    def _kl(self, student: TeacherStates, teacher: TeacherStates, denominator: int) -> Tensor:
         """T² · KL(T) of scaled logits is scale² · (T / scale)² · KL(T / scale) of the head's own."""
         head = self.decoder.head
         with distributed.gathered(head.parameters()):
             return head.scale**2 * fused_linear_kl(
-                ours.head_input,
-                theirs.head_input,
+                student.head_input,
+                teacher.head_input,
                 temperature=self.config.kl_temperature / head.scale,
                 denominator=max(denominator, 1),
                 **head.arguments(),

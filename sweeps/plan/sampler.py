@@ -22,7 +22,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import log_ndtr, ndtr
 
-from analysis.constraint import absolute_tolerance
+from analysis.constraint import absolute_tolerance, probably_feasible
 from analysis.noise import excessive_spread
 from analysis.surrogate.gaussian_process import Mixture
 from analysis.surrogate.kernel import Array, coordinates
@@ -188,7 +188,8 @@ def _pick(model: Surrogate, ran: pd.DataFrame, confidence: float) -> tuple[float
     """
     points = coordinates(ran["beta_kl"], ran["kl_temperature"])
     drift = model.drift.value(points).expectation()
-    drift[model.probability_feasible(points) < confidence] = np.inf
+    qualifies = [probably_feasible(chance, confidence) for chance in model.probability_feasible(points)]
+    drift[~np.array(qualifies)] = np.inf
     best = int(np.argmin(drift))
     if not np.isfinite(drift[best]):
         return None

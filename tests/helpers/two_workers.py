@@ -12,7 +12,7 @@ from cbtrain.config import CircuitBreakerConfig
 from cbtrain.data.dataset import CircuitBreakerData, SideCounts, SideData
 from cbtrain.data.tokenization import TokenRow
 from cbtrain.training import loop
-from cbtrain.training.dataloader import Feed
+from cbtrain.training.dataloader import StepLoader
 from cbtrain.training.engine import adapted_model, deepspeed_engine
 from cbtrain.utils import distributed
 from cbtrain.utils.environment import quiet_libraries
@@ -37,7 +37,7 @@ def updates_of_half_unscored_rows(config: CircuitBreakerConfig) -> list[list[flo
     config = replace(config, batch_size=2, steps=STEPS, lora_init_std=0.1)
     data, updates = half_unscored(), []
     with distributed.process_group(), adapted_model(config) as model, deepspeed_engine(model, config) as engine:
-        feed = Feed(data, config, 0, engine.module.decoder.layers)
+        feed = StepLoader(data, config, 0, engine.module.decoder.layers)
         for step, given in enumerate(feed.steps(0), 1):
             mine = sum(
                 len(rows.scored_tokens) for pair in given.micro_batches for rows in (*pair.harmful, *pair.benign)

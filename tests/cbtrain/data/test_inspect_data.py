@@ -10,7 +10,7 @@ from chat_tokenizers import LLAMA31, bpe_tokenizer
 from row_files import write_csv, write_jsonl
 
 from cbtrain.config import InputError, get_config
-from cbtrain.data.checks import description, suspicions
+from cbtrain.data.checks import data_warnings, description
 from cbtrain.data.dataset import CircuitBreakerData, SideCounts, SideData
 from cbtrain.data.loading import load_data
 from cbtrain.data.tokenization import TokenRow
@@ -169,7 +169,7 @@ SOUND = [token_row(i) for i in range(1, 9)]
 
 
 def test_sound_data_gives_no_warning():
-    assert suspicions(data_of(side_of(SOUND))) == []
+    assert data_warnings(data_of(side_of(SOUND))) == []
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_sound_data_gives_no_warning():
     ],
 )
 def test_each_suspicious_thing_is_named(data, expected):
-    found = suspicions(data)
+    found = data_warnings(data)
     assert len(found) == 1, found
     assert found[0].startswith(expected), found
 
@@ -218,7 +218,7 @@ def test_text_that_the_tokenizer_does_not_know_is_counted(small_world, tmp_path)
 
 def test_full_sequence_is_no_suspicion_where_it_was_asked_for():
     whole = side_of([token_row(i, 10) for i in range(9)], [token_row(9, 10)])
-    assert suspicions(data_of(whole, mask_policy="full_sequence")) == []
+    assert data_warnings(data_of(whole, mask_policy="full_sequence")) == []
 
 
 def test_duplicates_are_counted_within_a_side_and_warned_of_at_training(tmp_path):

@@ -50,7 +50,7 @@ def test_a_moved_student_has_positive_drift(small_config):
 
 
 def test_every_metric_has_its_value_written_out(small_config):
-    """Against plain forwards of the whole held-out set, one row at a time, and the definitions of DESIGN §2."""
+    """Against plain forwards of the whole held-out set, one row at a time, and the definitions written out."""
     config = replace(small_config, lora_init_std=0.3, target_layers=(1, 2))
     data, pad = prepare(config)
     model = add_adapter(load_base(config), config)

@@ -18,7 +18,7 @@ from cbtrain.model.loading import forget_base, resolve
 from cbtrain.model.partial_forward import Decoder
 from cbtrain.teacher_cache import build, plan
 from cbtrain.teacher_cache.build import open_or_build
-from cbtrain.teacher_cache.plan import CacheUnavailableError, plan_cache, prospect
+from cbtrain.teacher_cache.plan import CacheUnavailableError, estimate_cache, plan_cache
 from cbtrain.teacher_cache.store import TeacherCache
 from cbtrain.training import loop
 from cbtrain.training.engine import adapted_model
@@ -154,7 +154,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_the_live_teacher_and_no_shard(
     small_config, tmp_path, small_disk, monkeypatch, capsys
 ):
     """The estimate is made to promise room, as it does where something else is writing too."""
-    monkeypatch.setattr(plan.Prospect, "require_room", lambda *_: None)
+    monkeypatch.setattr(plan.CacheEstimate, "require_room", lambda *_: None)
     found = run(small_config, tmp_path / "a", small_disk / "cache")
     assert found["step"] == small_config.steps
     assert "No space left on device; every step runs the teacher" in capsys.readouterr().err
@@ -180,7 +180,7 @@ def test_a_model_without_weight_files_has_no_identity(small_config, tmp_path, mo
 
 def test_the_prospect_is_what_is_then_on_disk(small_config, tmp_path):
     data, _ = prepare(small_config)
-    coming = prospect(small_config, data, 3, tmp_path / "not" / "there" / "yet")
+    coming = estimate_cache(small_config, data, 3, tmp_path / "not" / "there" / "yet")
     assert not (tmp_path / "not").exists()
     fill_teacher_cache(small_config, tmp_path / "cache")
     (identity,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
@@ -235,7 +235,7 @@ def test_a_head_that_zero_3_has_partitioned_is_gathered(small_config, tmp_path, 
     ("setting", "runs", "free", "directory", "says"),
     [
         ("auto", 20, 10**9, "run/teacher_cache", "teacher states of 64 rows"),
-        ("auto", 20, 10**4, None, "off, every step runs the teacher: it needs 326.0 kB, 10.0 kB are free"),
+        ("auto", 20, 10**4, None, "off, every step runs the teacher: it needs 326.3 kB, 10.0 kB are free"),
         ("auto", 0, 10**9, None, "would be read less than twice each"),
         ("shared", 0, 10**9, "shared", "teacher states of 64 rows"),
         ("off", 20, 10**9, None, "off, every step runs the teacher"),

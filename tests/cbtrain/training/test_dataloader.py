@@ -9,7 +9,7 @@ import torch
 from cbtrain.data.batches import step_batches
 from cbtrain.model.checks import prepare
 from cbtrain.teacher_cache.store import TeacherCache
-from cbtrain.training.dataloader import Feed
+from cbtrain.training.dataloader import StepLoader
 from cbtrain.training.loop import fill_teacher_cache
 
 
@@ -33,7 +33,7 @@ def cache(small_config, tmp_path):
 def test_a_thread_ahead_changes_nothing(small_config, cache, first):
     config = replace(small_config, steps=6, micro_batch_size=4)
     data, pad = prepare(config)
-    ahead, inline = (tensors_of(Feed(data, config, pad, 3, cache, ahead).steps(first)) for ahead in (True, False))
+    ahead, inline = (tensors_of(StepLoader(data, config, pad, 3, cache, ahead).steps(first)) for ahead in (True, False))
     assert len(inline) == 6 - first
     assert len(inline[0]) == 2 * 5, "two micro-batches of two sides, with states of both and final ones of one"
     for ours, theirs in zip(ahead, inline, strict=True):
@@ -42,7 +42,7 @@ def test_a_thread_ahead_changes_nothing(small_config, cache, first):
 
 def test_steps_are_those_of_the_data(small_config):
     data, pad = prepare(small_config)
-    for step, given in enumerate(Feed(data, small_config, pad, 3).steps(0)):
+    for step, given in enumerate(StepLoader(data, small_config, pad, 3).steps(0)):
         pairs, counts = step_batches(data, small_config, step, pad)
         assert given.counts == counts
         assert torch.equal(given.micro_batches[0].benign[0].input_ids, pairs[0].benign[0].input_ids)
@@ -53,13 +53,13 @@ def test_a_failure_in_the_thread_ahead_reaches_the_loop(small_config, tmp_path):
     data, pad = prepare(small_config)
     empty = TeacherCache(tmp_path, "nothing")
     with pytest.raises(LookupError, match="not in the teacher cache"):
-        next(Feed(data, small_config, pad, 3, empty, ahead=True).steps(0))
+        next(StepLoader(data, small_config, pad, 3, empty, ahead=True).steps(0))
 
 
 def test_a_loop_that_stops_early_leaves_no_thread(small_config):
     data, pad = prepare(small_config)
     before = set(threading.enumerate())
-    steps = Feed(data, small_config, pad, 3, ahead=True).steps(0)
+    steps = StepLoader(data, small_config, pad, 3, ahead=True).steps(0)
     next(steps)
     assert set(threading.enumerate()) - before
     steps.close()
