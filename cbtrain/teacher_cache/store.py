@@ -25,6 +25,7 @@ from cbtrain.data.batches import TeacherStates, TokenBatch, collate
 from cbtrain.data.tokenization import TokenRow
 from cbtrain.teacher_cache.wanted_states import WantedStates
 from cbtrain.utils import distributed
+from cbtrain.utils.environment import say_once
 from cbtrain.utils.files import checksum, stamp, write_whole
 
 SHARD_BYTES = 64 * 2**20
@@ -52,9 +53,6 @@ class TeacherCache:
 
     def __init__(self, directory: Path, identity: str) -> None:
         self.directory = directory / identity
-        self.damaged = 0
-        """Shards found damaged, and deleted."""
-        self.bytes_on_disk = 0
         self.rows_computed = 0
         """By `build`, all ranks together, in `teacher_s` seconds of the teacher."""
         self.teacher_s = 0.0
@@ -72,18 +70,17 @@ class TeacherCache:
         Raises:
             OSError: a shard cannot be read.
         """
-        self._places, self.bytes_on_disk = {}, 0
+        self._places = {}
         for path in sorted(path for path in self.directory.glob("*") if _SHARD.fullmatch(path.name)):
             try:
                 size, *times = stamp(path)
                 if not _is_whole(path, size, *times):
                     raise ValueError("its bytes are not those it was named after")
                 self._places |= _map_shard(path)
-                self.bytes_on_disk += size
             except FileNotFoundError:
                 continue  # another process found it damaged too
             except (ValueError, LookupError, TypeError, SafetensorError):
-                self.damaged += 1
+                say_once(f"teacher cache: {path} is damaged; its rows are computed again")
                 with suppress(OSError):
                     path.unlink()
 

@@ -6,7 +6,6 @@ Two peaks are compared: a micro-step at the end of its forward, when the graphs 
 forward. Libraries, the CUDA context and an allocator's unused blocks come on top.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -266,9 +265,3 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any
 
 
 AttentionInterface.register(_ATTENTION, _attention)
-
-
-def as_gigabytes(prediction: Prediction) -> dict[str, float]:
-    """Every term and the peak, in 10⁹ bytes."""
-    terms = dataclasses.asdict(prediction) | {"peak": prediction.peak}
-    return {name: size / 1e9 for name, size in terms.items()}

@@ -5,8 +5,6 @@ from pathlib import Path
 
 from cbtrain.utils.errors import InputError
 
-NAME = "metrics.jsonl"
-
 
 def read_metrics(path: Path, *, skip_damaged: bool = False) -> list[dict[str, float]]:
     """The metrics of every logged step, in the file's order; none where there is no file.

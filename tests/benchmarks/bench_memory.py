@@ -11,6 +11,7 @@ some 200 MB of the libraries' own code and tables into memory. The weights are i
 was freed in pieces, and the peak was 1.4 times as high. Exit status 1 where a prediction is more than 15 % off.
 """
 
+import dataclasses
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ from pathlib import Path
 from transformers import Llama4TextConfig, LlamaConfig
 
 from cbtrain.config import CircuitBreakerConfig, get_config
-from cbtrain.training.memory_estimate import Rows, as_gigabytes, predict, structure
+from cbtrain.training.memory_estimate import Prediction, Rows, predict, structure
 
 WITHIN = 0.15
 ROWS, LENGTH, VOCABULARY = 4, 128, 8192
@@ -31,6 +32,12 @@ WARM = "warm"
 SIZES = {WARM: (64, 4), "small": (256, 8), "medium": (512, 8), "large": (768, 12), "largest": (1024, 16)}
 """Hidden size H and blocks; the first is trained beforehand and not measured."""
 TERMS = ("weights", "activations", "passing", "teacher", "head", "evaluation", "peak")
+
+
+def as_gigabytes(prediction: Prediction) -> dict[str, float]:
+    """Every term and the peak, in 10⁹ bytes."""
+    terms = dataclasses.asdict(prediction) | {"peak": prediction.peak}
+    return {name: size / 1e9 for name, size in terms.items()}
 
 
 def shape(name: str) -> LlamaConfig:

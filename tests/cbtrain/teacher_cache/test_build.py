@@ -19,7 +19,7 @@ from cbtrain.model.partial_forward import Decoder
 from cbtrain.teacher_cache import build, plan
 from cbtrain.teacher_cache.build import open_or_build
 from cbtrain.teacher_cache.plan import CacheUnavailableError, estimate_cache, plan_cache
-from cbtrain.teacher_cache.store import TeacherCache
+from cbtrain.teacher_cache.store import TeacherCache, bytes_there
 from cbtrain.training import loop
 from cbtrain.training.engine import adapted_model
 from cbtrain.training.loop import fill_teacher_cache, train
@@ -178,16 +178,16 @@ def test_a_model_without_weight_files_has_no_identity(small_config, tmp_path, mo
         fill_teacher_cache(small_config, tmp_path / "cache")
 
 
-def test_the_prospect_is_what_is_then_on_disk(small_config, tmp_path):
+def test_the_estimate_is_what_is_then_on_disk(small_config, tmp_path):
     data, _ = prepare(small_config)
-    coming = estimate_cache(small_config, data, 3, tmp_path / "not" / "there" / "yet")
+    estimate = estimate_cache(small_config, data, 3, tmp_path / "not" / "there" / "yet")
     assert not (tmp_path / "not").exists()
     fill_teacher_cache(small_config, tmp_path / "cache")
     (identity,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     on_disk = TeacherCache(tmp_path / "cache", identity.name)
-    assert on_disk.rows == len(coming.wanted)
+    assert on_disk.rows == len(estimate.wanted)
     # Of these few thousand numbers a row, names and headers are a noticeable part.
-    assert coming.bytes < on_disk.bytes_on_disk < 1.3 * coming.bytes
+    assert estimate.bytes < bytes_there(tmp_path / "cache") < 1.3 * estimate.bytes
 
 
 def test_rows_that_are_not_seen_after_they_were_written_leave_the_live_teacher(small_config, tmp_path, monkeypatch):
