@@ -68,16 +68,23 @@ def decide(
     if candidates.empty:
         return replace(decision, reason="No trial with beta_kl > 0 completed.")
     settings = _assess(candidates, model, baseline, confidence)
+    why_insufficient = _why_insufficient(settings, needed, tolerance, confidence)
+    return _between_settings(replace(decision, settings=settings, reason=why_insufficient), baseline, model, usable)
+
+
+def _between_settings(decision: Decision, baseline: Baseline, model: Surrogate, usable: pd.DataFrame) -> Decision:
+    """The verdict between the settings that ran; `decision` is the one without enough evidence."""
+    settings, confidence = decision.settings, decision.confidence
     pick = settings[0] if settings[0].qualifies else None
     near = pick.beta_kl if pick else None
     rules = evaluate_rules(usable, near, _outlook(model, 0.3), _outlook(model, 0.5), confidence)
-    decision = replace(decision, settings=settings, rules_of_thumb=rules)
+    decision = replace(decision, rules_of_thumb=rules)
     if pick is not None:
         return _chosen(decision, pick, baseline)
     on_map = model.probability_feasible(_map_grid())
     if max(on_map.max(), settings[0].probability_feasible) < 1 - confidence:
         return _none_qualifies(decision, baseline)
-    return replace(decision, reason=_why_insufficient(settings, needed, tolerance, confidence))
+    return decision
 
 
 def pick_candidates(decision: Decision) -> tuple[SettingAssessment, ...]:

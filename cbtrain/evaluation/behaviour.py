@@ -117,13 +117,8 @@ def measure(
         }
         everything = [prompt for asked in kinds.values() for prompt in asked]
         completed = _completions(decoder, everything, config, tokenizer, pad, max_new_tokens, progress)
-    lines: list[dict[str, Any]] = []
-    for kind, asked in kinds.items():
-        answers = {view: [completed[view].pop(0) for _ in asked] for view in VIEWS}
-        record[kind] = _rates(answers)
-        for prompt, base, tuned in zip(asked, answers["base"], answers["tuned"], strict=True):
-            asks = {"kind": kind, "source": prompt.source, "prompt": tokenizer.decode(prompt.tokens)}
-            lines.append(asks | {"base": base.record(), "tuned": tuned.record()})
+    rates, lines = _by_kind(kinds, completed, tokenizer)
+    record |= rates
     if output_dir is not None:
         write_whole(output_dir / "completions.jsonl", "".join(json.dumps(finite_or_none(x)) + "\n" for x in lines))
         write_whole(output_dir / "behaviour.json", json.dumps(finite_or_none(record), indent=1) + "\n")
@@ -226,6 +221,21 @@ def _completions(
                 Completion(text, tokens, text_metrics.refuses(text), perplexity, text_metrics.repetition(tokens))
             )
     return found
+
+
+def _by_kind(
+    kinds: dict[str, list[Prompt]], completed: dict[View, list[Completion]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The rates of each kind of prompt, and a line for each prompt with both models' completions."""
+    rates, lines, start = {}, [], 0
+    for kind, asked in kinds.items():
+        answers = {view: completed[view][start : start + len(asked)] for view in VIEWS}
+        start += len(asked)
+        rates[kind] = _rates(answers)
+        for prompt, base, tuned in zip(asked, answers["base"], answers["tuned"], strict=True):
+            asks = {"kind": kind, "source": prompt.source, "prompt": tokenizer.decode(prompt.tokens)}
+            lines.append(asks | {"base": base.record(), "tuned": tuned.record()})
+    return rates, lines
 
 
 def _rates(answers: dict[View, list[Completion]]) -> dict[str, Any]:

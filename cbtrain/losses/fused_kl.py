@@ -73,6 +73,7 @@ def fused_linear_kl(
         ValueError: temperature is not positive, denominator is not, or shapes do not fit.
         RuntimeError: a second derivative is asked for.
     """
+    # Longer than fifty lines for its signature and docstring.
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be more than 0")
     student, teacher = _selected(student_hidden, teacher_hidden, mask)

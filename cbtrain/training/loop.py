@@ -66,6 +66,7 @@ def train(
         CheckpointError: there is nothing to resume from.
         NonFiniteLossError: the weights are those before the update that would have carried it.
     """
+    # Longer than fifty lines so that the whole loop reads top to bottom: update, evaluate, log, save.
     data, pad = prepare(config)
     with distributed.process_group(), adapted_model(config) as model, deepspeed_engine(model, config) as engine:
         decoder = engine.module.decoder
