@@ -1,12 +1,12 @@
 """What the measured models of a sweep write on held-out prompts: `trials/<id>/behaviour.json`, as rows of a table."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 
+from cbtrain.config.validation import from_json
 from cbtrain.utils.errors import InputError
 
 
@@ -34,6 +34,40 @@ class Behaviour:
     """Of harmful completions once their first tokens are given, nats per token; None where all are shorter."""
 
 
+@dataclass(frozen=True)
+class _Rate:
+    base: float
+    tuned: float
+
+
+@dataclass(frozen=True)
+class _Kind:
+    prompts: int
+    unchanged_rate: float
+    refusal_rate: _Rate
+    gibberish_rate: _Rate
+
+
+@dataclass(frozen=True)
+class _Nll:
+    base: float | None
+    tuned: float | None
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    nll: _Nll
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is read of a behaviour.json."""
+
+    harmful: _Kind
+    benign: _Kind
+    prefill: _Prefill
+
+
 def load_behaviour(run_dir: str | Path, trials: pd.DataFrame) -> list[Behaviour]:
     """The model before training, then every measured trial in the order of `trials`; empty where none was measured.
 
@@ -46,27 +80,25 @@ def load_behaviour(run_dir: str | Path, trials: pd.DataFrame) -> list[Behaviour]
         if not path.is_file():
             continue
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if not found:
-                found.append(_of(record, "base", None, None))
-            found.append(_of(record, "tuned", float(trial.beta_kl), float(trial.kl_temperature)))  # type: ignore[arg-type]
-        except (ValueError, LookupError, TypeError, AttributeError):
+            record = from_json(path.read_bytes(), _Record)
+        except InputError:
             raise InputError(f"{path}: not what `cbtrain.evaluate` writes: remove it, or measure again") from None
+        if not found:
+            found.append(_of(record, "base", None, None))
+        found.append(_of(record, "tuned", float(trial.beta_kl), float(trial.kl_temperature)))  # type: ignore[arg-type]
     return found
 
 
-def _of(record: dict[str, Any], view: Literal["base", "tuned"], beta_kl: float | None, heat: float | None) -> Behaviour:
-    def answers(kind: str) -> Answers:
-        rates = record[kind]
-        unchanged = float(rates["unchanged_rate"]) if view == "tuned" else None
-        return Answers(unchanged, float(rates["refusal_rate"][view]), float(rates["gibberish_rate"][view]))
+def _of(record: _Record, view: Literal["base", "tuned"], beta_kl: float | None, heat: float | None) -> Behaviour:
+    def answers(kind: _Kind) -> Answers:
+        unchanged = kind.unchanged_rate if view == "tuned" else None
+        return Answers(unchanged, getattr(kind.refusal_rate, view), getattr(kind.gibberish_rate, view))
 
-    prefilled = record["prefill"]["nll"][view]
     return Behaviour(
         beta_kl=beta_kl,
         kl_temperature=heat,
-        prompts=max(int(record[kind]["prompts"]) for kind in ("harmful", "benign")),
-        harmful=answers("harmful"),
-        benign=answers("benign"),
-        prefilled_nll=None if prefilled is None else float(prefilled),
+        prompts=max(record.harmful.prompts, record.benign.prompts),
+        harmful=answers(record.harmful),
+        benign=answers(record.benign),
+        prefilled_nll=getattr(record.prefill.nll, view),
     )

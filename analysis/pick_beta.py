@@ -6,15 +6,16 @@ Writes `RUN_DIR/report/` (report.html, report.md, decision.json, figures/). Exit
 3 none is, 2 bad input, 130 interrupted.
 """
 
-import argparse
-import difflib
 import os
 import sys
 import tempfile
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated
+
+import tyro
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,18 +25,49 @@ from analysis.decide import decide
 from analysis.decision import Decision
 from analysis.report import commands, report
 from analysis.trials import load_curves, load_settings, load_trials
-from cbtrain.utils.errors import InputError
+from cbtrain.config import InputError, cli, flag, nearest
 
-DEFAULT_RUN_DIR = "runs/latest"
 _WIDTH = 80
+
+
+def _number(words: list[str]) -> float:
+    try:
+        return float(words[0])
+    except ValueError:
+        raise ValueError(f"invalid float value: {words[0]!r}") from None
+
+
+_Share = Annotated[
+    float | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="X",
+        instance_from_str=_number,
+        is_instance=lambda _: True,
+        str_from_instance=lambda x: [str(x)],
+    ),
+]
+"""A number on the command line, where None, which no flag gives, is the sweep's own."""
+
+
+@dataclass(frozen=True)
+class PickSettings:
+    """Which beta_kl to ship, from a finished (or running) sweep, and why."""
+
+    run_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RUN_DIR]")] = "runs/latest"
+    """Run directory of a sweep."""
+    reroute_tolerance: _Share = None
+    """Share of the baseline's rerouting that may be lost, 0 to 1; None is the sweep's."""
+    confidence: _Share = None
+    """Probability of keeping that limit, 0.5 to 1; None is the sweep's."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     try:
-        arguments = _parser().parse_args(argv)
-        run_dir = Path(arguments.run_dir)
-        decision, command = write_report(run_dir, arguments.reroute_tolerance, arguments.confidence)
+        settings = _settings(sys.argv[1:] if argv is None else argv)
+        run_dir = Path(settings.run_dir)
+        decision, command = write_report(run_dir, settings.reroute_tolerance, settings.confidence)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,44 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if decision.verdict == "choose" else 3
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises `InputError` with one line instead of printing its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message.removeprefix("argument "))
-
-    def parse_args(self, *args, **kwargs):  # type: ignore[override]
-        parsed, unknown = self.parse_known_args(*args, **kwargs)
-        if unknown:
-            known = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-            mend = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(known)}"
-            raise InputError(f"{unknown[0]}: no such argument{mend}")
-        return parsed
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="pick_beta.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "run_dir",
-        nargs="?",
-        default=DEFAULT_RUN_DIR,
-        metavar="RUN_DIR",
-        help=f"run directory of a sweep (default {DEFAULT_RUN_DIR})",
-    )
-    parser.add_argument(
-        "--reroute-tolerance",
-        type=float,
-        metavar="X",
-        help="share of the baseline's rerouting that may be lost, 0 to 1 (default: the sweep's)",
-    )
-    parser.add_argument(
-        "--confidence",
-        type=float,
-        metavar="X",
-        help="probability of keeping that limit, 0.5 to 1 (default: the sweep's)",
-    )
-    return parser
+def _settings(argv: Sequence[str]) -> PickSettings:
+    settings, unknown = cli.read(PickSettings(), argv, "pick_beta.py")
+    if unknown:
+        known = [flag(field.name) for field in fields(settings) if field.name != "run_dir"]
+        mend = nearest(unknown[0].split("=")[0], known) or f"; one of {', '.join(known)}"
+        raise InputError(f"{unknown[0]}: no such argument{mend}")
+    return settings
 
 
 def write_report(
@@ -110,8 +111,8 @@ def write_report(
     trials = load_trials(run_dir)
     curves, behaviour = load_curves(run_dir), load_behaviour(run_dir, trials)
     settings = sweep["settings"]
-    tolerance = settings.get("reroute_tolerance", 0.05) if reroute_tolerance is None else reroute_tolerance
-    confidence = settings.get("confidence", 0.95) if confidence is None else confidence
+    tolerance = settings["reroute_tolerance"] if reroute_tolerance is None else reroute_tolerance
+    confidence = settings["confidence"] if confidence is None else confidence
     if not 0 < tolerance < 1:
         raise InputError(f"--reroute-tolerance {tolerance}: must lie between 0 and 1")
     if not 0.5 < confidence < 1:

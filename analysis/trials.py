@@ -3,14 +3,35 @@
 import csv
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from analysis.columns import NUMBER_COLUMNS, STATUSES, TEXT_COLUMNS
+from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
+from cbtrain.config.validation import from_json
 from cbtrain.utils.errors import InputError
 from cbtrain.utils.metrics_file import read_metrics
+
+
+@dataclass(frozen=True)
+class _Limits:
+    reroute_tolerance: float = REROUTE_TOLERANCE
+    confidence: float = CONFIDENCE
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """What is read of a sweep.json, and what stands for a key that an older one lacks."""
+
+    settings: _Limits
+    preset: str = "tiny"
+    git_commit: str | None = None
+    versions: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    config_overrides: dict[str, Any] = field(default_factory=dict)
 
 
 def load_trials(run_dir: str | Path) -> pd.DataFrame:
@@ -65,28 +86,18 @@ def load_settings(run_dir: str | Path) -> dict[str, Any]:
     """
     path = _sweep_file(run_dir, "sweep.json", "name the directory of a sweep, such as runs/latest")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        record = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}): restore the file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error.reason}): restore the file") from None
-    if not isinstance(settings, dict) or not isinstance(settings.get("settings"), dict):
-        raise InputError(f"{path}: no settings in it: not the sweep.json of a KL ablation")
-    for name in ("reroute_tolerance", "confidence"):
-        if not isinstance(settings["settings"].get(name, 0.0), int | float):
-            raise InputError(f"{path}: settings.{name} is not a number: restore the file")
-    defaults: dict[str, Any] = {
-        "run_dir": str(run_dir),
-        "preset": "tiny",
-        "git_commit": None,
-        "versions": {},
-        "config": {},
-        "config_overrides": {},
-    }
-    for name, default in defaults.items():
-        if isinstance(default, dict) and not isinstance(settings.get(name, default), dict):
-            raise InputError(f"{path}: {name} is not an object: restore the file")
-    return defaults | settings
+    try:
+        sweep = from_json(text, _Sweep)
+    except InputError as error:
+        raise InputError(f"{path}: {error}: not the sweep.json of a KL ablation") from None
+    settings = vars(sweep.settings) | record["settings"]
+    return {"run_dir": str(run_dir), **vars(sweep), **record, "settings": settings}
 
 
 def _sweep_file(run_dir: str | Path, name: str, mend: str) -> Path:

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
-from cbtrain.utils.errors import first_line
-
 ROOT = Path(__file__).resolve().parent.parent
 if not __package__:
     sys.path[0] = str(ROOT)  # started as a script, which puts sweeps/ there
 
 from cbtrain.config import CircuitBreakerConfig, InputError, cli
+from cbtrain.utils.errors import first_line
 from sweeps.settings import SweepSettings, check_counts, overrides_of_preset
 
 if TYPE_CHECKING:

@@ -1,12 +1,15 @@
 """What the sweep's command takes: its flags with their meaning, and what is refused of them."""
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge
+
+from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
 from cbtrain.config import CircuitBreakerConfig, InputError, flag, get_config
+from cbtrain.config.validation import check_fields
 
 SEARCHED = ("beta_kl", "kl_temperature")
 
@@ -34,19 +37,19 @@ class SweepSettings:
     settings that it was begun with."""
     baseline_seeds: int | None = None
     """Seeds of the beta_kl = 0 baseline; None is a fifth of the trials, at least 3, at most 8."""
-    reroute_tolerance: float = 0.05
+    reroute_tolerance: float = REROUTE_TOLERANCE
     """Share of the baseline's rerouting that a setting may lose."""
-    confidence: float = 0.95
+    confidence: float = CONFIDENCE
     """Probability of keeping that limit which a recommended setting must reach."""
     sampler: Literal["gp", "tpe", "random"] = "gp"
     """What searches: gp is the Gaussian process that also decides, tpe and random are Optuna's samplers."""
     early_stop: bool = False
     """End a search trial whose rerouting stays over the limit; off by default: it saves too little (bench_stopping)."""
-    max_concurrent: int | None = None
+    max_concurrent: Annotated[int, Ge(1)] | None = None
     """Trials at a time; None is what the machine holds, at most 4."""
-    workers_per_trial: int = 1
+    workers_per_trial: Annotated[int, Ge(1)] = 1
     """Worker processes a trial; more than 1, or a GPU, gives each trial workers of its own."""
-    gpus_per_worker: float | None = None
+    gpus_per_worker: Annotated[float | None, Ge(0), "must be 0 or more"] = None
     """GPUs a worker; None is 1 where there are GPUs, else 0."""
     teacher_cache: str = "auto"
     """Where the frozen teacher's states are kept for all trials: auto is the run directory where that pays and fits,
@@ -56,7 +59,7 @@ class SweepSettings:
     a group named as the run directory."""
     wandb_mode: Literal["online", "offline"] = "online"
     """offline needs no login and keeps the runs in RUN_DIR/wandb, for `wandb sync`."""
-    behaviour_prompts: int = 16
+    behaviour_prompts: Annotated[int, Ge(0)] = 16
     """Held-out prompts of each kind to which the baseline and the chosen setting write an answer when all trials have
     ended, for refusals and gibberish (trials/ID/behaviour.json); 0 skips it, and so does ZeRO-3 on several workers."""
     dry_run: bool = False
@@ -76,12 +79,7 @@ def overrides_of_preset(settings: SweepSettings) -> dict[str, object]:
 
 
 def check_counts(settings: SweepSettings) -> None:
+    check_fields(settings, SweepSettings)
     gpus = settings.gpus_per_worker or 0.0
-    if not 0 <= gpus < math.inf:
-        raise InputError(f"--gpus-per-worker {gpus}: must be 0 or more")
     if gpus > 1 and gpus != int(gpus):
         raise InputError(f"--gpus-per-worker {gpus:g}: a share of one GPU, or a whole number")
-    for name, least in (("workers_per_trial", 1), ("max_concurrent", 1), ("behaviour_prompts", 0)):
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise InputError(f"{flag(name)} {value}: must be {least} or more")

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from worlds import config_on, save_llama
 
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.model import tiny
 
 torch.set_num_threads(1)
+settings.register_profile("untimed", deadline=None)  # how long an example takes says something of the machine alone
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

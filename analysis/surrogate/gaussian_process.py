@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.special import ndtr, ndtri
 from scipy.stats import qmc
 
-from analysis.surrogate.kernel import JITTER, Array, Prior, covariance, observed_covariance, variance
+from analysis.surrogate.kernel import JITTER, Array, Prior, Seeds, covariance, observed_covariance, variance
 
 _DRAWS = 64
 """A round; a power of 2, for which Sobol points are balanced."""
@@ -54,7 +54,8 @@ class Mixture:
 
     def probability_below(self, limit: ArrayLike) -> Array:
         """`[m]` probabilities of lying at or below `limit` (a number, or one a point)."""
-        return np.clip(self.weights @ ndtr((np.asarray(limit) - self.mean) / self.sd), 0, 1)
+        chance: Array = np.clip(self.weights @ ndtr((np.asarray(limit) - self.mean) / self.sd), 0, 1)
+        return chance
 
     def quantile(self, probability: float) -> Array:
         """`[m]` quantiles, by bisection to about 1e-9 of the mixtures' spread."""
@@ -64,7 +65,8 @@ class Mixture:
             middle = (low + high) / 2
             below = self.probability_below(middle) < probability
             low, high = np.where(below, middle, low), np.where(below, high, middle)
-        return (low + high) / 2
+        quantile: Array = (low + high) / 2
+        return quantile
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Posterior:
     """The fitted model: n observations under the D hyper-parameter draws that carry weight."""
 
     x: Array
-    seed: NDArray
+    seed: Seeds
     """`[n]` labels; observations of one label share an error."""
     theta: Array
     weights: Array
@@ -130,7 +132,8 @@ class Posterior:
         # 4. The point qualifies where the new mean + z · new sd ≤ limit. The new sd is known before y is, so this
         #    bounds the new mean, whose distribution step 3 gives.
         bound = limit - difference.mean - ndtri(confidence) * np.sqrt(spread - learnt)
-        return self.weights @ ndtr(bound / np.sqrt(np.maximum(learnt, JITTER * spread)))
+        chance: Array = self.weights @ ndtr(bound / np.sqrt(np.maximum(learnt, JITTER * spread)))
+        return chance
 
     def believing(self, x: Array, seed: ArrayLike) -> "Posterior":
         """The model once trials at `x` `[k, 2]` have come out as it expects: means stay, spread shrinks."""
@@ -183,7 +186,7 @@ def fit(x: Array, seed: ArrayLike, y: ArrayLike, prior: Prior, draws: int | None
     return Posterior(x, labels, theta, weights, prior.level, whitening, alpha, offset)
 
 
-def _hyper_parameters(x: Array, seed: NDArray, y: Array, prior: Prior, draws: int | None) -> tuple[Array, Array]:
+def _hyper_parameters(x: Array, seed: Seeds, y: Array, prior: Prior, draws: int | None) -> tuple[Array, Array]:
     """`[D, 5]` draws and their `[D]` weights, which sum to 1.
 
     Adaptive multiple importance sampling (Cornuet et al. 2012) of p(theta | y) ∝ p(theta) · p(y | theta):
@@ -224,19 +227,20 @@ def _hyper_parameters(x: Array, seed: NDArray, y: Array, prior: Prior, draws: in
     return medians + sds * z[kept], weights[kept] / weights[kept].sum()
 
 
-def _whitening(x: Array, seed: NDArray, theta: Array, level: float) -> Array:
+def _whitening(x: Array, seed: Seeds, theta: Array, level: float) -> Array:
     """`[D, n, n]` inverse Cholesky factors L⁻¹ of the covariances of y, for many points at a time."""
     factors = np.linalg.cholesky(observed_covariance(x, seed, theta, level))
     return np.asarray(np.linalg.inv(factors), dtype=np.float64)
 
 
-def _log_likelihood(x: Array, seed: NDArray, y: Array, theta: Array, level: float) -> Array:
+def _log_likelihood(x: Array, seed: Seeds, y: Array, theta: Array, level: float) -> Array:
     """`[D]` log marginal likelihoods up to a constant: −½ yᵀ K⁻¹ y − ½ log det K; ½ log det K = Σ log L_ii."""
     observed = observed_covariance(x, seed, theta, level)
     factor = np.linalg.cholesky(observed)
     log_determinant = np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(axis=1)
     explained = np.linalg.solve(observed, np.broadcast_to(y[:, None], (len(theta), len(y), 1)))[:, :, 0]
-    return -0.5 * explained @ y - log_determinant
+    log_likelihood: Array = -0.5 * explained @ y - log_determinant
+    return log_likelihood
 
 
 @cache
@@ -244,7 +248,8 @@ def _standard_normals() -> Array:
     """`[rounds, draws, 5]` scrambled Sobol points as standard normals: a constant of the model."""
     points = qmc.Sobol(5, scramble=True, seed=20).random(_ROUNDS * _DRAWS)
     # At 0 and 1 the normal quantile is infinite.
-    return ndtri(np.clip(points, 1e-6, 1 - 1e-6)).reshape(_ROUNDS, _DRAWS, 5)
+    normal: Array = ndtri(np.clip(points, 1e-6, 1 - 1e-6)).reshape(_ROUNDS, _DRAWS, 5)
+    return normal
 
 
 def _log_mixture_density(z: Array, proposals: list[tuple[Array, Array]]) -> Array:
@@ -253,7 +258,8 @@ def _log_mixture_density(z: Array, proposals: list[tuple[Array, Array]]) -> Arra
     for centre, factor in proposals:
         standard = np.linalg.solve(factor, (z - centre).T)
         parts.append(-0.5 * np.square(standard).sum(axis=0) - np.log(np.diag(factor)).sum())
-    return np.logaddexp.reduce(parts, axis=0)
+    density: Array = np.logaddexp.reduce(parts, axis=0)
+    return density
 
 
 def _proposal(z: Array, log_weights: Array) -> tuple[Array, Array]:
@@ -276,7 +282,8 @@ def _proposal(z: Array, log_weights: Array) -> tuple[Array, Array]:
 def _normalised(log_weights: Array) -> Array:
     """Weights that sum to 1; the largest is taken off first, since exp of a log likelihood may overflow or vanish."""
     weights = np.exp(log_weights - log_weights.max())
-    return weights / weights.sum()
+    normalised: Array = weights / weights.sum()
+    return normalised
 
 
 def _weighted_median(values: Array, weights: Array) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+Seeds = NDArray[np.int64]
 
 BETA_KL_RANGE = (1e-3, 2.0)
 """The search space in beta_kl; its upper end is 1 in the first model coordinate."""
@@ -78,19 +79,22 @@ def covariance(a: Array, b: Array, theta: Array) -> Array:
     scales = np.exp(-2 * theta[:, :2])
     distance = np.sqrt(5 * np.tensordot(scales, gaps, axes=(1, 2)))
     matern = (1 + distance + np.square(distance) / 3) * np.exp(-distance)
-    return np.exp(2 * theta[:, 2])[:, None, None] * (matern + _TREND**2 * a[:, 0, None] * b[:, 0])
+    covariances: Array = np.exp(2 * theta[:, 2])[:, None, None] * (matern + _TREND**2 * a[:, 0, None] * b[:, 0])
+    return covariances
 
 
 def variance(points: Array, theta: Array) -> Array:
     """`[D, m]`: the diagonal of `covariance(points, points, theta)`."""
-    return np.exp(2 * theta[:, 2:3]) * (1 + np.square(_TREND * points[:, 0]))
+    variances: Array = np.exp(2 * theta[:, 2:3]) * (1 + np.square(_TREND * points[:, 0]))
+    return variances
 
 
-def observed_covariance(x: Array, seed: NDArray, theta: Array, level: float) -> Array:
+def observed_covariance(x: Array, seed: Seeds, theta: Array, level: float) -> Array:
     """`[D, n, n]` covariances of observations: of f, the level, what a seed's observations share, and noise."""
     seed_variance, noise_variance = np.exp(2 * theta[:, 3:5]).T[:, :, None, None]
     same_seed = (seed[:, None] == seed[None, :]).astype(float)
     # Baselines stand at one point: where the noise is drawn small, their rows are all but equal.
     jitter = JITTER * (np.exp(2 * theta[:, 2])[:, None, None] + level**2)
     of_f = covariance(x, x, theta) + level**2  # the level is one unknown that all observations share
-    return of_f + seed_variance * same_seed + (noise_variance + jitter) * np.eye(len(x))
+    observed: Array = of_f + seed_variance * same_seed + (noise_variance + jitter) * np.eye(len(x))
+    return observed

@@ -11,7 +11,7 @@ from cbtrain.config.presets import (
     get_config,
 )
 from cbtrain.config.schema import DTYPE_NAMES, CircuitBreakerConfig, Dtype, MaskPolicy
-from cbtrain.config.validation import described, fits, flag, nearest
+from cbtrain.config.validation import flag, nearest
 from cbtrain.utils.errors import InputError
 
 __all__ = [
@@ -27,8 +27,6 @@ __all__ = [
     "Dtype",
     "InputError",
     "MaskPolicy",
-    "described",
-    "fits",
     "flag",
     "get_config",
     "nearest",

@@ -36,11 +36,30 @@ def parse(
     argv = ["--preset" + arg.removeprefix("--config") if arg.split("=")[0] == "--config" else arg for arg in argv]
     preset = value_of("--preset", argv) or "tiny"
     default = settings_type(preset=preset, config=recorded or get_config(preset))
+    settings, unknown = read(default, argv, prog)
+    if unknown:
+        fields = [*dataclasses.fields(settings_type), *dataclasses.fields(settings.config)]
+        known = [flag(field.name) for field in fields if field.name != "config"]
+        word = unknown[0].split("=")[0]
+        raise InputError(f"{word}: no such flag{nearest(word, known)}; --help lists them")
+    for field in dataclasses.fields(settings.config):
+        if getattr(settings.config, field.name) == () and flag(field.name) in argv:
+            raise InputError(f"{flag(field.name)}: name at least one")
+    return settings
+
+
+def read(default: Settings, argv: Sequence[str], prog: str) -> tuple[Settings, list[str]]:
+    """The dataclass `default` with what `argv` replaces of it, and the words of `argv` that belong to no flag.
+
+    Raises:
+        InputError: a value that does not fit.
+        SystemExit: `--help`, with status 0.
+    """
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            settings, unknown = tyro.cli(
-                settings_type,
+            return tyro.cli(
+                type(default),
                 prog=prog,
                 default=default,
                 args=argv,
@@ -51,15 +70,6 @@ def parse(
         if stop.code == 0:
             raise
         raise InputError(_unboxed(captured.getvalue())) from None
-    if unknown:
-        fields = [*dataclasses.fields(settings_type), *dataclasses.fields(settings.config)]
-        known = [flag(field.name) for field in fields if field.name != "config"]
-        word = unknown[0].split("=")[0]
-        raise InputError(f"{word}: no such flag{nearest(word, known)}; --help lists them")
-    for field in dataclasses.fields(settings.config):
-        if getattr(settings.config, field.name) == () and flag(field.name) in argv:
-            raise InputError(f"{flag(field.name)}: name at least one")
-    return settings
 
 
 _stopped: list[int] = []

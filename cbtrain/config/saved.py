@@ -1,19 +1,40 @@
 """Configurations that earlier runs wrote down: a training run's `config.json`, and what a sweep's decision chose."""
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cbtrain.config.presets import get_config
 from cbtrain.config.schema import CircuitBreakerConfig
+from cbtrain.config.validation import check_fields, from_json
 from cbtrain.utils.errors import InputError
 
+Shape = TypeVar("Shape")
 _PLACES = ("model", "tokenizer", "harmful", "benign")
 """Recorded as paths; where the sweep was not told them, the preset knows them on this machine."""
 
 _RECOMMENDING = ("choose", "no_candidate_qualifies")
 """Verdicts that come with a setting."""
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What is read of decision.json, of any schema."""
+
+    verdict: str
+    beta_kl: float | None = None
+    kl_temperature: float | None = None
+    sweep_command: str | None = None
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """What is read of sweep.json."""
+
+    preset: str
+    config: dict[str, Any]
+    config_overrides: dict[str, Any] | None = None
 
 
 def config_of_decision(file: Path) -> CircuitBreakerConfig:
@@ -24,21 +45,17 @@ def config_of_decision(file: Path) -> CircuitBreakerConfig:
     Raises:
         InputError: a file is missing or not what it should be, or the decision recommends no setting.
     """
-    decision = _read(file, "--from-decision")
-    if "verdict" not in decision:
-        raise InputError(f"--from-decision {file}: not a decision.json (no verdict); name the one that pick_beta wrote")
-    if decision["verdict"] not in _RECOMMENDING:
-        help_by = f": {decision['sweep_command']}" if decision.get("sweep_command") else ""
-        raise InputError(f"--from-decision {file}: it chose nothing ({decision['verdict']}); sweep further{help_by}")
+    decision = _read(file, "--from-decision", _Decision, "name the decision.json that pick_beta wrote")
+    if decision.verdict not in _RECOMMENDING:
+        help_by = f": {decision.sweep_command}" if decision.sweep_command else ""
+        raise InputError(f"--from-decision {file}: it chose nothing ({decision.verdict}); sweep further{help_by}")
     source = file.resolve().parent.parent / "sweep.json"
-    sweep = _read(source, "--from-decision")
-    if not isinstance(sweep.get("config"), dict) or not isinstance(sweep.get("preset"), str):
-        raise InputError(f"{source}: not the sweep.json of a KL ablation; leave the decision in its run directory")
-    preset = get_config(sweep["preset"])
-    told = sweep.get("config_overrides") or {}
-    own = {name: getattr(preset, name) for name in _PLACES if name not in told}
-    chosen = {name: decision.get(name) for name in ("beta_kl", "kl_temperature")}
-    return _with_fields(preset, sweep["config"] | own | chosen, source)
+    mend = "not the sweep.json of a KL ablation; leave the decision in its run directory"
+    sweep = _read(source, "--from-decision", _Sweep, mend)
+    preset = get_config(sweep.preset)
+    own = {name: getattr(preset, name) for name in _PLACES if name not in (sweep.config_overrides or {})}
+    chosen = {"beta_kl": decision.beta_kl, "kl_temperature": decision.kl_temperature}
+    return _with_fields(preset, sweep.config | own | chosen, source)
 
 
 def config_of_adapter(directory: Path) -> CircuitBreakerConfig | None:
@@ -48,7 +65,9 @@ def config_of_adapter(directory: Path) -> CircuitBreakerConfig | None:
         InputError: the file is not the configuration of a training run.
     """
     file = directory.resolve().parent / "config.json"
-    return _with_fields(CircuitBreakerConfig(), _read(file, "--adapter"), file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    return _with_fields(CircuitBreakerConfig(), _read(file, "--adapter", dict[str, Any], "restore the file"), file)
 
 
 def require_adapter(directory: Path) -> None:
@@ -61,18 +80,16 @@ def _with_fields(config: CircuitBreakerConfig, fields: Mapping[str, Any], source
     try:
         for name, value in fields.items():
             setattr(config, name, value)
+        check_fields(config, CircuitBreakerConfig)
     except InputError as error:
         raise InputError(f"{source}: written by another version ({error}); give the settings as flags") from None
     return config
 
 
-def _read(file: Path, flag: str) -> dict[str, Any]:
+def _read(file: Path, flag: str, shape: type[Shape], mend: str) -> Shape:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        return from_json(file.read_bytes(), shape)
     except OSError as error:
         raise InputError(f"{flag} {file}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{flag} {file}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{flag} {file}: must hold a JSON object")
-    return value
+    except InputError as error:
+        raise InputError(f"{flag} {file}: {error}: {mend}") from None

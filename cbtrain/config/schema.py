@@ -6,9 +6,11 @@ that names the field by its flag. Imports no torch, so that the command line ans
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_type_hints
+from typing import Annotated, Literal
 
-from cbtrain.config.validation import described, fits, flag, nearest
+from annotated_types import Ge, Gt, Lt
+
+from cbtrain.config.validation import check_fields, flag, nearest
 from cbtrain.utils.errors import InputError
 
 MaskPolicy = Literal["completion_only", "assistant_only", "tool_calls_only", "full_sequence", "given"]
@@ -36,18 +38,18 @@ class CircuitBreakerConfig:
     mask_policy: MaskPolicy = "completion_only"
     """Which tokens are scored: the last assistant turn, all assistant turns, the tool calls within them, every token,
     or what the `loss_mask` of pre-tokenised rows says."""
-    max_length: int = 1024
+    max_length: Annotated[int, Ge(2), "must be 2 or more: one token predicts the next"] = 1024
     """Tokens a row at most; longer rows are cut on the side that is not scored, and counted."""
-    eval_fraction: float = 0.1
+    eval_fraction: Annotated[float, Gt(0), Lt(1), "must lie between 0 and 1"] = 0.1
     """Share of the user prompts held out for evaluation, by a hash of the prompt."""
 
-    beta_kl: float = 0.3
+    beta_kl: Annotated[float, Ge(0)] = 0.3
     """Weight of the KL term within the retain side; 0 is the method without it."""
-    kl_temperature: float = 1.0
+    kl_temperature: Annotated[float, Gt(0)] = 1.0
     """Temperature of the KL term; the loss carries T², so gradients keep their size."""
-    alpha: float = 10.0
+    alpha: Annotated[float, Gt(0)] = 10.0
     """Scale of both coefficients: cs starts at alpha and falls, cr rises towards it."""
-    schedule_horizon: float = 2.0
+    schedule_horizon: Annotated[float, Ge(1), "must be 1 or more: training ends at p = 1 / horizon"] = 2.0
     """m in p = step / (m · steps): 2 ends training at equal coefficients, as published."""
     coefficient_schedule: Literal["linear", "cosine"] = "linear"
     """How cs falls and cr rises with p."""
@@ -61,36 +63,36 @@ class CircuitBreakerConfig:
     """Whether passes end at the highest layer that a loss reads, or run the whole model. Without dropout, same losses;
     with it, other draws."""
 
-    lora_rank: int = 16
+    lora_rank: Annotated[int, Gt(0)] = 16
     """Rank of the adapter."""
-    lora_alpha: float = 16.0
+    lora_alpha: Annotated[float, Gt(0)] = 16.0
     """Scale of the adapter: its product is multiplied by lora_alpha / lora_rank."""
-    lora_dropout: float = 0.05
+    lora_dropout: Annotated[float, Ge(0), Lt(1), "must lie in [0, 1)"] = 0.05
     """Dropout on the adapter's input while training."""
     lora_layers: tuple[int, ...] | None = None
     """Decoder blocks that are adapted; None is every block."""
     lora_targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names of the adapted linear modules in a block, or all of them (the head never)."""
-    lora_init_std: float = 0.0
+    lora_init_std: Annotated[float, Ge(0)] = 0.0
     """Standard deviation of lora_B at the start. 0 is LoRA's own start, where all three losses have no gradient."""
 
-    steps: int = 150
+    steps: Annotated[int, Gt(0)] = 150
     """Optimizer updates."""
-    batch_size: int = 16
+    batch_size: Annotated[int, Gt(0)] = 16
     """Rows a side in an optimizer update, over all workers and micro-steps."""
     micro_batch_size: int | None = None
     """Rows a side in one backward on one worker; None is batch_size / (workers × gradient_accumulation)."""
-    gradient_accumulation: int | None = None
+    gradient_accumulation: Annotated[int, Ge(1)] | None = None
     """Micro-steps in an optimizer update; None is batch_size / (workers × micro_batch_size), 1 without either."""
-    lr: float = 1e-4
+    lr: Annotated[float, Gt(0)] = 1e-4
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear"] = "constant"
     """After the warm-up: constant, or linear decay to 0 at the last step."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Ge(0)] = 0
     """Steps over which the learning rate rises linearly from 0."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Ge(0)] = 0.0
     """AdamW's decoupled weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Ge(0)] = 1.0
     """Gradients are clipped to this global norm; 0 does not clip."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
@@ -98,16 +100,16 @@ class CircuitBreakerConfig:
     """Keep no activations within decoder blocks and compute them again in the backward: less memory, more time."""
     cpu_offload: bool = False
     """Keep the optimizer's state (and under ZeRO-3 the weights) in the host's memory; needs --zero-stage 1 or more."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0), Lt(2**63), "must be 0 or more, and below 2^63"] = 0
     """Seeds the adapter's start, dropout and the order of the data."""
 
-    log_every: int = 10
+    log_every: Annotated[int, Gt(0)] = 10
     """Steps between lines of metrics.jsonl."""
-    eval_every: int = 50
+    eval_every: Annotated[int, Ge(0)] = 50
     """Steps between held-out evaluations; 0 is only at the end."""
-    eval_batch_size: int = 16
+    eval_batch_size: Annotated[int, Gt(0)] = 16
     """Rows in one evaluation forward."""
-    checkpoint_every: int = 0
+    checkpoint_every: Annotated[int, Ge(0)] = 0
     """Steps between checkpoints that a run resumes from; 0 writes none."""
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -126,19 +128,7 @@ class CircuitBreakerConfig:
             if not ok:
                 raise InputError(f"{flag(name)} {getattr(self, name)}: {mend}")
 
-        for field_name, hint in get_type_hints(type(self)).items():
-            require(fits(getattr(self, field_name), hint), field_name, f"must be {described(hint)}")
-        for name in ("beta_kl", "lora_init_std", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every"):
-            require(getattr(self, name) >= 0, name, "must be 0 or more")
-        require(self.checkpoint_every >= 0, "checkpoint_every", "must be 0 or more")
-        for name in ("kl_temperature", "alpha", "lora_rank", "lora_alpha", "steps", "batch_size", "lr"):
-            require(getattr(self, name) > 0, name, "must be more than 0")
-        for name in ("log_every", "eval_batch_size"):
-            require(getattr(self, name) > 0, name, "must be more than 0")
-        require(self.schedule_horizon >= 1, "schedule_horizon", "must be 1 or more: training ends at p = 1 / horizon")
-        require(self.max_length >= 2, "max_length", "must be 2 or more: one token predicts the next")
-        require(0 < self.eval_fraction < 1, "eval_fraction", "must lie between 0 and 1")
-        require(0 <= self.lora_dropout < 1, "lora_dropout", "must lie in [0, 1)")
+        check_fields(self, CircuitBreakerConfig)  # not by its own class: a preset declares its defaults without bounds
         require(self.warmup_steps <= self.steps, "warmup_steps", f"is more than --steps {self.steps}")
         require(len(self.target_layers) > 0, "target_layers", "name at least one layer")
         require(len(set(self.target_layers)) == len(self.target_layers), "target_layers", "a layer is named twice")
@@ -146,12 +136,9 @@ class CircuitBreakerConfig:
             min(self.target_layers) >= 1, "target_layers", "layers start at 1 (0 is the embedding, which cannot move)"
         )
         require(len(self.lora_targets) > 0, "lora_targets", "name at least one module")
-        require(0 <= self.seed < 2**63, "seed", "must be 0 or more, and below 2^63")
         require(self.lora_layers is None or len(self.lora_layers) > 0, "lora_layers", "name at least one block")
         require(bool(self.model), "model", "name a model directory or Hugging Face id")
         require(not self.cpu_offload or self.zero_stage > 0, "cpu_offload", "needs --zero-stage 1, 2 or 3")
-        if self.gradient_accumulation is not None:
-            require(self.gradient_accumulation > 0, "gradient_accumulation", "must be 1 or more")
         if self.micro_batch_size is not None:
             require(
                 0 < self.micro_batch_size <= self.batch_size and self.batch_size % self.micro_batch_size == 0,

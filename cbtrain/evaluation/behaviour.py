@@ -98,6 +98,7 @@ def measure(
     Raises:
         InputError: the adapter, the data or a file does not fit the model.
     """
+    # Longer than fifty lines for its signature and docstring.
     data, pad = prepare(config)
     tokenizer = load_tokenizer(config)
     kinds, in_training = _prompts(config, data, tokenizer, prompts, xstest)

@@ -13,6 +13,7 @@ Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,8 @@ def fused_linear_kl(
         budget = (CUDA_BYTES if student.is_cuda else CPU_BYTES) if chunk_bytes is None else chunk_bytes
         arguments = (student, teacher, lm_head_weight, bias, softcap, temperature, denominator, budget)
         if torch.is_grad_enabled() and student.requires_grad:
-            return _FusedLinearKL.apply(*arguments)
+            loss: Tensor = _FusedLinearKL.apply(*arguments)  # type: ignore[no-untyped-call]
+            return loss
         return _loss_and_gradient(*arguments, with_gradient=False)[0]
 
 
@@ -101,14 +103,14 @@ class _FusedLinearKL(torch.autograd.Function):
     """The loss, with its gradient with respect to the student's selected states computed beside it."""
 
     @staticmethod
-    def forward(ctx, student: Tensor, *arguments) -> Tensor:
+    def forward(ctx: Any, student: Tensor, *arguments: Any) -> Tensor:
         loss, gradient = _loss_and_gradient(student, *arguments, with_gradient=True)
         ctx.save_for_backward(gradient)
         ctx.dtype = student.dtype
         return loss
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("fused_linear_kl has no second derivative; kl_divergence_loss has")
         (gradient,) = ctx.saved_tensors
@@ -170,7 +172,7 @@ def _elementwise(
     row_bytes = teacher_logits.shape[1] * teacher_logits.element_size()
     rows = max(torch.get_num_threads(), BLOCK_BYTES // row_bytes)
     divergences = []
-    for logits, block in zip(teacher_logits.split(rows), difference.split(rows), strict=True):
+    for logits, block in zip(torch.split(teacher_logits, rows), torch.split(difference, rows), strict=True):
         divergence, gradient = divergence_and_gradient(logits, block, bias, softcap, temperature, operand)
         block.copy_(gradient)
         divergences.append(divergence)

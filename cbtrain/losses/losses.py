@@ -26,7 +26,8 @@ def token_cosine(student: Tensor, teacher: Tensor) -> Tensor:
 
 def token_l2(student: Tensor, teacher: Tensor) -> Tensor:
     """‖h_student − h_teacher‖₂ of hidden states [..., H] at each place: [...], in units of the hidden state."""
-    return torch.linalg.vector_norm(upcast(student) - upcast(teacher), dim=-1)
+    distance: Tensor = torch.linalg.vector_norm(upcast(student) - upcast(teacher), dim=-1)
+    return distance
 
 
 def token_kl(teacher_log_p: Tensor, student_log_q: Tensor) -> Tensor:

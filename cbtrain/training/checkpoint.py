@@ -11,12 +11,13 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from cbtrain.config import CircuitBreakerConfig, InputError
+from cbtrain.config.validation import from_json
 from cbtrain.utils import distributed
 from cbtrain.utils.errors import named
 from cbtrain.utils.files import checksum, known_checksum, write_whole
@@ -38,6 +39,23 @@ class Progress(NamedTuple):
 
 
 NOTHING = Progress(0, {})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Which checkpoint is the newest, of what run, and that it is whole. Defaults stand for what older ones lack."""
+
+    tag: str
+    """The checkpoint's directory."""
+    step: int
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    config: str
+    """The configuration's `fingerprint`."""
+    data: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Checksums of the data files."""
+    workers: int | None = None
+    files: dict[str, str]
+    """Checksums of the checkpoint's files."""
 
 
 def fingerprint(config: CircuitBreakerConfig) -> str:
@@ -63,16 +81,16 @@ def save(engine, directory: Path, step: int, config: CircuitBreakerConfig, secon
     torch.save(_random_state(), random_state)
     dist.barrier()
     if distributed.rank() == 0:
-        manifest = {
-            "tag": tag,
-            "step": step,
-            "seconds": dict(seconds),
-            "config": fingerprint(config),
-            "data": data_checksums(config),
-            "workers": distributed.world_size(),
-            "files": {p.name: checksum(p) for p in sorted((directory / tag).iterdir())},
-        }
-        write_whole(directory / MANIFEST, json.dumps(manifest, indent=1))
+        manifest = Manifest(
+            tag=tag,
+            step=step,
+            seconds=dict(seconds),
+            config=fingerprint(config),
+            data=data_checksums(config),
+            workers=distributed.world_size(),
+            files={p.name: checksum(p) for p in sorted((directory / tag).iterdir())},
+        )
+        write_whole(directory / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=1))
         for old in directory.glob("step-*"):
             if old.name != tag:
                 shutil.rmtree(old)
@@ -119,30 +137,27 @@ def _checked(directory: Path, config: CircuitBreakerConfig, workers: int) -> tup
     if not path.is_file():
         raise CheckpointError(f"{directory}: no checkpoint to resume from (--checkpoint-every writes them)")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        tag, written_by, files = (manifest[name] for name in ("tag", "config", "files"))
-        progress = Progress(int(manifest["step"]), dict(manifest.get("seconds", {})))
-        checksums = dict(files).items()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = from_json(path.read_bytes(), Manifest)
+    except (OSError, InputError) as error:
         raise CheckpointError(f"{path}: damaged; remove {directory} to start anew") from error
-    if written_by != fingerprint(config):
+    if manifest.config != fingerprint(config):
         raise CheckpointError(f"{path}: written by a run with other settings; start in another directory")
     for name, digest in data_checksums(config).items():
-        if manifest.get("data", {}).get(name, digest) != digest:
+        if manifest.data.get(name, digest) != digest:
             raise CheckpointError(
                 f"{name}: changed since {path} was written; put it back, or start in another directory"
             )
-    if manifest.get("workers", workers) != workers:
-        raise CheckpointError(f"{path}: written by {manifest['workers']} workers, and this run has {workers}")
-    for name, digest in checksums:
-        file = directory / tag / name
+    if manifest.workers not in (None, workers):
+        raise CheckpointError(f"{path}: written by {manifest.workers} workers, and this run has {workers}")
+    for name, digest in manifest.files.items():
+        file = directory / manifest.tag / name
         try:
             unchanged = checksum(file) == digest
         except OSError:
             unchanged = False
         if not unchanged:
             raise CheckpointError(f"{file}: missing or changed since it was written; remove {directory} to start anew")
-    return tag, progress
+    return manifest.tag, Progress(manifest.step, manifest.seconds)
 
 
 def _random_state() -> dict[str, torch.Tensor]:

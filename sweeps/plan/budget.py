@@ -6,11 +6,15 @@ confirmation takes a tenth where all of those have their place.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Gt, Lt
+
+from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
 from analysis.noise import baseline_seeds_of
 from analysis.surrogate.kernel import BETA_KL_RANGE, KL_TEMPERATURE_RANGE
 from cbtrain.config import InputError
+from cbtrain.config.validation import check_fields
 
 Phase = Literal["baseline", "ablation", "search", "confirm"]
 SamplerName = Literal["gp", "tpe", "random"]
@@ -29,13 +33,13 @@ class PlanSettings:
 
     num_samples: int = 20
     """Trials in all, whatever their phase."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """First trial seed; also seeds the search."""
-    baseline_seeds: int | None = None
+    baseline_seeds: Annotated[int, Ge(1)] | None = None
     """Seeds on which `beta_kl = 0` is run; None is a fifth of the budget, at least 3, at most 8."""
-    reroute_tolerance: float = 0.05
+    reroute_tolerance: Annotated[float, Gt(0), Lt(1), "must lie between 0 and 1"] = REROUTE_TOLERANCE
     """Share of the baseline's rerouting that a trial may lose."""
-    confidence: float = 0.95
+    confidence: Annotated[float, Gt(0.5), Lt(1), "must lie between 0.5 and 1"] = CONFIDENCE
     """Probability of keeping that limit which a recommended setting must reach."""
     sampler: SamplerName = "gp"
     """What searches: gp is the Gaussian process that also decides, tpe and random are Optuna's."""
@@ -46,16 +50,7 @@ class PlanSettings:
 
     def __post_init__(self) -> None:
         """Raise `InputError` naming the flag of a value that makes no sweep."""
-        if self.seed < 0:
-            raise InputError(f"--seed {self.seed}: must be 0 or more")
-        if self.baseline_seeds is not None and self.baseline_seeds < 1:
-            raise InputError(f"--baseline-seeds {self.baseline_seeds}: must be 1 or more")
-        if not 0 < self.reroute_tolerance < 1:
-            raise InputError(f"--reroute-tolerance {self.reroute_tolerance}: must lie between 0 and 1")
-        if self.sampler not in get_args(SamplerName):
-            raise InputError(f"--sampler {self.sampler}: must be one of {', '.join(get_args(SamplerName))}")
-        if not 0.5 < self.confidence < 1:
-            raise InputError(f"--confidence {self.confidence}: must lie between 0.5 and 1")
+        check_fields(self, PlanSettings)
         betas, temperatures = zip(*ABLATION_POINTS, strict=True)
         _require_range("beta_kl_range", self.beta_kl_range, betas)
         _require_range("kl_temperature_range", self.kl_temperature_range, temperatures)

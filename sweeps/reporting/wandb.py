@@ -25,7 +25,7 @@ from cbtrain.config import InputError
 from cbtrain.utils.metrics_file import read_metrics
 from cbtrain.utils.tracking import Mode, Tracker, open_tracker
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SUMMARY = "decision"
 """Name of the run that is no trial's."""
 LOG = Path("logs", "wandb.log")

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from cbtrain.config import CircuitBreakerConfig, InputError, described, fits, flag
+from cbtrain.config import CircuitBreakerConfig, InputError, flag
+from cbtrain.config.validation import from_json, misfit
+from cbtrain.utils.errors import named
 from cbtrain.utils.files import write_whole
 from sweeps.plan.budget import PlanSettings
 from sweeps.storage.lock import LEFT_RUNNING_S, HeldError, held
@@ -28,6 +30,17 @@ ALLOWED = (
 KEPT_ELSEWHERE = ("preset", "config", "run_dir", "resume", "dry_run", "storage_path")
 """Fields of the sweep's settings that `flags` of sweep.json does not hold."""
 Fields = TypeVar("Fields", bound=Any)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """What is read of sweep.json."""
+
+    config: dict[str, Any]
+    settings: dict[str, Any]
+    plan: dict[str, Any]
+    preset: str
+    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def given_flags(argv: Sequence[str]) -> list[str]:
@@ -54,15 +67,13 @@ def recorded(run: RunDirectory, settings: Fields, argv: Sequence[str]) -> tuple[
     for name in given:
         if name not in ALLOWED:
             raise InputError(f"{flag(name)}: comes from {where} when resuming; leave it out")
-    parts: dict[str, dict[str, Any]] = {}
-    for name in ("config", "settings", "plan", "flags"):
-        part = run.record.get(name, {} if name == "flags" else None)
-        if not isinstance(part, dict):
-            raise InputError(f"{where}: no {name} in it: not a sweep that can be continued")
-        parts[name] = part
-    config = _rebuilt(CircuitBreakerConfig, parts["config"], f"{where}: config")
+    try:
+        record = from_json(json.dumps(run.record), _Record)
+    except InputError as error:
+        raise InputError(f"{where}: {error}: not a sweep that can be continued") from None
+    config = _rebuilt(CircuitBreakerConfig, record.config, f"{where}: config")
     # The number of baselines follows from the first budget: a larger one must not ask for more of them.
-    fields = parts["settings"] | {"baseline_seeds": parts["plan"].get("baseline")}
+    fields = record.settings | {"baseline_seeds": record.plan.get("baseline")}
     plan = _rebuilt(PlanSettings, fields, f"{where}: settings")
     if "num_samples" in given:
         if settings.num_samples < plan.num_samples:
@@ -70,10 +81,10 @@ def recorded(run: RunDirectory, settings: Fields, argv: Sequence[str]) -> tuple[
                 f"--num-samples {settings.num_samples}: the sweep has {plan.num_samples}; it can grow, not shrink"
             )
         plan = dataclasses.replace(plan, num_samples=settings.num_samples)
-    kept = {name: value for name, value in parts["flags"].items() if name not in given}
+    kept = {name: value for name, value in record.flags.items() if name not in given}
     _require_fields(type(settings), kept, f"{where}: flags", complete=False)
-    preset = str(run.record.get("preset"))
-    return dataclasses.replace(settings, **kept, preset=preset, config=config, num_samples=plan.num_samples), plan
+    kept |= {"preset": record.preset, "config": config, "num_samples": plan.num_samples}
+    return dataclasses.replace(settings, **kept), plan
 
 
 def _rebuilt(cls: type[Fields], given: Mapping[str, Any], where: str) -> Fields:
@@ -94,8 +105,8 @@ def _require_fields(cls: type, given: Mapping[str, Any], where: str, *, complete
         if name not in given:
             if complete:
                 raise InputError(f"{where}.{name}: missing; the sweep was begun by another version of this program")
-        elif not fits(_with_tuples(given[name]), hint):
-            raise InputError(f"{where}.{name}: {given[name]!r} must be {described(hint)}")
+        elif mend := misfit(_with_tuples(given[name]), hint):
+            raise InputError(f"{where}.{name}: {given[name]!r} {mend}")
 
 
 def _with_tuples(value: Any) -> Any:
@@ -134,7 +145,7 @@ def find_trials(run: RunDirectory, settings: PlanSettings) -> Found:
         except InputError:
             raise
         except Exception as error:  # lines that are JSON and no journal fail in Optuna in many ways
-            cause = f"{type(error).__name__}: {error}".splitlines()[0]
+            cause = named(error)
             raise InputError(f"{run.shown}/study.log: not this sweep's journal ({cause}): restore the file") from error
     if len(rows) > settings.num_samples:
         mend = f"give {len(rows)} or more"

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from cbtrain.config import InputError
+from cbtrain.config.validation import from_json
 from cbtrain.utils.files import nearest_existing, write_whole
 from sweeps.storage.lock import HeldError, held
 
@@ -91,11 +92,9 @@ class RunDirectory:
         if not path.is_file():
             raise InputError(f"--resume {self.shown}: holds no sweep (no sweep.json)")
         try:
-            self.record = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON ({error}): restore the file") from None
-        if not isinstance(self.record, dict):
-            raise InputError(f"{path}: not the sweep.json of a KL ablation")
+            self.record = from_json(path.read_bytes(), dict[str, Any])
+        except InputError as error:
+            raise InputError(f"{path}: {error}: restore the file") from None
 
     def go_on(self, *, ended: int, **fields: object) -> None:
         """Write to sweep.json that the sweep is resumed, and point `runs/latest` here.

@@ -124,3 +124,18 @@ def test_the_rayjob_runs_the_sweep_on_shared_storage_with_authentication():
         assert mounts == {"/shared": "shared"}
         assert pod["containers"][0]["resources"]["limits"] == pod["containers"][0]["resources"]["requests"]
     assert "begin_or_resume.sh /shared/sweeps " in job["spec"]["entrypoint"]
+
+
+@pytest.mark.parametrize("script", ["sweeps/kl_ablation.py", "analysis/pick_beta.py"])
+def test_the_commands_run_from_a_checkout_that_is_not_installed(script, tmp_path):
+    """As `ray job submit --working-dir .` starts them: another copy that is installed must not be what runs."""
+    path = ROOT / script
+    code = (
+        "import runpy, sys\n"
+        "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder).lower()]\n"
+        f"sys.path[0], sys.argv = {str(path.parent)!r}, [{path.name!r}, '--help']\n"
+        f"runpy.run_path({str(path)!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage:" in done.stdout

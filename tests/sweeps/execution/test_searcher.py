@@ -115,8 +115,8 @@ def test_a_real_tune_run_spends_the_budget_exactly(tmp_path: Path, monkeypatch: 
     plan = plan_of(8)
     table = tmp_path / "rows.json"
     searcher = PlanSearcher(plan, on_change=lambda: table.write_text(json.dumps(plan.rows())))
-    root = Path(__file__).parents[3]
-    monkeypatch.setenv("PYTHONPATH", f"{root / 'tests' / 'helpers'}:{root}")
+    here, root = Path(__file__).parent, Path(__file__).parents[3]
+    monkeypatch.setenv("PYTHONPATH", f"{here}:{root / 'tests' / 'helpers'}:{root}")
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         tune.Tuner(

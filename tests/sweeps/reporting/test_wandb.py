@@ -100,4 +100,5 @@ def test_without_a_project_nothing_is_started(tmp_path):
 
 
 def children_of_this_process(name: str) -> list[psutil.Process]:
-    return [child for child in psutil.Process().children(recursive=True) if name in child.cmdline()]
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and name in child.cmdline()]
