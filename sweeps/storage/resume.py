@@ -39,7 +39,7 @@ class _Record:
     config: dict[str, Any]
     settings: dict[str, Any]
     plan: dict[str, Any]
-    preset: str
+    preset: str = "tiny"
     flags: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from cbtrain.config import PRESETS, CircuitBreakerConfigLlama4Scout, InputError, get_config
+from cbtrain.config.validation import from_json
 
 
 def test_the_call_that_users_know_gives_their_settings():
@@ -83,6 +84,68 @@ def test_an_assigned_list_serves_as_the_tuple_that_it_stands_for():
 def test_configuration_needs_no_torch():
     code = "import cbtrain.config, cbtrain.config.__main__, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_command_line_is_parsed_without_pydantic_which_takes_long_to_import():
+    code = "import sys; from cbtrain.config import cli; from sweeps.settings import SweepSettings; "
+    code += "cli.parse(SweepSettings, ['--steps', '3'], 'x'); sys.exit('pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("steps", 0, "--steps 0: must be more than 0"),
+        ("warmup_steps", -1, "--warmup-steps -1: must be 0 or more"),
+        ("gradient_accumulation", 0, "--gradient-accumulation 0: must be 1 or more"),
+        ("gradient_accumulation", "2", "--gradient-accumulation 2: must be a whole number or None"),
+        ("alpha", float("inf"), "--alpha inf: must be a finite number"),
+        ("alpha", -1, "--alpha -1: must be more than 0"),
+        ("lora_dropout", 1, "--lora-dropout 1: must lie in [0, 1)"),
+        ("seed", 2**63, f"--seed {2**63}: must be 0 or more, and below 2^63"),
+        ("lora_targets", 3, "--lora-targets 3: must be a list, each a text or all-linear"),
+        ("cpu_offload", 1, "--cpu-offload 1: must be true or false"),
+        ("zero_stage", 4, "--zero-stage 4: must be 0 or 1 or 2 or 3"),
+    ],
+)
+@pytest.mark.parametrize("preset", ["tiny", "mistral-7b-instruct"])
+def test_a_bad_value_is_one_line_that_says_what_it_must_be(preset, field, value, said):
+    with pytest.raises(InputError) as refused:
+        get_config(preset, **{field: value}).validate()
+    assert str(refused.value) == said
+
+
+@dataclasses.dataclass
+class Inner:
+    share: float = 0.5
+
+
+@dataclasses.dataclass
+class Shape:
+    inner: Inner
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def test_a_json_text_becomes_a_dataclass_with_defaults_and_without_keys_that_it_does_not_know():
+    assert from_json('{"inner": {"share": 1, "of": "another version"}, "more": 3}', Shape) == Shape(Inner(1.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"inner": ', "not JSON (EOF while parsing a value at line 1 column 10)"),
+        (b"\xff", "not JSON (expected value at line 1 column 1)"),
+        ("[1]", "no inner in it"),
+        ("{}", "no inner in it"),
+        ('{"inner": 3}', "no inner in it"),
+        ('{"inner": {"share": "1"}}', "inner.share should be a valid number"),
+        ('{"inner": {}, "counts": {"a": 1.5}}', "counts.a should be a valid integer"),
+    ],
+)
+def test_a_json_text_of_another_shape_is_one_line(text, said):
+    with pytest.raises(InputError) as refused:
+        from_json(text, Shape)
+    assert str(refused.value) == said
 
 
 def test_the_published_numbers_are_the_presets():

@@ -140,6 +140,11 @@ def test_a_field_that_this_version_lacks_is_named(decided):
         config_of_decision(decided(half_life=3))
 
 
+def test_a_recorded_field_of_a_wrong_type_is_named(decided):
+    with pytest.raises(InputError, match=r"sweep\.json: .*--lora-rank 8: must be a whole number"):
+        config_of_decision(decided(lora_rank="8"))
+
+
 def test_a_preset_beside_a_decision_is_refused(decided):
     with pytest.raises(InputError, match="--from-decision brings the sweep's own"):
         train.main(["--from-decision", str(decided()), "--config=tiny"])
