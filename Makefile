@@ -12,7 +12,7 @@ sweep: setup  ## sweep the embedded default, then decide
 	$(BIN)/python analysis/pick_beta.py
 
 test: setup  ## the whole test suite
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: setup  ## lint, format and types
 	$(BIN)/ruff check .
