@@ -36,8 +36,8 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class _Rate:
-    base: float
-    tuned: float
+    teacher: float
+    student: float
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class _Kind:
 
 @dataclass(frozen=True)
 class _Nll:
-    base: float | None
-    tuned: float | None
+    teacher: float | None
+    student: float | None
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,23 @@ def load_behaviour(run_dir: str | Path, trials: pd.DataFrame) -> list[Behaviour]
         if not path.is_file():
             continue
         try:
-            record = from_json(path.read_bytes(), _Record)
-        except InputError:
+            record = from_json(_in_present_words(path.read_text(encoding="utf-8")), _Record)
+        except (InputError, UnicodeDecodeError):
             raise InputError(f"{path}: not what `cbtrain.evaluate` writes: remove it, or measure again") from None
         if not found:
-            found.append(_of(record, "base", None, None))
-        found.append(_of(record, "tuned", float(trial.beta_kl), float(trial.kl_temperature)))  # type: ignore[arg-type]
+            found.append(_of(record, "teacher", None, None))
+        found.append(_of(record, "student", float(trial.beta_kl), float(trial.kl_temperature)))  # type: ignore[arg-type]
     return found
 
 
-def _of(record: _Record, view: Literal["base", "tuned"], beta_kl: float | None, heat: float | None) -> Behaviour:
+def _in_present_words(text: str) -> str:
+    """The file as schema version 2 has it; version 1 says `base` for the teacher and `tuned` for the student."""
+    return text.replace('"base":', '"teacher":').replace('"tuned":', '"student":')
+
+
+def _of(record: _Record, view: Literal["teacher", "student"], beta_kl: float | None, heat: float | None) -> Behaviour:
     def answers(kind: _Kind) -> Answers:
-        unchanged = kind.unchanged_rate if view == "tuned" else None
+        unchanged = kind.unchanged_rate if view == "student" else None
         return Answers(unchanged, getattr(kind.refusal_rate, view), getattr(kind.gibberish_rate, view))
 
     return Behaviour(

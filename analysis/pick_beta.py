@@ -26,6 +26,7 @@ from analysis.decision import Decision
 from analysis.report import commands, report
 from analysis.trials import load_curves, load_settings, load_trials
 from cbtrain.config import InputError, cli, flag, nearest
+from cbtrain.utils.errors import reason
 
 _WIDTH = 80
 
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename}: {reason(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -12,7 +12,7 @@ import pandas as pd
 from analysis.columns import NUMBER_COLUMNS, STATUSES, TEXT_COLUMNS
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
 from cbtrain.config.validation import from_json
-from cbtrain.utils.errors import InputError
+from cbtrain.utils.errors import InputError, first_line
 from cbtrain.utils.metrics_file import read_metrics
 
 
@@ -47,7 +47,7 @@ def load_trials(run_dir: str | Path) -> pd.DataFrame:
             header = next(reader, [])
             lines = [(reader.line_num, fields) for fields in reader if fields]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not CSV ({error}): restore the file, or run the sweep again") from None
+        raise InputError(f"{path}: not CSV ({first_line(error)}): restore the file, or run the sweep again") from None
     missing = [name for name in (*TEXT_COLUMNS, *NUMBER_COLUMNS) if name not in header]
     if missing:
         raise InputError(f"{path}:1: no column {', '.join(missing)}: not the trials.csv of a KL ablation")

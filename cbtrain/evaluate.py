@@ -1,4 +1,6 @@
-"""A trained adapter against its base: held-out metrics, and what both generate, as a table and as files.
+"""A trained adapter (the student) beside its base model alone (the teacher).
+
+Held-out metrics, and what both generate, as a table and as files.
 
 python -m cbtrain.evaluate --adapter outputs/cb/adapter
 """
@@ -15,6 +17,7 @@ from rich.table import Table
 
 from cbtrain.config import CircuitBreakerConfig, InputError, cli, get_config
 from cbtrain.config.saved import config_of_adapter, require_adapter
+from cbtrain.utils.errors import reason
 
 WIDTH = 80
 _KINDS = {
@@ -26,7 +29,7 @@ _KINDS = {
 _MEASURES = {
     "refusal_rate": ("refused (by keyword)", "{:.0%}"),
     "gibberish_rate": ("gibberish", "{:.0%}"),
-    "perplexity": ("perplexity under the base", "{:.3g}"),
+    "perplexity": ("perplexity under the teacher", "{:.3g}"),
     "repetition": ("repeated 4-grams", "{:.0%}"),
     "empty_rate": ("empty", "{:.0%}"),
     "tokens": ("tokens", "{:.1f}"),
@@ -35,7 +38,7 @@ _HELD_OUT = {
     "rerouting loss (1: none)": (None, "eval_loss_reroute"),
     "harmful NLL, nats/token": ("base_harmful_nll", "eval_harmful_nll"),
     "benign NLL, nats/token": ("base_benign_nll", "eval_benign_nll"),
-    "benign KL to base, nats/token": (None, "eval_benign_kl"),
+    "benign KL to the teacher, nats/token": (None, "eval_benign_kl"),
 }
 
 
@@ -77,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output-dir {output_dir}: {error.strerror}") from error
+        raise InputError(f"--output-dir {output_dir}: {reason(error)}") from error
 
     from cbtrain.utils.environment import quiet_libraries
 
@@ -104,26 +107,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(record: dict[str, Any]) -> Table:
-    """What `measure` found, base and tuned side by side."""
+    """What `measure` found, teacher and student side by side."""
     view = Table(box=None, pad_edge=False)
     view.add_column("")
-    view.add_column("base", justify="right", min_width=8)
-    view.add_column("tuned", justify="right", min_width=8)
+    view.add_column("teacher", justify="right", min_width=8)
+    view.add_column("student", justify="right", min_width=8)
 
-    def add(what: str, base: float | None, tuned: float | None, form: str) -> None:
-        view.add_row("  " + what, *("–" if value is None else form.format(value) for value in (base, tuned)))
+    def add(what: str, teacher: float | None, student: float | None, form: str) -> None:
+        view.add_row("  " + what, *("–" if value is None else form.format(value) for value in (teacher, student)))
 
     view.add_row("held-out rows")
-    for what, (base, tuned) in _HELD_OUT.items():
-        add(what, record["held_out"][base] if base else None, record["held_out"][tuned], "{:.3f}")
+    for what, (of_teacher, of_student) in _HELD_OUT.items():
+        add(what, record["held_out"][of_teacher] if of_teacher else None, record["held_out"][of_student], "{:.3f}")
     prefill, given = record["prefill"]["nll"], record["settings"]["prefill_tokens"]
-    add(f"harmful NLL after {given} tokens given", prefill["base"], prefill["tuned"], "{:.3f}")
+    add(f"harmful NLL after {given} tokens given", prefill["teacher"], prefill["student"], "{:.3f}")
     for kind, title in _KINDS.items():
         if kind in record:
             view.add_row(f"{title}, {record[kind]['prompts']}")
             for name, (what, form) in _MEASURES.items():
-                add(what, record[kind][name]["base"], record[kind][name]["tuned"], form)
-            add("same text as the base", None, record[kind]["unchanged_rate"], "{:.0%}")
+                add(what, record[kind][name]["teacher"], record[kind][name]["student"], form)
+            add("same text as the teacher", None, record[kind]["unchanged_rate"], "{:.0%}")
     left_out = record["settings"]["xstest_prompts_left_out_in_training"]
     if left_out:
         view.add_row(f"{left_out} XSTest prompts left out: the model was trained on them")

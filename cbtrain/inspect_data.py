@@ -106,9 +106,9 @@ def sample_rows(data: CircuitBreakerData) -> list[tuple[TokenRow, str]]:
 def marked(row: TokenRow, tokenizer: "PreTrainedTokenizerBase", coloured: bool) -> Text:
     """The row's decoded tokens with the scored ones marked, long stretches shortened in their middle."""
     text = Text()
-    places = range(len(row.input_ids))
-    for scored, group in groupby(places, key=row.scored.__getitem__):
-        words = _shortened([row.input_ids[place] for place in group], tokenizer)
+    positions = range(len(row.input_ids))
+    for scored, group in groupby(positions, key=row.scored.__getitem__):
+        words = _shortened([row.input_ids[position] for position in group], tokenizer)
         if scored:
             text.append(words if coloured else f"⟦{words}⟧", style=_SCORED_STYLE)
         else:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cbtrain.config import CircuitBreakerConfig, InputError, cli, get_config
 from cbtrain.config.saved import config_of_decision
+from cbtrain.utils.errors import reason
 from cbtrain.utils.files import nearest_existing
 from cbtrain.utils.tracking import Mode, open_tracker
 
@@ -125,7 +126,7 @@ def _require_writable(output_dir: Path) -> None:
         with tempfile.TemporaryFile(dir=nearest_existing(output_dir)):
             pass
     except OSError as error:
-        raise InputError(f"--output-dir {output_dir}: {error.strerror}") from error
+        raise InputError(f"--output-dir {output_dir}: {reason(error)}") from error
 
 
 def _first() -> bool:

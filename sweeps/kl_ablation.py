@@ -29,7 +29,7 @@ from sweeps.settings import SweepSettings, check_counts, overrides_of_preset
 
 if TYPE_CHECKING:
     from cbtrain.teacher_cache.plan import CachePlan
-    from sweeps.execution.driver import Session
+    from sweeps.execution.driver import SweepDriver
     from sweeps.plan.budget import PlanSettings
     from sweeps.storage.export import Destination
     from sweeps.storage.resume import Found
@@ -185,9 +185,9 @@ def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
             wait_for_leftovers(run, [spec.trial_id for spec in found.interrupted])
         tell = stack.enter_context(followed(run.path, run.shown, settings.wandb_project, settings.wandb_mode))
         if found is not None and found.done:
-            session = _session(job, run.record.get("concurrency", 1), tell)
-            if session.done:
-                return session.conclude()
+            driver = _driver(job, run.record.get("concurrency", 1), tell)
+            if driver.done:
+                return driver.conclude()
         return _on_ray(job, config, cache, tell)
 
 
@@ -213,16 +213,16 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Ca
         context = TrialContext(
             config=config, run_dir=run.path, workers=workers, session=len(run.record.get("resumed", []))
         )
-        return _session(job, concurrency, tell).sweep(context, cache)
+        return _driver(job, concurrency, tell).sweep(context, cache)
 
 
-def _session(job: Job, concurrency: int, tell: Callable[[Iterable[str]], None]) -> "Session":
-    from sweeps.execution.driver import Session
+def _driver(job: Job, concurrency: int, tell: Callable[[Iterable[str]], None]) -> "SweepDriver":
+    from sweeps.execution.driver import SweepDriver
 
     settings = job.settings
     # It is measured on one device, which a model that is partitioned among workers is too large for.
     partitioned = settings.config.zero_stage == 3 and settings.workers_per_trial > 1
-    return Session(
+    return SweepDriver(
         job.run,
         job.plan,
         concurrency,

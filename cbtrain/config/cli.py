@@ -15,7 +15,7 @@ import tyro
 from cbtrain.config.presets import get_config
 from cbtrain.config.schema import CircuitBreakerConfig
 from cbtrain.config.validation import flag, nearest
-from cbtrain.utils.errors import InputError
+from cbtrain.utils.errors import InputError, reason
 
 Settings = TypeVar("Settings", bound=Any)
 
@@ -121,7 +121,7 @@ def _ended_by(error: Exception) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     if isinstance(error, OSError):
-        print(f"error: {error.filename or 'writing'}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or 'writing'}: {reason(error)}", file=sys.stderr)
         return 1
     raise error
 

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from cbtrain.config.presets import get_config
 from cbtrain.config.schema import CircuitBreakerConfig
 from cbtrain.config.validation import check_fields, from_json
-from cbtrain.utils.errors import InputError
+from cbtrain.utils.errors import InputError, reason
 
 Shape = TypeVar("Shape")
-_PLACES = ("model", "tokenizer", "harmful", "benign")
+_PATHS = ("model", "tokenizer", "harmful", "benign")
 """Recorded as paths; where the sweep was not told them, the preset knows them on this machine."""
 
 _RECOMMENDING = ("choose", "no_candidate_qualifies")
@@ -53,7 +53,7 @@ def config_of_decision(file: Path) -> CircuitBreakerConfig:
     mend = "not the sweep.json of a KL ablation; leave the decision in its run directory"
     sweep = _read(source, "--from-decision", _Sweep, mend)
     preset = get_config(sweep.preset)
-    own = {name: getattr(preset, name) for name in _PLACES if name not in (sweep.config_overrides or {})}
+    own = {name: getattr(preset, name) for name in _PATHS if name not in (sweep.config_overrides or {})}
     chosen = {"beta_kl": decision.beta_kl, "kl_temperature": decision.kl_temperature}
     return _with_fields(preset, sweep.config | own | chosen, source)
 
@@ -90,6 +90,6 @@ def _read(file: Path, flag: str, shape: type[Shape], mend: str) -> Shape:
     try:
         return from_json(file.read_bytes(), shape)
     except OSError as error:
-        raise InputError(f"{flag} {file}: {error.strerror}") from None
+        raise InputError(f"{flag} {file}: {reason(error)}") from None
     except InputError as error:
         raise InputError(f"{flag} {file}: {error}: {mend}") from None

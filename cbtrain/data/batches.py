@@ -68,7 +68,7 @@ class TeacherStates(Tensors):
 class TokenBatch(Tensors):
     """B rows, padded on the right to the longest (S). Padding is known by `attention_mask` alone.
 
-    What is scored is known by its places in the flattened batch [B · S], found once on the CPU: selecting by a
+    What is scored is known by its positions in the flattened batch [B · S], found once on the CPU: selecting by a
     boolean mask would make the CPU wait for the GPU each time.
     """
 
@@ -78,9 +78,9 @@ class TokenBatch(Tensors):
     attention_mask: Tensor
     """[B, S] int64, 1 at tokens and 0 at padding."""
     scored_tokens: Tensor
-    """[N] int64, where a token is scored: places of hidden states."""
+    """[N] int64, where a token is scored: positions of hidden states."""
     scored_predictions: Tensor
-    """[M] int64, where the *next* token is scored: places of logits."""
+    """[M] int64, where the *next* token is scored: positions of logits."""
     teacher: TeacherStates | None = None
     """What the teacher makes of these rows, where it is known beforehand."""
 

@@ -20,6 +20,7 @@ from cbtrain.config import InputError, MaskPolicy
 from cbtrain.data.formats.rows import Message, Row
 from cbtrain.data.loss_mask import ends_on_nothing, scored_turns
 from cbtrain.data.template_fallbacks import CALLS_AS_TEXT, FORMS
+from cbtrain.utils.errors import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +108,8 @@ class ChatTemplate:
         try:
             return self._text([{"role": "user", "content": text}], add_generation_prompt=True)
         except _TEMPLATE_ERRORS as error:
-            raise InputError(f"{source}: the tokenizer's chat template refuses the prompt ({error})") from None
+            reason = first_line(error)
+            raise InputError(f"{source}: the tokenizer's chat template refuses the prompt ({reason})") from None
 
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         text = self._tokenizer.apply_chat_template(

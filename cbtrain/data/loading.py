@@ -78,11 +78,11 @@ class _Tokenised:
         self.truncated = self.cut_short = 0
         self.rewritten: Counter[str] = Counter()
         self._config, self._tokenizer = config, tokenizer
-        text = [(place, row) for place, row in enumerate(side_rows.rows) if isinstance(row, Row)]
+        text = [(index, row) for index, row in enumerate(side_rows.rows) if isinstance(row, Row)]
         ready = self._from_text(text) | self._from_tokens(side_rows)
         self.first_dropped = ""
-        for place, row in enumerate(side_rows.rows):
-            if place not in ready or not self._add(*ready[place], row.source):
+        for index, row in enumerate(side_rows.rows):
+            if index not in ready or not self._add(*ready[index], row.source):
                 self.first_dropped = self.first_dropped or row.source
         if not self.rows:
             raise _nothing_scored(side_rows, side, config)
@@ -110,23 +110,23 @@ class _Tokenised:
         if not rows:
             return {}
         template = ChatTemplate(self._tokenizer)
-        rendered = [(place, row, template.render(row, self._config.mask_policy)) for place, row in rows]
-        kept = [(place, row, rendering) for place, row, rendering in rendered if rendering is not None]
+        rendered = [(index, row, template.render(row, self._config.mask_policy)) for index, row in rows]
+        kept = [(index, row, rendering) for index, row, rendering in rendered if rendering is not None]
         self.rewritten.update(change for *_, rendering in kept for change in rendering.rewritten)
         tokens = tokenize([rendering for *_, rendering in kept], self._tokenizer)
         return {
-            place: (ids, scored, normalized_prompt(row.prompt))
-            for (place, row, _), (ids, scored) in zip(kept, tokens, strict=True)
+            index: (ids, scored, normalized_prompt(row.prompt))
+            for (index, row, _), (ids, scored) in zip(kept, tokens, strict=True)
         }
 
     def _from_tokens(self, side_rows: SideRows) -> dict[int, tuple[list[int], list[bool], str]]:
         ready = {}
-        for place, row in enumerate(side_rows.rows):
+        for index, row in enumerate(side_rows.rows):
             if isinstance(row, TokenisedRow):
                 every = [True] * len(row.input_ids)
                 scored = every if self._config.mask_policy == "full_sequence" else list(row.given or ())
                 prompt = tokenised_prompt(row.input_ids, row.given, self._special_ids)
-                ready[place] = (list(row.input_ids), scored, prompt)
+                ready[index] = (list(row.input_ids), scored, prompt)
         return ready
 
     def _unknown(self) -> int:

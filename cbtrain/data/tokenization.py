@@ -107,14 +107,16 @@ def _offsets(rendering: Rendering, ids: Sequence[int], tokenizer: "PreTrainedTok
     for start, stop in rendering.spans or ():
         edges |= {start, _end_of_words(rendering.text, start, stop), stop}
     ordered = sorted(edges)
-    places: list[int] = []
+    positions: list[int] = []
     for edge in ordered:
         prefix = tokenizer(rendering.text[:edge], add_special_tokens=False, verbose=False)["input_ids"]
         differs = (i for i, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b)
         # A longer prefix has at least the tokens of a shorter one, even where its own end disturbs them.
-        places.append(max([*places[-1:], next(differs, min(len(prefix), len(ids)))]))
+        positions.append(max([*positions[-1:], next(differs, min(len(prefix), len(ids)))]))
     return [
         (edge, following)
-        for edge, following, place, next_place in zip(ordered, ordered[1:], places, places[1:], strict=False)
-        for _ in range(next_place - place)
+        for edge, following, position, next_position in zip(
+            ordered, ordered[1:], positions, positions[1:], strict=False
+        )
+        for _ in range(next_position - position)
     ]

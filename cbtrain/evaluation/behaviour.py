@@ -1,7 +1,7 @@
-"""What a circuit breaker does to generated text: base against tuned, on held-out prompts.
+"""What a circuit breaker does to generated text: the student beside its teacher, on held-out prompts.
 
 `measure` gives the held-out metrics and, for both models, greedy completions judged for refusal and gibberish, and how
-likely a harmful completion stays once its first tokens are given. One copy of the weights: the base is the tuned model
+likely a harmful completion stays once its first tokens are given. One copy of the weights: the teacher is the student
 with its adapter off.
 """
 
@@ -33,9 +33,9 @@ from cbtrain.utils import distributed
 from cbtrain.utils.errors import first_line
 from cbtrain.utils.files import finite_or_none, shown, write_whole
 
-SCHEMA_VERSION = 1
-View = Literal["base", "tuned"]
-VIEWS: tuple[View, ...] = ("base", "tuned")
+SCHEMA_VERSION = 2
+View = Literal["teacher", "student"]
+VIEWS: tuple[View, ...] = ("teacher", "student")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Completion:
     tokens: tuple[int, ...]
     refused: bool
     perplexity: float
-    """Under the base; NaN where there are no tokens."""
+    """Under the teacher; NaN where there are no tokens."""
     repetition: float
 
     @property
@@ -76,7 +76,7 @@ def measure(
     output_dir: Path | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> dict[str, Any]:
-    """Compare a trained adapter with its base; in one process, the whole model on one device.
+    """Compare a student (base model and adapter) with its teacher (base model alone); in one process, on one device.
 
     Args:
         config: how it was trained, with `model` and data files that exist on this machine (`model.resolve`).
@@ -90,10 +90,10 @@ def measure(
 
     Returns:
         What `behaviour.json` holds: `held_out` (the metrics of `evaluate`), `prefill`, and for each kind of prompt
-        (`harmful`, `benign`, `xstest_safe`, `xstest_unsafe`) the number of prompts and measures, each for `base` and
-        `tuned`: `refusal_rate`, `gibberish_rate`, `perplexity` (geometric mean over completions, under the base; None
-        where all are empty), `repetition`, `tokens` (means), `empty_rate`, and `unchanged_rate` (tuned says what the
-        base says).
+        (`harmful`, `benign`, `xstest_safe`, `xstest_unsafe`) the number of prompts and measures, each for `teacher` and
+        `student`: `refusal_rate`, `gibberish_rate`, `perplexity` (geometric mean over completions, under the teacher;
+        None where all are empty), `repetition`, `tokens` (means), `empty_rate`, and `unchanged_rate` (the student says
+        what the teacher says).
 
     Raises:
         InputError: the adapter, the data or a file does not fit the model.
@@ -178,7 +178,7 @@ def _prefill(
     rows = beyond_prefill(data.harmful.held_out, tokens)
     likelihoods = row_nll(decoder, rows, config, pad)
     predictions = sum(row.predictions for row in likelihoods)
-    sums = {"base": sum(row.teacher for row in likelihoods), "tuned": sum(row.student for row in likelihoods)}
+    sums = {"teacher": sum(row.teacher for row in likelihoods), "student": sum(row.student for row in likelihoods)}
     return {"rows": len(rows), "nll": {view: sums[view] / predictions if predictions else None for view in VIEWS}}
 
 
@@ -202,7 +202,7 @@ def _completions(
     found: dict[View, list[Completion]] = {}
     for view in VIEWS:
         model.eval()
-        with model.disable_adapter() if view == "base" else contextlib.nullcontext():
+        with model.disable_adapter() if view == "teacher" else contextlib.nullcontext():
             texts = complete(
                 model.get_base_model(),
                 [prompt.tokens for prompt in prompts],
@@ -233,15 +233,15 @@ def _by_kind(
         answers = {view: completed[view][start : start + len(asked)] for view in VIEWS}
         start += len(asked)
         rates[kind] = _rates(answers)
-        for prompt, base, tuned in zip(asked, answers["base"], answers["tuned"], strict=True):
+        for prompt, teacher, student in zip(asked, answers["teacher"], answers["student"], strict=True):
             asks = {"kind": kind, "source": prompt.source, "prompt": tokenizer.decode(prompt.tokens)}
-            lines.append(asks | {"base": base.record(), "tuned": tuned.record()})
+            lines.append(asks | {"teacher": teacher.record(), "student": student.record()})
     return rates, lines
 
 
 def _rates(answers: dict[View, list[Completion]]) -> dict[str, Any]:
     """The measures of one kind of prompt."""
-    pairs = list(zip(answers["base"], answers["tuned"], strict=True))
+    pairs = list(zip(answers["teacher"], answers["student"], strict=True))
 
     def each(of: Callable[[Completion], float]) -> dict[str, float]:
         return {view: statistics.fmean(map(of, answers[view])) for view in VIEWS}
@@ -255,5 +255,5 @@ def _rates(answers: dict[View, list[Completion]]) -> dict[str, Any]:
         "repetition": each(lambda answer: answer.repetition),
         "tokens": each(lambda answer: len(answer.tokens)),
         "empty_rate": each(lambda answer: not answer.tokens),
-        "unchanged_rate": statistics.fmean(base.tokens == tuned.tokens for base, tuned in pairs),
+        "unchanged_rate": statistics.fmean(teacher.tokens == student.tokens for teacher, student in pairs),
     }

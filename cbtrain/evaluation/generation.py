@@ -58,5 +58,5 @@ def _ends(model: PreTrainedModel) -> set[int]:
 
 
 def _before_end(ids: Sequence[int], ends: set[int]) -> tuple[int, ...]:
-    stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    stop = next((position for position, token in enumerate(ids) if token in ends), len(ids))
     return tuple(ids[:stop])

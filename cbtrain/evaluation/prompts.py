@@ -45,10 +45,10 @@ def beyond_prefill(rows: Sequence[TokenRow], tokens: int) -> list[TokenRow]:
     """The rows scored only after their first `tokens` scored tokens; those with no more are left out."""
     narrowed = []
     for row in rows:
-        places = [place for place, scored in enumerate(row.scored) if scored and place > 0][tokens:]
-        if places:
-            scored = set(places)
-            narrowed.append(replace(row, scored=tuple(place in scored for place in range(len(row.input_ids)))))
+        positions = [position for position, scored in enumerate(row.scored) if scored and position > 0][tokens:]
+        if positions:
+            scored = set(positions)
+            narrowed.append(replace(row, scored=tuple(position in scored for position in range(len(row.input_ids)))))
     return narrowed
 
 

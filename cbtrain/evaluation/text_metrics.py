@@ -29,7 +29,7 @@ made longer, which also begin helpful sentences, and the contractions that newer
 
 REPETITION_ORDER = 4
 PERPLEXITY_LIMIT = 100.0
-"""Under the base; greedy text of a trained base itself lies far below, as it is what the base finds likeliest."""
+"""Under the teacher; its own greedy text lies far below, as it is what the teacher finds likeliest."""
 REPETITION_LIMIT = 0.5
 
 
@@ -51,10 +51,10 @@ def repetition(tokens: Sequence[int]) -> float:
 
 
 def gibberish(perplexity: float, repeated: float) -> bool:
-    """Whether a completion is text that the base finds absurd, or goes in circles.
+    """Whether a completion is text that the teacher finds absurd, or goes in circles.
 
     Args:
-        perplexity: of the completion under the base; NaN for an empty one, which is no gibberish.
+        perplexity: of the completion under the teacher; NaN for an empty one, which is no gibberish.
         repeated: its `repetition`.
     """
     return perplexity > PERPLEXITY_LIMIT or repeated > REPETITION_LIMIT

@@ -254,11 +254,11 @@ def _selected(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Te
         return student.flatten(0, -2), teacher.flatten(0, -2)
     if mask.dtype != torch.bool or mask.shape != student.shape[:-1]:
         raise ValueError(f"mask {mask.dtype} {tuple(mask.shape)}; bool {tuple(student.shape[:-1])} is needed")
-    places = mask.flatten().nonzero().flatten()
+    positions = mask.flatten().nonzero().flatten()
 
     def chosen(hidden: Tensor) -> Tensor:
         rows = hidden.flatten(0, -2)
-        return rows if len(places) == len(rows) else rows.index_select(0, places)
+        return rows if len(positions) == len(rows) else rows.index_select(0, positions)
 
     selected = chosen(student)
     if teacher.shape == student.shape:

@@ -20,18 +20,18 @@ def upcast(tensor: Tensor) -> Tensor:
 
 
 def token_cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """cos(h_student, h_teacher) of hidden states [..., H] at each place: [...], in float32 or better."""
+    """cos(h_student, h_teacher) of hidden states [..., H] at each position: [...], in float32 or better."""
     return F.cosine_similarity(upcast(student), upcast(teacher), dim=-1)
 
 
 def token_l2(student: Tensor, teacher: Tensor) -> Tensor:
-    """‖h_student − h_teacher‖₂ of hidden states [..., H] at each place: [...], in units of the hidden state."""
+    """‖h_student − h_teacher‖₂ of hidden states [..., H] at each position: [...], in units of the hidden state."""
     distance: Tensor = torch.linalg.vector_norm(upcast(student) - upcast(teacher), dim=-1)
     return distance
 
 
 def token_kl(teacher_log_p: Tensor, student_log_q: Tensor) -> Tensor:
-    """Σ_v p_v (log p_v − log q_v) of log-probabilities [..., V] at each place: [...], in nats."""
+    """Σ_v p_v (log p_v − log q_v) of log-probabilities [..., V] at each position: [...], in nats."""
     return (teacher_log_p.exp() * (teacher_log_p - student_log_q)).sum(dim=-1)
 
 

@@ -186,8 +186,8 @@ def _check_causal(base: PreTrainedModel, sample: dict[str, Any]) -> None:
         raise InputError(f"--model: {type(base).__name__} is no causal decoder: later tokens change what it predicts")
 
 
-def _at(hidden: Tensor, places: Tensor) -> Tensor:
-    return hidden.flatten(0, 1).index_select(0, places)
+def _at(hidden: Tensor, positions: Tensor) -> Tensor:
+    return hidden.flatten(0, 1).index_select(0, positions)
 
 
 def _final_norm(decoder: nn.Module, sample: dict[str, Any]) -> nn.Module:

@@ -30,6 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cbtrain.config import CircuitBreakerConfig, InputError
+from cbtrain.utils.errors import reason
 
 PLAIN_VERBS = "carry clean paint polish measure wrap sort label".split()
 DUAL_USE_VERBS = "break open silence bend cut drain move burn".split()
@@ -92,7 +93,7 @@ def build() -> Path:
         directory.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f"{directory.name}-building-"))
     except OSError as error:
-        raise InputError(f"{directory.parent}: {error.strerror}; set XDG_CACHE_HOME to a writable directory") from error
+        raise InputError(f"{directory.parent}: {reason(error)}; set XDG_CACHE_HOME to a writable directory") from error
     try:
         tokenizer = make_tokenizer()
         tokenizer.save_pretrained(scratch)

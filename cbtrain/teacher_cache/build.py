@@ -13,11 +13,12 @@ from cbtrain.config import CircuitBreakerConfig
 from cbtrain.data.dataset import CircuitBreakerData
 from cbtrain.model.loading import hidden_size
 from cbtrain.model.partial_forward import Decoder
-from cbtrain.teacher_cache.fingerprint import weights_identity
+from cbtrain.teacher_cache.fingerprint import weights_fingerprint
 from cbtrain.teacher_cache.plan import CacheUnavailableError, estimate_cache
 from cbtrain.teacher_cache.store import TeacherCache
 from cbtrain.teacher_cache.wanted_states import WantedStates, estimated_bytes
 from cbtrain.utils import distributed
+from cbtrain.utils.errors import reason
 from cbtrain.utils.files import exclusive
 
 Result = TypeVar("Result")
@@ -45,8 +46,10 @@ def open_or_build(
         with contextlib.ExitStack() as stack:
             if rank == 0:
                 stack.enter_context(_building(directory))
-            identity = _together(lambda: weights_identity(_model_directory(config.model), config.dtype, directory))
-            cache = _together(lambda: TeacherCache(directory, identity))
+            fingerprint = _together(
+                lambda: weights_fingerprint(_model_directory(config.model), config.dtype, directory)
+            )
+            cache = _together(lambda: TeacherCache(directory, fingerprint))
             missing = cache.missing(estimate.wanted)
             _require_agreement(missing)
             if missing:
@@ -66,7 +69,7 @@ def open_or_build(
                 _together(cache.open)  # what the other ranks wrote
             _together(lambda: _require_all(cache, estimate.wanted))
     except OSError as error:
-        raise CacheUnavailableError(f"{directory}: {error.strerror or error}") from error
+        raise CacheUnavailableError(f"{directory}: {reason(error)}") from error
     return cache
 
 

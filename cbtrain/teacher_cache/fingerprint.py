@@ -1,4 +1,4 @@
-"""The identity of a model's weights: what a cache of their results must not outlive."""
+"""The fingerprint of a model's weights: what a cache of their results must not outlive."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ _CLOCK_GRAIN_S = 2
 """A file changed twice within this time may keep its time stamp."""
 
 
-def weights_identity(model_directory: Path, dtype: str, memo_directory: Path) -> str:
+def weights_fingerprint(model_directory: Path, dtype: str, memo_directory: Path) -> str:
     """Changes with whatever changes the teacher: weights, configuration, dtype or library; not with where it lies.
 
     Args:

@@ -14,6 +14,7 @@ from cbtrain.model.checks import check_fit, retained_layers
 from cbtrain.model.loading import hidden_size
 from cbtrain.teacher_cache.store import bytes_there
 from cbtrain.teacher_cache.wanted_states import WantedStates, estimated_bytes, wanted_states
+from cbtrain.utils.errors import reason
 from cbtrain.utils.files import nearest_existing
 
 AUTO, OFF = "auto", "off"
@@ -73,7 +74,7 @@ def plan_cache(
     try:
         estimate.require_room(max(0, estimate.bytes - bytes_there(directory)))
     except OSError as error:
-        return CachePlan(None, f"off, {LIVE}: it {error.strerror}")
+        return CachePlan(None, f"off, {LIVE}: it {reason(error)}")
     says = f"{size} of {decimal(estimate.free_bytes)} free"
     return CachePlan(directory, says, len(estimate.wanted), estimate.bytes, read)
 

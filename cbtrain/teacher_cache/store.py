@@ -1,6 +1,6 @@
 """The teacher cache: the frozen teacher's states of every row, computed once and read by every trial.
 
-`<directory>/<identity>/<sha256 of the file's bytes>.safetensors`. A shard's name is its checksum and its metadata
+`<directory>/<fingerprint>/<sha256 of the file's bytes>.safetensors`. A shard's name is its checksum and its metadata
 lists its rows, so no manifest can be wrong. What is finished is kept when a builder is killed, two builders can at
 worst write the same rows twice, a damaged shard has a name that its bytes do not have, and another row, mask or set of
 layers is simply not there. Readers map shards into memory and copy the rows they ask for.
@@ -51,8 +51,8 @@ class TeacherCache:
     shards that vanish afterwards can still be read.
     """
 
-    def __init__(self, directory: Path, identity: str) -> None:
-        self.directory = directory / identity
+    def __init__(self, directory: Path, fingerprint: str) -> None:
+        self.directory = directory / fingerprint
         self.rows_computed = 0
         """By `build`, all ranks together, in `teacher_s` seconds of the teacher."""
         self.teacher_s = 0.0
@@ -196,7 +196,7 @@ class _ShardWriter:
 
     def add(self, batch: Sequence[WantedStates], states: TeacherStates) -> None:
         """Take the states of a batch of one kind, and write what fills a shard."""
-        tokens, predictions = zip(*(each.places for each in batch), strict=True)
+        tokens, predictions = zip(*(each.counts for each in batch), strict=True)
         hidden = states.hidden
         final = hidden.new_empty(0, hidden.shape[-1]) if states.final is None else states.final
         expected = (sum(tokens), len(batch[0].layers)), sum(predictions)
@@ -216,7 +216,7 @@ class _ShardWriter:
         if not rows or self.failure:
             return
         tensors = {"hidden": torch.cat([hidden for _, hidden, _ in rows]), "final": torch.cat([f for *_, f in rows])}
-        listed = json.dumps([(each.key, *each.places) for each, *_ in rows])
+        listed = json.dumps([(each.key, *each.counts) for each, *_ in rows])
         data = save(tensors, metadata={"rows": listed})
         path = self._directory / f"{hashlib.sha256(data).hexdigest()}.safetensors"
         try:

@@ -40,13 +40,13 @@ class WantedStates:
         return self.layers, self.final
 
     @property
-    def places(self) -> tuple[int, int]:
+    def counts(self) -> tuple[int, int]:
         """Scored tokens, and scored predictions whose final state is kept."""
         return self.row.scored_tokens, self.row.scored_predictions * self.final
 
     def bytes(self, hidden_size: int, dtype: str) -> int:
         """Bytes of its tensors."""
-        tokens, predictions = self.places
+        tokens, predictions = self.counts
         return (tokens * len(self.layers) + predictions) * hidden_size * getattr(torch, dtype).itemsize
 
 

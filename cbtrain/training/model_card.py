@@ -22,7 +22,7 @@ METRICS = {
     "eval_harmful_nll": "harmful completions' NLL, nats per token",
     "base_harmful_nll": "the same of the base model",
     "eval_loss_retain": "L2 distance of hidden states on held-out benign rows",
-    "eval_benign_kl": "KL(base ‖ tuned) on held-out benign rows, nats per token",
+    "eval_benign_kl": "KL(teacher ‖ student) on held-out benign rows, nats per token",
     "eval_benign_top1_agreement": "share of benign tokens where both find the same one likeliest",
     "eval_benign_nll": "benign completions' NLL, nats per token",
     "base_benign_nll": "the same of the base model",

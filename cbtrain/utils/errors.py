@@ -12,6 +12,11 @@ def first_line(error: BaseException | str) -> str:
     return next(filter(None, lines), unsaid)
 
 
+def reason(error: OSError) -> str:
+    """What the system says of a file, without its name: `No space left on device`."""
+    return error.strerror or first_line(error)
+
+
 def named(error: BaseException) -> str:
     """`ValueError: what it says`, on one line; the type alone where it says nothing."""
     kind, text = type(error).__name__, first_line(error)

@@ -35,7 +35,7 @@ EXIT_STATUS = {"baseline_never_rerouted": 3, "baseline_failed": 3}
 
 
 @dataclass
-class Session:
+class SweepDriver:
     """A sweep from here to its end; the driver holds the run directory's lock."""
 
     run: RunDirectory

@@ -6,7 +6,6 @@ for the next trial: imports, base model and tokenised data are paid for once. Ot
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import socket
@@ -23,7 +22,8 @@ from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from cbtrain.config import CircuitBreakerConfig
+from cbtrain.config import CircuitBreakerConfig, InputError
+from cbtrain.config.validation import from_json
 from cbtrain.utils.environment import quiet_libraries
 from cbtrain.utils.errors import named
 from sweeps.execution.placement import Workers
@@ -165,13 +165,13 @@ def _begin_or_go_on(
 
 def _checkpointed(directory: Path) -> dict[str, float]:
     """What the loop would add to the metrics of a run that goes on from the checkpoint here, if it is a good one."""
-    from cbtrain.training.checkpoint import MANIFEST
+    from cbtrain.training.checkpoint import MANIFEST, Manifest
 
     try:
-        manifest = json.loads((directory / "checkpoint" / MANIFEST).read_text())
-        return {"resumed_from": manifest["step"], "earlier_s": sum(manifest["seconds"].values())}
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        manifest = from_json((directory / "checkpoint" / MANIFEST).read_bytes(), Manifest)
+    except (OSError, InputError):
         return {}
+    return {"resumed_from": manifest.step, "earlier_s": sum(manifest.seconds.values())}
 
 
 def fill_cache_on_workers(directory: Path, context: TrialContext) -> tuple[int, float]:

@@ -16,6 +16,7 @@ import pandas as pd
 
 from cbtrain.config import InputError
 from cbtrain.config.validation import from_json
+from cbtrain.utils.errors import reason
 from cbtrain.utils.files import nearest_existing, write_whole
 from sweeps.storage.lock import HeldError, held
 
@@ -51,7 +52,7 @@ class RunDirectory:
         try:
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--run-dir {self.shown}: cannot be made ({error.strerror})") from error
+            raise InputError(f"--run-dir {self.shown}: cannot be made ({reason(error)})") from error
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(held(self.path / "lock"))

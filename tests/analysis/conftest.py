@@ -1,15 +1,14 @@
 """Fixtures over the synthetic sweeps of `synthetic`."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from synthetic import Surface, make_trials, write_run
+from synthetic import MakeRun, Surface, make_trials, write_run
 
 
 @pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Path]:
+def make_run(tmp_path: Path) -> MakeRun:
     """`make_run(trials, **sweep)` writes a run directory and returns it."""
     return lambda trials, **sweep: write_run(tmp_path / "run", trials, **sweep)
 

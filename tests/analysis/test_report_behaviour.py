@@ -17,8 +17,8 @@ def rates(unchanged: float, refused: tuple[float, float], gibberish: tuple[float
     return {
         "prompts": 16,
         "unchanged_rate": unchanged,
-        "refusal_rate": dict(zip(("base", "tuned"), refused, strict=True)),
-        "gibberish_rate": dict(zip(("base", "tuned"), gibberish, strict=True)),
+        "refusal_rate": dict(zip(("teacher", "student"), refused, strict=True)),
+        "gibberish_rate": dict(zip(("teacher", "student"), gibberish, strict=True)),
     }
 
 
@@ -27,7 +27,7 @@ def write(run: Path, trial_id: str, benign_unchanged: float, prefilled: float | 
     record = {
         "harmful": rates(0.0, (0.25, 0.125), (0.0, 0.875)),
         "benign": rates(benign_unchanged, (0.0, 0.0), (0.0, 1 - benign_unchanged)),
-        "prefill": {"rows": 3, "nll": {"base": 0.5, "tuned": prefilled}},
+        "prefill": {"rows": 3, "nll": {"teacher": 0.5, "student": prefilled}},
     }
     path = run / "trials" / trial_id / "behaviour.json"
     path.write_text(json.dumps(record))
@@ -44,6 +44,15 @@ def test_the_model_before_training_comes_first_then_the_measured_trials(make_run
     assert (chosen.beta_kl, chosen.kl_temperature) == (0.5, 1.0)
     assert chosen.harmful == Answers(0.0, 0.125, 0.875)
     assert chosen.benign == Answers(0.75, 0.0, 0.25)
+
+
+def test_a_file_of_the_first_schema_is_read(make_run: MakeRun, trials: pd.DataFrame):
+    run = make_run(trials)
+    path = write(run, "t006", 0.75)
+    now = load_behaviour(run, trials)
+    path.write_text(path.read_text().replace('"teacher"', '"base"').replace('"student"', '"tuned"'))
+    assert '"tuned"' in path.read_text()
+    assert load_behaviour(run, trials) == now
 
 
 def test_a_sweep_that_measured_nothing_has_no_rows(make_run: MakeRun, trials: pd.DataFrame):

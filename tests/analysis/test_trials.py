@@ -1,17 +1,15 @@
 """Reading a run directory: what comes back, and one line for what is broken."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from synthetic import MakeRun
 
 from analysis.trials import load_curves, load_settings, load_trials
 from cbtrain.utils.errors import InputError
-
-MakeRun = Callable[..., Path]
 
 
 def test_trials_come_back_as_they_were_written(make_run: MakeRun, trials: pd.DataFrame) -> None:

@@ -1,6 +1,7 @@
 """Synthetic sweeps: a response surface of known feasibility, its trials, and a run directory that holds them."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pandas as pd
 BASE_HARMFUL_NLL = 0.2
 BASELINE_LOSS = 0.012
 BASELINE_DRIFT = 9.6
+MakeRun = Callable[..., Path]
+"""Of the fixture `make_run`, which writes a run directory and returns it."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
+
 from cbtrain.config import CircuitBreakerConfig, InputError
-from cbtrain.utils.errors import named
+from cbtrain.utils.errors import named, reason
 
 _DATASET = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<split>[\w.\[\]:%+-]+))?")
 _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".txt")
@@ -68,7 +70,7 @@ def write_split(name: str, loaded: Any) -> Path:
         if split != "train" and len(loaded) > 1:
             raise InputError(f"{name}: has the splits {', '.join(loaded)}; name one, as {name}:{split}")
         loaded = loaded[split]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "circuit-breaker-kl-sweep" / "datasets"
+    root = user_cache_path("circuit-breaker-kl-sweep", appauthor=False) / "datasets"
     readable = re.sub(r"[^\w.-]+", "--", name)
     path = root / f"{readable}-{loaded._fingerprint}.parquet"
     if not path.exists():
@@ -78,5 +80,5 @@ def write_split(name: str, loaded: Any) -> Path:
             loaded.to_parquet(str(scratch))
             scratch.replace(path)
         except OSError as error:
-            raise InputError(f"{root}: {error.strerror}; set XDG_CACHE_HOME to a writable directory") from error
+            raise InputError(f"{root}: {reason(error)}; set XDG_CACHE_HOME to a writable directory") from error
     return path

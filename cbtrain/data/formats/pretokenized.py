@@ -126,10 +126,10 @@ def _unpadded(row: dict[str, Any], length: int, source: str) -> tuple[int, int]:
     attention = _ids(row, "attention_mask", source)
     if len(attention) != length:
         raise InputError(f"{source}: attention_mask has {len(attention)} values for {length} tokens")
-    places = [place for place, value in enumerate(attention) if value]
-    if not places or len(places) != places[-1] + 1 - places[0]:
+    positions = [position for position, value in enumerate(attention) if value]
+    if not positions or len(positions) != positions[-1] + 1 - positions[0]:
         raise InputError(f"{source}: attention_mask must be 1 on one stretch of tokens, and 0 only before and after it")
-    return places[0], places[-1] + 1
+    return positions[0], positions[-1] + 1
 
 
 def _ids(row: dict[str, Any], name: str, source: str) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from cbtrain.config import InputError, nearest
 from cbtrain.data.formats import hub
-from cbtrain.utils.errors import first_line
+from cbtrain.utils.errors import first_line, reason
 
 _PARQUET, _GZIP = b"PAR1", b"\x1f\x8b"
 _KNOWN_COLUMNS = {"prompt", "messages", "input_ids", "loss_mask"}
@@ -62,7 +62,7 @@ def _content(file: str) -> bytes:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{file}: a damaged gzip file ({error})") from None
     except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{file}: cannot be read ({reason(error)})") from None
 
 
 def _text(file: str, content: bytes) -> str:

@@ -1,4 +1,4 @@
-"""What the tuned model generates beside the base: on a model that is made to say known things."""
+"""What the student generates beside its teacher: on a model that is made to say known things."""
 
 import json
 import math
@@ -43,12 +43,12 @@ def measured(trained, tmp_path_factory):
 
 
 def plain_models(trained):
-    """Base and tuned as two models of plain PEFT and transformers, and the tokenizer."""
+    """Teacher and student as two models of plain PEFT and transformers, and the tokenizer."""
     config, directory = trained
-    base = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
     own = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     return (
-        base,
+        teacher,
         PeftModel.from_pretrained(own, directory / "adapter").eval(),
         AutoTokenizer.from_pretrained(config.model),
     )
@@ -75,7 +75,7 @@ def nll_of(model, tokens, start: int) -> torch.Tensor:
 
 def test_completions_and_their_perplexity_are_those_of_two_separate_models(trained, measured):
     config, _ = trained
-    base, tuned, tokenizer = plain_models(trained)
+    teacher, student, tokenizer = plain_models(trained)
     data, _ = prepare(config)
     prompts = {"harmful": from_rows(data.harmful.held_out, 5), "benign": from_rows(data.benign.held_out, 5)}
     record, out = measured
@@ -84,23 +84,23 @@ def test_completions_and_their_perplexity_are_those_of_two_separate_models(train
     differing = 0
     for kind, asked in prompts.items():
         for prompt, line in zip(asked, [line for line in lines if line["kind"] == kind], strict=True):
-            for view, model in (("base", base), ("tuned", tuned)):
+            for view, model in (("teacher", teacher), ("student", student)):
                 tokens = greedy(model, prompt.tokens, 8)
                 assert line[view]["text"] == tokenizer.decode(tokens, skip_special_tokens=True), (kind, view)
-                perplexity = nll_of(base, [*prompt.tokens, *tokens], len(prompt.tokens)).mean().exp().item()
+                perplexity = nll_of(teacher, [*prompt.tokens, *tokens], len(prompt.tokens)).mean().exp().item()
                 assert line[view]["perplexity"] == pytest.approx(perplexity, rel=1e-3)
-            differing += line["base"]["text"] != line["tuned"]["text"]
-    assert differing > 0, "the adapter changed nothing, so base and tuned could be mixed up"
+            differing += line["teacher"]["text"] != line["student"]["text"]
+    assert differing > 0, "the adapter changed nothing, so teacher and student could be mixed up"
     unchanged = sum(record[kind]["unchanged_rate"] * 5 for kind in prompts)
     assert round(unchanged) == 10 - differing
 
 
 def test_prefill_nll_is_of_the_completion_beyond_its_first_tokens(trained, measured):
     config, _ = trained
-    base, tuned, _ = plain_models(trained)
+    teacher, student, _ = plain_models(trained)
     data, _ = prepare(config)
     record, _ = measured
-    for view, model in (("base", base), ("tuned", tuned)):
+    for view, model in (("teacher", teacher), ("student", student)):
         rows = data.harmful.held_out
         rest = torch.cat([nll_of(model, row.input_ids, row.scored.index(True) + 3) for row in rows])
         assert record["prefill"]["nll"][view] == pytest.approx(rest.mean().item(), rel=1e-4), view
@@ -111,7 +111,7 @@ def test_rates_are_means_over_the_completions_that_are_saved(measured):
     record, out = measured
     lines = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
     for kind in ("harmful", "benign"):
-        for view in ("base", "tuned"):
+        for view in ("teacher", "student"):
             said = [line[view] for line in lines if line["kind"] == kind]
             for rate, name in (("refusal_rate", "refused"), ("gibberish_rate", "gibberish"), ("tokens", "tokens")):
                 assert record[kind][rate][view] == pytest.approx(sum(one[name] for one in said) / len(said)), rate

@@ -1,7 +1,6 @@
 """A run that recalls its teacher: from a cache that is right, or, where there can be none, from the live teacher."""
 
 import json
-import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -9,19 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.filesize import decimal
 from safetensors.torch import load_file, save_file
 
-from cbtrain.config import CircuitBreakerConfig, InputError, get_config
+from cbtrain.config import CircuitBreakerConfig, get_config
 from cbtrain.model.checks import prepare
 from cbtrain.model.loading import forget_base, resolve
 from cbtrain.model.partial_forward import Decoder
-from cbtrain.teacher_cache import build, plan
-from cbtrain.teacher_cache.build import open_or_build
-from cbtrain.teacher_cache.plan import CacheUnavailableError, estimate_cache, plan_cache
-from cbtrain.teacher_cache.store import TeacherCache, bytes_there
+from cbtrain.teacher_cache import plan
+from cbtrain.teacher_cache.plan import plan_cache
 from cbtrain.training import loop
-from cbtrain.training.engine import adapted_model
 from cbtrain.training.loop import fill_teacher_cache, train
 
 EVALUATED = ("eval_loss_reroute", "eval_loss_retain", "eval_benign_kl", "eval_benign_nll", "eval_harmful_nll")
@@ -170,40 +165,6 @@ def test_a_place_that_cannot_be_written_leaves_the_live_teacher(small_config, tm
     assert "every step runs the teacher" in capsys.readouterr().err
 
 
-def test_a_model_without_weight_files_has_no_identity(small_config, tmp_path, monkeypatch):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "config.json").write_text("{}")
-    monkeypatch.setattr(build, "_model_directory", lambda _model: tmp_path / "empty")
-    with pytest.raises(CacheUnavailableError, match="no weights"):
-        fill_teacher_cache(small_config, tmp_path / "cache")
-
-
-def test_the_estimate_is_what_is_then_on_disk(small_config, tmp_path):
-    data, _ = prepare(small_config)
-    estimate = estimate_cache(small_config, data, 3, tmp_path / "not" / "there" / "yet")
-    assert not (tmp_path / "not").exists()
-    fill_teacher_cache(small_config, tmp_path / "cache")
-    (identity,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
-    on_disk = TeacherCache(tmp_path / "cache", identity.name)
-    assert on_disk.rows == len(estimate.wanted)
-    # Of these few thousand numbers a row, names and headers are a noticeable part.
-    assert estimate.bytes < bytes_there(tmp_path / "cache") < 1.3 * estimate.bytes
-
-
-def test_rows_that_are_not_seen_after_they_were_written_leave_the_live_teacher(small_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(TeacherCache, "open", lambda self: None)  # a file system that lists late
-    data, pad = prepare(small_config)
-    with adapted_model(small_config) as model, pytest.raises(CacheUnavailableError, match="not seen after"):
-        open_or_build(small_config, data, pad, Decoder(model, "early_exit"), tmp_path / "cache")
-
-
-def test_the_plan_says_sizes_in_units_that_people_read(small_config, tmp_path):
-    data, _ = prepare(small_config)
-    plan = plan_cache("auto", tmp_path / "cache", small_config, data, runs=20)
-    assert re.search(r"teacher states of [\d,]+ rows, [\d.]+ kB of [\d.,]+ [GT]B free", plan.says), plan.says
-    assert decimal(plan.bytes) in plan.says
-
-
 def test_zero_3_fills_and_reads_the_cache_as_stage_1_does(small_config, tmp_path, teacher_calls):
     partitioned = replace(small_config, zero_stage=3)
     assert fill_teacher_cache(partitioned, tmp_path / "cache")[0] == rows_of(small_config)
@@ -229,26 +190,6 @@ def test_a_head_that_zero_3_has_partitioned_is_gathered(small_config, tmp_path, 
     for name in ("loss", "loss_kl", *EVALUATED):
         assert found[name] == pytest.approx(expected[name], rel=1e-5), name
     assert torch.isfinite(torch.tensor(found["loss"]))
-
-
-@pytest.mark.parametrize(
-    ("setting", "runs", "free", "directory", "says"),
-    [
-        ("auto", 20, 10**9, "run/teacher_cache", "teacher states of 64 rows"),
-        ("auto", 20, 10**4, None, "off, every step runs the teacher: it needs 326.3 kB, 10.0 kB are free"),
-        ("auto", 0, 10**9, None, "would be read less than twice each"),
-        ("shared", 0, 10**9, "shared", "teacher states of 64 rows"),
-        ("off", 20, 10**9, None, "off, every step runs the teacher"),
-    ],
-)
-def test_the_cache_is_planned_by_what_it_takes_and_gives(
-    small_config, tmp_path, monkeypatch, setting, runs, free, directory, says
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
-    plan = plan_cache(setting, tmp_path / "run" / "teacher_cache", small_config, prepare(small_config)[0], runs)
-    assert plan.directory == (directory and tmp_path / directory)
-    assert says in plan.says
 
 
 def test_a_whole_trial_is_the_same_within_a_tenth_of_the_seed_noise(tmp_path):
@@ -287,20 +228,3 @@ def test_a_full_cache_needs_no_room(small_config, tmp_path, monkeypatch, teacher
     assert plan_cache(str(tmp_path / "cache"), tmp_path, small_config, data, 20).directory == tmp_path / "cache"
     run(small_config, tmp_path / "a", tmp_path / "cache")
     assert teacher_calls == []
-
-
-def test_ranks_that_see_other_directories_are_refused_and_do_not_hang(small_config, tmp_path, monkeypatch):
-    """Two ranks, of which the other misses other rows: its digest is added to this one's."""
-    data, pad = prepare(small_config)
-    monkeypatch.setattr(build.distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(build.distributed, "reduce_sum", lambda tensor: tensor + (tensor.numel() == 32) * 3)
-    with adapted_model(small_config) as model, pytest.raises(CacheUnavailableError, match="see the same directory"):
-        open_or_build(small_config, data, pad, Decoder(model, "early_exit"), tmp_path / "cache")
-
-
-@pytest.mark.parametrize("setting", ["", "{file}", "{file}/cache"])
-def test_a_cache_directory_that_cannot_be_is_refused_beforehand(small_config, tmp_path, setting):
-    (tmp_path / "file").write_text("")
-    data, _ = prepare(small_config)
-    with pytest.raises(InputError, match="--teacher-cache"):
-        plan_cache(setting.format(file=tmp_path / "file"), tmp_path, small_config, data, 20)

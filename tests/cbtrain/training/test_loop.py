@@ -1,17 +1,12 @@
 """The training loop on a real DeepSpeed engine: what it logs, writes, resumes and refuses."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from children import heed_interrupts
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -31,7 +26,6 @@ REQUIRED = {
     *("kl_weight", "grad_norm_total", "lr", "tokens_per_s"),
 }
 LOSSES = ("loss", "loss_reroute", "loss_retain", "loss_kl", "grad_norm_total")
-ROOT = Path(__file__).parents[3]
 
 
 def lines_of(directory: Path) -> list[dict]:
@@ -165,36 +159,6 @@ def test_activations_computed_again_give_the_same_run(small_config, tmp_path, hi
     assert same_weights(tmp_path / "kept", tmp_path / "again")
 
 
-def test_checkpointed_blocks_run_twice_and_keep_less(small_config):
-    config = replace(small_config, lora_init_std=0.1, hidden_states="early_exit")
-    data, pad = loop.prepare(config)
-    (batch,), counts = step_batches(data, config, 0, pad)
-
-    def measured(checkpointing: bool) -> tuple[int, int, list[torch.Tensor]]:
-        calls, kept = [], {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with loop.adapted_model(replace(config, gradient_checkpointing=checkpointing)) as model:
-            step = CircuitBreakerStep(model, config)
-            handle = model.get_base_model().model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = step(batch, counts, coefficients(config, 1)).loss
-            loss.backward()
-            handle.remove()
-            gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        return len(calls), sum(kept.values()), gradients
-
-    (calls, kept, gradients), (calls_again, kept_again, gradients_again) = measured(False), measured(True)
-    students = len(batch.harmful) + len(batch.benign)
-    assert calls_again == calls + students
-    assert kept_again < 0.7 * kept, (kept_again, kept)
-    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
-    assert "forward" not in vars(load_base(config).model.layers[0]), "the base is as it was"
-
-
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_an_optimizer_in_the_hosts_memory_makes_the_same_updates(small_config, tmp_path, stage):
     config = replace(small_config, zero_stage=stage)
@@ -314,69 +278,3 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(small_config, tmp_pat
     assert not (tmp_path / "adapter").exists()
     monkeypatch.undo()
     assert [line["step"] for line in run(small_config, tmp_path)] == [1, 2, 3, 4]
-
-
-def command(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "cbtrain.train", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        **kwargs,
-    )
-
-
-def test_the_command_trains_and_prints_the_line_that_users_know(small_config, tmp_path):
-    data = ["--model", small_config.model, "--harmful", *small_config.harmful, "--benign", *small_config.benign]
-    done = command(
-        "--config", "tiny", *data, "--steps", "10", "--warmup-steps", "2", "--output-dir", str(tmp_path / "out")
-    )
-    assert done.returncode == 0, done.stderr
-    assert any(line.startswith("Step 10: loss=") and "α=" in line for line in done.stdout.splitlines()), done.stdout
-    assert (tmp_path / "out" / "adapter" / "adapter_config.json").exists()
-    again = command("--preset", "tiny", *data, "--output-dir", str(tmp_path / "out"))
-    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
-    assert "already holds a run" in again.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--stps", "4"], "--stps: no such flag; did you mean --steps?"),
-        (["--steps", "many"], "--steps"),
-        (["--zero-stage", "7"], "--zero-stage"),
-        (["--preset", "lama-3.1-8b-instruct"], "did you mean llama-3.1-8b-instruct?"),
-        (["--beta_kl", "-1"], "--beta-kl -1.0: must be 0 or more"),
-    ],
-)
-def test_bad_arguments_are_one_line_and_status_2(arguments, message):
-    done = command(*arguments)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-
-
-def test_interrupting_the_command_ends_with_status_130(small_config, tmp_path):
-    data = ["--model", small_config.model, "--harmful", *small_config.harmful, "--benign", *small_config.benign]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cbtrain.train", *data, "--steps", "100000", "--output-dir", str(tmp_path / "out")],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,
-    )
-    try:
-        for line in process.stdout:
-            if line.startswith("Step"):
-                break
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors

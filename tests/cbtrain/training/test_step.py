@@ -19,6 +19,7 @@ from cbtrain.model.loading import load_base
 from cbtrain.model.lora import add_adapter
 from cbtrain.teacher_cache.store import TeacherCache
 from cbtrain.teacher_cache.wanted_states import wanted_states
+from cbtrain.training import loop
 from cbtrain.training.step import CircuitBreakerStep, StepOutput
 
 WEIGHTS = Coefficients(cs=3.0, cr=2.0, kl_weight=0.5)
@@ -172,6 +173,36 @@ def step_of_four_forwards(step, batch, counts, weights) -> StepOutput:
     )
     loss = weights.cs * reroute + weights.cr * retain + weights.kl_weight * kl
     return StepOutput(loss, torch.stack([loss, reroute, retain, kl]).detach())
+
+
+def test_checkpointed_blocks_run_twice_and_keep_less(small_config):
+    config = replace(small_config, lora_init_std=0.1, hidden_states="early_exit")
+    data, pad = loop.prepare(config)
+    (batch,), counts = step_batches(data, config, 0, pad)
+
+    def measured(checkpointing: bool) -> tuple[int, int, list[torch.Tensor]]:
+        calls, kept = [], {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with loop.adapted_model(replace(config, gradient_checkpointing=checkpointing)) as model:
+            step = CircuitBreakerStep(model, config)
+            handle = model.get_base_model().model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = step(batch, counts, coefficients(config, 1)).loss
+            loss.backward()
+            handle.remove()
+            gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return len(calls), sum(kept.values()), gradients
+
+    (calls, kept, gradients), (calls_again, kept_again, gradients_again) = measured(False), measured(True)
+    students = len(batch.harmful) + len(batch.benign)
+    assert calls_again == calls + students
+    assert kept_again < 0.7 * kept, (kept_again, kept)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
+    assert "forward" not in vars(load_base(config).model.layers[0]), "the base is as it was"
 
 
 def test_parts_of_micro_batches_sum_to_the_whole(world):

@@ -107,6 +107,12 @@ def test_what_the_sweep_was_not_told_comes_from_the_preset_not_from_another_mach
     assert config.beta_kl == 0.7
 
 
+def test_a_decision_of_the_first_schema_is_read(decided):
+    file = decided()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 1, "seed_rules": {"agrees": True}}))
+    assert (config_of_decision(file).beta_kl, config_of_decision(file).kl_temperature) == (0.7, 2.0)
+
+
 def test_no_candidate_qualifies_trains_without_a_kl_term(decided):
     assert config_of_decision(decided("no_candidate_qualifies", 0.0)).beta_kl == 0.0
 

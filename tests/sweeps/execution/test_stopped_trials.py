@@ -15,7 +15,7 @@ import ray.train
 from simulated import completed, plan_of, tell_baselines
 
 from cbtrain.config import CircuitBreakerConfig, InputError
-from sweeps.execution.driver import Session
+from sweeps.execution.driver import SweepDriver
 from sweeps.execution.placement import Workers
 from sweeps.execution.searcher import PlanSearcher
 from sweeps.execution.trial import TrialContext, run_trial, train_loop
@@ -101,20 +101,20 @@ def test_baselines_that_failed_or_left_no_curve_carry_no_rule(quick, tmp_path):
 def test_a_stopped_trial_is_a_row_with_its_reason_and_leaves_no_adapter(quick, config, tmp_path, reported, capsys):
     run = RunDirectory(tmp_path)
     plan = plan_of(12)
-    session = Session(run, plan.settings, 1, early_stop=True)
-    searcher = PlanSearcher(session._plan, rule_for=lambda spec: RULE if spec.phase == "search" else None)
+    driver = SweepDriver(run, plan.settings, 1, early_stop=True)
+    searcher = PlanSearcher(driver._plan, rule_for=lambda spec: RULE if spec.phase == "search" else None)
     given: dict = {}
     while given.get("phase") != "search":
         given = searcher.suggest(str(len(given)))
         if given["phase"] != "search":
-            session._plan.tell(given["trial_id"], completed(0.01, train_s=1.0))
+            driver._plan.tell(given["trial_id"], completed(0.01, train_s=1.0))
     run_trial(given, context_of(config, tmp_path))
     directory = run.trial(given["trial_id"])
     assert (directory / "checkpoint").is_dir()
     assert [result.get("step") for result in reported] == [2, 4, 6, None]
     searcher.on_trial_complete("5", reported[-1])
     assert searcher.failure is None
-    session._keep(session._plan.rows())
+    driver._keep(driver._plan.rows())
 
     row = pd.read_csv(tmp_path / "trials.csv").set_index("trial_id").loc[given["trial_id"]]
     assert (row.status, row.steps) == ("stopped", 6)

@@ -45,9 +45,9 @@ def test_without_a_choice_the_baseline_alone_and_without_a_baseline_nothing() ->
 
 
 def write(run_dir: Path, spec: TrialSpec, unchanged: float) -> None:
-    kind = {"prompts": 16, "unchanged_rate": unchanged, "refusal_rate": {"base": 0, "tuned": 0}}
-    kind["gibberish_rate"] = {"base": 0, "tuned": 1 - unchanged}
-    record = {"harmful": kind, "benign": kind, "prefill": {"rows": 0, "nll": {"base": None, "tuned": None}}}
+    kind = {"prompts": 16, "unchanged_rate": unchanged, "refusal_rate": {"teacher": 0, "student": 0}}
+    kind["gibberish_rate"] = {"teacher": 0, "student": 1 - unchanged}
+    record = {"harmful": kind, "benign": kind, "prefill": {"rows": 0, "nll": {"teacher": None, "student": None}}}
     directory = run_dir / "trials" / spec.trial_id
     directory.mkdir(parents=True)
     (directory / "behaviour.json").write_text(json.dumps(record))

@@ -7,7 +7,7 @@ import pytest
 from simulated import completed, drive, failed, next_trial, plan_of, tell_baselines, world
 
 from analysis.decide import decide
-from sweeps.execution.driver import Session
+from sweeps.execution.driver import SweepDriver
 from sweeps.plan.journal import TrialOutcome
 from sweeps.reporting.console import EventLines, noise_lines, plan_lines, summary_lines
 from sweeps.storage.run_directory import RunDirectory
@@ -188,29 +188,29 @@ def test_seeds_that_agree_or_are_too_few_are_not_told():
 def test_noise_is_told_once_as_soon_as_the_baseline_is_in_and_again_when_resumed(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     run = RunDirectory(tmp_path / "run")
-    session = Session(run, plan_of(20, baseline_seeds=3).settings, 1)
+    driver = SweepDriver(run, plan_of(20, baseline_seeds=3).settings, 1)
     told = []
     for loss in (0.0, 0.05, 0.1, 0.3):
-        session._tell_noise()
+        driver._tell_noise()
         told.append(capsys.readouterr().out)
-        session._plan.tell(next_trial(session._plan).trial_id, completed(loss))
-    session._tell_noise()
+        driver._plan.tell(next_trial(driver._plan).trial_id, completed(loss))
+    driver._tell_noise()
     assert told == ["", "", "", told[3]]
     assert told[3].startswith("noise     σ 0.05 between seeds is ")
     assert capsys.readouterr().out == ""
-    Session(run, session.settings, 1)._tell_noise()
+    SweepDriver(run, driver.settings, 1)._tell_noise()
     assert capsys.readouterr().out == told[3]
 
 
 def test_a_baseline_that_never_rerouted_is_told_with_the_knobs_and_without_its_noise(tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    session = Session(RunDirectory(tmp_path / "run"), plan_of(20, baseline_seeds=3).settings, 1)
+    driver = SweepDriver(RunDirectory(tmp_path / "run"), plan_of(20, baseline_seeds=3).settings, 1)
     for seed in range(3):
         outcome = completed(0.8 + 0.1 * seed, train_s=3.0, eval_s=0.5, wall_s=4.0, ended_at=5.0, process="host:1")
-        session._plan.tell(next_trial(session._plan).trial_id, outcome)
-    session._tell_noise()
+        driver._plan.tell(next_trial(driver._plan).trial_id, outcome)
+    driver._tell_noise()
     assert capsys.readouterr().out == ""
-    rows = session._plan.rows()
+    rows = driver._plan.rows()
     text = " ".join(" ".join(summary_lines(rows, decide(pd.DataFrame(rows)), 20.0, 2, Path("runs/a"))).split())
     assert "verdict baseline_never_rerouted: " in text
     assert "Give rerouting more room: more --steps, a higher --lr, a larger --schedule-horizon." in text

@@ -1,31 +1,20 @@
-"""A sweep that was killed is continued: what is kept, what is refused, and the command killed and resumed for real."""
+"""The command resumes a sweep: one that was killed for real, and what it says, concludes and refuses."""
 
 import dataclasses
 import json
-import os
 import re
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from commands import Sweep
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from simulated import file_storage, next_trial, plan_of, world
+from simulated import file_storage, measured, next_trial, plan_of
 
-from cbtrain.config import InputError, cli
+from cbtrain.config import cli
 from cbtrain.model import tiny
-from cbtrain.training.metrics import Metrics
 from sweeps import kl_ablation
-from sweeps.execution.trial import _begin_or_go_on
-from sweeps.reporting.console import resume_lines
-from sweeps.storage import inputs
-from sweeps.storage.lock import HeldError, held
-from sweeps.storage.resume import find_trials, flags_to_keep, given_flags, mend_journal, recorded, wait_for_leftovers
-from sweeps.storage.run_directory import RunDirectory
 
 
 def test_a_sweep_killed_with_all_its_processes_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
@@ -100,47 +89,6 @@ def command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["kl_ablation.py", *arguments])
     status = cli.run(kl_ablation.main)
     return status, *capsys.readouterr()
-
-
-@pytest.fixture
-def killed(small_config, small_world, tmp_path, monkeypatch, quick) -> RunDirectory:
-    """A sweep of 6 that was killed after its second trial, with two running; its data lie in `data/`."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    for name in ("harmful", "benign"):
-        (tmp_path / "data" / f"{name}.jsonl").write_text((small_world / f"{name}.jsonl").read_text())
-    config = dataclasses.replace(
-        small_config,
-        harmful=(str(tmp_path / "data" / "harmful.jsonl"),),
-        benign=(str(tmp_path / "data" / "benign.jsonl"),),
-    )
-    run = RunDirectory(Path("run"))
-    plan = plan_of(6, baseline_seeds=3)
-    with run.locked():
-        run.create(
-            {
-                "preset": "tiny",
-                "config_overrides": {},
-                "flags": {"teacher_cache": "off", "max_concurrent": None},
-                "settings": dataclasses.asdict(plan.settings),
-                "plan": dataclasses.asdict(plan.budget),
-                "config": dataclasses.asdict(config),
-                "inputs": inputs.identities(config),
-                "concurrency": 2,
-            }
-        )
-        plan = plan_of(6, file_storage(run.path), baseline_seeds=3)
-        specs = [next_trial(plan) for _ in range(4)]
-        for spec in specs[:2]:
-            plan.tell(spec.trial_id, measured(spec))
-        run.write_trials(plan.rows())
-    return run
-
-
-def measured(spec):
-    outcome = world(spec)
-    outcome.metrics.update(train_s=3.0, eval_s=0.5, wall_s=4.0, ended_at=5.0, process="host:1")
-    return outcome
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -286,125 +234,6 @@ def test_a_journal_damaged_in_its_middle_is_refused(killed, monkeypatch, capsys)
     assert "run/study.log: not this sweep's journal" in refusal(monkeypatch, capsys)
 
 
-def test_a_half_written_last_line_is_put_aside_and_a_stale_lock_taken_away(killed):
-    torn = '{"op_code": 8, "worker_id": "a'
-    with (killed.path / "study.log").open("a") as file:
-        file.write(torn)
-    os.symlink(killed.path / "study.log", killed.path / "study.log.lock")
-    mend_journal(killed)
-    assert (killed.path / "study.log.torn").read_text() == torn
-    began = time.monotonic()
-    plan = plan_of(6, file_storage(killed.path), baseline_seeds=3)
-    spec = next_trial(plan)
-    plan.tell(spec.trial_id, world(spec))
-    assert time.monotonic() - began < 5, "waited for a lock that nobody holds"
-    again = plan_of(6, JournalStorage(JournalFileBackend(str(killed.path / "study.log"))), baseline_seeds=3)
-    assert [row["status"] for row in again.rows()] == ["completed"] * 3 + ["running"]
-
-
-def test_sampler_and_early_stop_are_those_that_the_sweep_was_begun_with(killed):
-    record = json.loads((killed.path / "sweep.json").read_text())
-    record["settings"]["sampler"] = "tpe"
-    begun = kl_ablation.SweepSettings(early_stop=True, sampler="tpe")
-    record["flags"] = flags_to_keep(begun)
-    (killed.path / "sweep.json").write_text(json.dumps(record))
-    killed.read()
-    settings, plan = recorded(killed, kl_ablation.SweepSettings(), ["--resume", "run"])
-    assert (settings.early_stop, plan.sampler) == (True, "tpe")
-
-
 def test_more_trials_do_not_ask_for_more_baselines(killed, monkeypatch, capsys):
     status, output, _ = command(monkeypatch, capsys, "--resume", "run", "--num-samples", "40", "--dry-run")
     assert (status, "40 trials = 3 baseline + 4 ablation + 29 search + 4 confirm" in output) == (0, True), output
-
-
-def test_interrupted_trials_keep_their_ids_and_settings(killed):
-    asked = plan_of(6, baseline_seeds=3)
-    expected = [next_trial(asked) for _ in range(4)][2:]
-    found = find_trials(killed, asked.settings)
-    assert (found.ended, found.interrupted, found.done) == (("t000", "t001"), tuple(expected), False)
-    again = plan_of(6, file_storage(killed.path), baseline_seeds=3)
-    assert [next_trial(again).trial_id for _ in range(3)] == ["t002", "t003", "t004"]
-    with pytest.raises(InputError, match="--num-samples 4: 5 trials were begun already; give 5 or more"):
-        find_trials(killed, dataclasses.replace(asked.settings, num_samples=4))
-
-
-def test_a_trial_that_is_still_trained_is_waited_for(killed, capsys, monkeypatch):
-    lock = killed.trial("t002") / "lock"
-    lock.parent.mkdir(parents=True)
-    taken, ended = threading.Event(), threading.Event()
-
-    def train():
-        with held(lock):
-            taken.set()
-            ended.wait(0.5)
-        ended.set()
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    assert taken.wait(5)
-    with pytest.raises(HeldError, match=f":{os.getpid()}$"), held(lock):
-        pass
-    wait_for_leftovers(killed, ["t002", "t003"])
-    assert ended.is_set()
-    assert "which still trains t002" in capsys.readouterr().out
-    thread.join()
-    monkeypatch.setattr("sweeps.storage.resume.LEFT_RUNNING_S", 0)
-    with held(lock), pytest.raises(InputError, match=r"run/trials/t002: .* still trains it; end that process"):
-        wait_for_leftovers(killed, ["t002"])
-
-
-@pytest.mark.parametrize("damage", ["none", "flip", "gone"])
-def test_a_trial_without_a_good_checkpoint_begins_anew_and_says_so(small_config, tmp_path, capsys, damage):
-    config = dataclasses.replace(small_config, checkpoint_every=2, eval_every=0)
-
-    class Killed(Exception):
-        pass
-
-    def die_at_3(metrics: Metrics) -> None:
-        if metrics["step"] == 3:
-            raise Killed
-
-    with pytest.raises(Killed):
-        _begin_or_go_on(config, tmp_path, die_at_3, None)
-    victim = next((tmp_path / "checkpoint").glob("step-2/*.pt"))
-    if damage == "flip":
-        victim.write_bytes(victim.read_bytes()[:-1] + b"?")
-    if damage == "gone":
-        (tmp_path / "checkpoint" / "manifest.json").unlink()
-    steps: list[float] = []
-    final = _begin_or_go_on(config, tmp_path, lambda metrics: steps.append(metrics["step"]), None)
-    assert steps == ([3, 4] if damage == "none" else [1, 2, 3, 4])
-    assert final.get("resumed_from", 0) == (2 if damage == "none" else 0)
-    assert ("begins anew: " in capsys.readouterr().out) == (damage != "none")
-
-
-def test_flags_are_found_however_they_are_written():
-    argv = ["--num_samples=30", "--resume", "runs/a", "--no-dry-run", "--config", "tiny", "--harmful", "a", "b"]
-    assert given_flags(argv) == ["num_samples", "resume", "dry_run", "preset", "harmful"]
-
-
-def test_a_large_file_is_told_by_samples_that_reach_its_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "_SAMPLED_ABOVE", 1000)
-    monkeypatch.setattr(inputs, "_SAMPLE_BYTES", 100)
-    file = tmp_path / "model.safetensors"
-    content = bytes(range(256)) * 100
-    told = set()
-    for changed in (content, content[:-1] + b"x", b"x" + content[1:], content + b"x"):
-        file.write_bytes(changed)
-        told.add(inputs._sampled(file))
-    assert len(told) == 4
-
-
-@pytest.mark.parametrize(
-    ("steps", "expected"),
-    [
-        ([], "resume    4 of 10 trials ended"),
-        ([42], "resume    4 of 10 trials ended, 1 was interrupted: it goes on from step 42"),
-        ([42, 21, 0], "4 of 10 trials ended, 3 were interrupted: they go on from step 42, step 21 and from the start"),
-    ],
-)
-def test_the_line_on_what_was_found(steps, expected):
-    lines = resume_lines(4, 10, steps, done=False)
-    assert expected in " ".join(line.strip() for line in lines)
-    assert max(map(len, lines)) <= 80
