@@ -17,6 +17,7 @@ from rich.table import Table
 
 from cbtrain.config import CircuitBreakerConfig, InputError, cli, get_config
 from cbtrain.config.saved import config_of_adapter, require_adapter
+from cbtrain.model.auto import derived
 from cbtrain.utils.errors import reason
 
 WIDTH = 80
@@ -138,7 +139,7 @@ def _settings(argv: Sequence[str]) -> EvaluateSettings:
     adapter = Path(cli.value_of("--adapter", argv) or EvaluateSettings.adapter)
     chosen = cli.value_of("--preset", argv) or cli.value_of("--config", argv)
     recorded = None if chosen else config_of_adapter(adapter)
-    return cli.parse(EvaluateSettings, argv, "python -m cbtrain.evaluate", recorded)
+    return cli.parse(EvaluateSettings, argv, "python -m cbtrain.evaluate", recorded, derived=derived)
 
 
 def _short(path: Path) -> Path:

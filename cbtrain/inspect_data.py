@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from cbtrain.config import CircuitBreakerConfig, cli, get_config
+from cbtrain.config import CircuitBreakerConfig, InputError, cli, get_config
 from cbtrain.data.checks import (
     data_warnings,
     overlapping_prompts,
@@ -28,6 +28,7 @@ from cbtrain.data.dataset import CircuitBreakerData, SideData
 from cbtrain.data.formats.rows import SIDES, Side
 from cbtrain.data.loading import load_data
 from cbtrain.data.tokenization import TokenRow
+from cbtrain.model.auto import derived
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ class InspectionSettings:
 
 def main() -> int:
     """Run the command; its exit status."""
-    settings = cli.parse(InspectionSettings, sys.argv[1:], "python -m cbtrain.data")
+    settings = cli.parse(InspectionSettings, sys.argv[1:], "python -m cbtrain.data", derived=_derived)
     settings.config.validate()
 
     from cbtrain.utils.environment import quiet_libraries
@@ -71,6 +72,14 @@ def main() -> int:
     for text in _unended(data, tokenizer):
         console.print(f"note      {text}", markup=False)
     return 0
+
+
+def _derived(model: str) -> CircuitBreakerConfig:
+    """The preset `auto`; what it has for every model where there is a tokenizer alone, which suffices here."""
+    try:
+        return derived(model)
+    except InputError:
+        return get_config("auto", model=model)
 
 
 def report(config: CircuitBreakerConfig, tokenizer: "PreTrainedTokenizerBase", data: CircuitBreakerData) -> list[str]:

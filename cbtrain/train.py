@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cbtrain.config import CircuitBreakerConfig, InputError, cli, get_config
 from cbtrain.config.saved import config_of_decision
+from cbtrain.model.auto import derived, reasons
 from cbtrain.utils.errors import reason
 from cbtrain.utils.files import nearest_existing
 from cbtrain.utils.tracking import Mode, open_tracker
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     data, _ = prepare(config)
     cache = plan_cache(settings.teacher_cache, settings.output_dir / "teacher_cache", config, data, runs=1)
     if _first():
-        print("\n".join([*description(data), f"teacher cache: {cache.says}"]), flush=True)
+        derived_numbers = reasons(config) if settings.preset == "auto" and not settings.from_decision else []
+        print("\n".join([*derived_numbers, *description(data), f"teacher cache: {cache.says}"]), flush=True)
     return _train(dataclasses.replace(settings, config=config), cache.directory)
 
 
@@ -72,10 +74,12 @@ def _settings(argv: Sequence[str]) -> TrainSettings:
     """The settings; a decision's configuration stands in for the preset's."""
     decision = cli.value_of("--from-decision", argv)
     if decision is None:
-        return cli.parse(TrainSettings, argv, "python -m cbtrain.train")
+        return cli.parse(TrainSettings, argv, "python -m cbtrain.train", derived=derived)
     if cli.value_of("--preset", argv) or cli.value_of("--config", argv):
         raise InputError("--preset: --from-decision brings the sweep's own; leave one of them out")
-    return cli.parse(TrainSettings, argv, "python -m cbtrain.train", config_of_decision(Path(decision)))
+    return cli.parse(
+        TrainSettings, argv, "python -m cbtrain.train", config_of_decision(Path(decision)), derived=derived
+    )
 
 
 def _train(settings: TrainSettings, teacher_cache: Path | None) -> int:

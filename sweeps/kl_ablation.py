@@ -24,6 +24,7 @@ if not __package__:
     sys.path[0] = str(ROOT)  # started as a script, which puts sweeps/ there
 
 from cbtrain.config import CircuitBreakerConfig, InputError, cli
+from cbtrain.model.auto import derived
 from cbtrain.utils.errors import first_line
 from sweeps.settings import SweepSettings, check_counts, overrides_of_preset
 
@@ -53,7 +54,7 @@ class Job:
 def main() -> int:
     """Run the command; its exit status."""
     argv = sys.argv[1:]
-    settings = cli.parse(SweepSettings, argv, "python sweeps/kl_ablation.py")
+    settings = cli.parse(SweepSettings, argv, "python sweeps/kl_ablation.py", derived=derived)
     if settings.resume is None:
         return _run(_new(settings, argv))
 

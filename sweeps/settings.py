@@ -10,6 +10,7 @@ from annotated_types import Ge
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
 from cbtrain.config import CircuitBreakerConfig, InputError, flag, get_config
 from cbtrain.config.validation import check_fields
+from cbtrain.model.auto import derived
 
 SEARCHED = ("beta_kl", "kl_temperature")
 
@@ -19,7 +20,8 @@ class SweepSettings:
     """Sweep beta_kl and kl_temperature of a circuit breaker, with a total of --num-samples trials."""
 
     preset: str = "tiny"
-    """Where the defaults of the training flags come from (tiny, llama-3.1-8b-instruct, llama-4-scout)."""
+    """Where the defaults of the training flags come from; `python -m cbtrain.config` lists them. auto, the default
+    where --model is given, derives them from the model."""
     num_samples: int = 20
     """Trials in all: baseline, ablation, search and confirmation."""
     run_dir: Path | None = None
@@ -68,8 +70,9 @@ class SweepSettings:
 
 
 def overrides_of_preset(settings: SweepSettings) -> dict[str, object]:
-    """The training fields given on the command line that differ from the preset."""
-    preset = dataclasses.asdict(get_config(settings.preset))
+    """The training fields given on the command line that differ from the preset; `auto` names no model."""
+    chosen = derived(settings.config.model) if settings.preset == "auto" else get_config(settings.preset)
+    preset = dataclasses.asdict(chosen) | ({"model": ""} if settings.preset == "auto" else {})
     given = dataclasses.asdict(settings.config)
     overrides = {name: value for name, value in given.items() if value != preset[name]}
     for name in SEARCHED:

@@ -21,12 +21,18 @@ Settings = TypeVar("Settings", bound=Any)
 
 
 def parse(
-    settings_type: type[Settings], argv: Sequence[str], prog: str, recorded: CircuitBreakerConfig | None = None
+    settings_type: type[Settings],
+    argv: Sequence[str],
+    prog: str,
+    recorded: CircuitBreakerConfig | None = None,
+    *,
+    derived: Callable[[str], CircuitBreakerConfig],
 ) -> Settings:
     """Parse `argv` into `settings_type`, a dataclass with the fields `preset` and `config`.
 
     The preset named in `argv`, or the configuration `recorded` by an earlier run in its place, gives the defaults of
-    `config`, whose fields are flags beside the dataclass's own. Underscores in flags are read as hyphens, and
+    `config`, whose fields are flags beside the dataclass's own. Where neither is given and a `--model` is, they are
+    those of the preset `auto`, which `derived` makes for a model. Underscores in flags are read as hyphens, and
     `--config` as `--preset`.
 
     Raises:
@@ -34,7 +40,14 @@ def parse(
         SystemExit: `--help`, with status 0.
     """
     argv = ["--preset" + arg.removeprefix("--config") if arg.split("=")[0] == "--config" else arg for arg in argv]
-    preset = value_of("--preset", argv) or "tiny"
+    model = value_of("--model", argv)
+    preset = value_of("--preset", argv) or ("tiny" if model in (None, "tiny") else "auto")
+    if recorded is None and preset == "tiny" and model not in (None, "tiny"):
+        raise InputError(f"--preset tiny: its numbers are the embedded model's, not those of {model}; leave it out")
+    if recorded is None and preset == "auto":
+        if not model:
+            raise InputError("--preset auto: give the --model that its numbers are derived from")
+        recorded = derived(model)
     default = settings_type(preset=preset, config=recorded or get_config(preset))
     settings, unknown = read(default, argv, prog)
     if unknown:

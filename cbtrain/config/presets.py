@@ -13,10 +13,7 @@ from cbtrain.utils.errors import InputError
 
 @dataclass(kw_only=True)
 class CircuitBreakerConfigTiny(CircuitBreakerConfig):
-    """The embedded default: a 0.2 M parameter Llama and a small world of questions, for a laptop's CPU.
-
-    With a `--model` of one's own it is a preset for small models on a CPU.
-    """
+    """The embedded default: a 0.2 M parameter Llama and a small world of questions, for a laptop's CPU."""
 
     model: str = "tiny"
     dtype: Dtype = "float32"
@@ -33,6 +30,18 @@ class CircuitBreakerConfigTiny(CircuitBreakerConfig):
     log_every: int = 1
     eval_every: int = 14
     eval_batch_size: int = 48
+
+
+@dataclass(kw_only=True)
+class CircuitBreakerConfigAuto(CircuitBreakerConfig):
+    """Any model, by the rule that the published numbers follow; the default where `--model` is given alone.
+
+    Layers, dtype and length are derived from the model (`cbtrain.model.auto`). Distances of the retain term are
+    relative, since hidden states of other models are longer than the published one's by up to two orders.
+    """
+
+    retain_norm: Literal["absolute", "relative"] = "relative"
+    eval_every: int = 30
 
 
 @dataclass(kw_only=True)
@@ -77,13 +86,16 @@ class CircuitBreakerConfigMistral(CircuitBreakerConfigLlama3):
 
 
 @dataclass(kw_only=True)
-class CircuitBreakerConfigQwen3(CircuitBreakerConfigLlama3):
-    """Qwen3-8B, 36 blocks, with Llama-3's numbers: nothing is published for it.
+class CircuitBreakerConfigQwen3(CircuitBreakerConfigAuto):
+    """Qwen3-8B, 36 blocks, by the rule of `auto`, since nothing is published for it: the published shares of the depth.
 
-    The layers are taken as they are; at the same share of the depth they were 11 and 22, below LoRA blocks 0–23.
+    Untested at this size: give a recipe that `python -m cbtrain.calibrate` has found.
     """
 
     model: str = "Qwen/Qwen3-8B"
+    target_layers: tuple[int, ...] = (11, 22)
+    lora_layers: tuple[int, ...] | None = tuple(range(22))
+    gradient_checkpointing: bool = True
 
 
 @dataclass(kw_only=True)
@@ -112,6 +124,7 @@ class CircuitBreakerConfigLlama4Scout(CircuitBreakerConfig):
 
 PRESETS: dict[str, type[CircuitBreakerConfig]] = {
     "tiny": CircuitBreakerConfigTiny,
+    "auto": CircuitBreakerConfigAuto,
     "llama-3-8b-instruct": CircuitBreakerConfigLlama3,
     "llama-3.1-8b-instruct": CircuitBreakerConfigLlama31,
     "mistral-7b-instruct": CircuitBreakerConfigMistral,
@@ -122,6 +135,8 @@ PRESETS: dict[str, type[CircuitBreakerConfig]] = {
 
 def get_config(name: str, **overrides: object) -> CircuitBreakerConfig:
     """The preset `name` with fields replaced; underscores in the name are read as hyphens.
+
+    `auto` has here what it has for every model; `cbtrain.model.auto.derived` adds what a model's structure tells.
 
     Raises:
         InputError: no such preset or field, with the nearest one.

@@ -57,8 +57,17 @@ class CircuitBreakerConfig:
     """`ramp` multiplies beta_kl by cr / alpha."""
     target_layers: tuple[int, ...] = (10, 20)
     """Indices into Hugging Face `hidden_states` (k is the output of block k − 1) that are rerouted."""
-    retain_layers: Literal["target", "all"] = "target"
-    """Layers of the retain loss: the target layers, or every entry of `hidden_states`."""
+    retain_layers: Literal["target", "through_target", "all"] = "target"
+    """Layers of the retain loss: the target layers, every hidden state up to the highest of them, or every one."""
+    retain_norm: Literal["absolute", "relative"] = "absolute"
+    """Unit of the retain loss: that of the hidden state, as published, or the teacher's mean norm of each layer divided
+    by retain_scale, which weighs the term alike in every model."""
+    retain_scale: Annotated[float, Gt(0)] = 10.0
+    """With retain_norm relative: the loss at a distance of a whole norm. 10 is about the norm in the models that the
+    method was published for."""
+    retain_norms: tuple[float, ...] | None = None
+    """With retain_norm relative: the teacher's mean norm of each retained layer; None measures them on scored benign
+    training tokens, in a sweep once for all trials."""
     hidden_states: Literal["early_exit", "output_hidden_states"] = "early_exit"
     """Whether passes end at the highest layer that a loss reads, or run the whole model. Without dropout, same losses;
     with it, other draws."""
@@ -137,6 +146,11 @@ class CircuitBreakerConfig:
         )
         require(len(self.lora_targets) > 0, "lora_targets", "name at least one module")
         require(self.lora_layers is None or len(self.lora_layers) > 0, "lora_layers", "name at least one block")
+        require(
+            self.retain_norms is None or min(self.retain_norms, default=0) > 0,
+            "retain_norms",
+            "must be a number above 0 for each retained layer; leave it out to have them measured",
+        )
         require(bool(self.model), "model", "name a model directory or Hugging Face id")
         require(not self.cpu_offload or self.zero_stage > 0, "cpu_offload", "needs --zero-stage 1, 2 or 3")
         if self.micro_batch_size is not None:

@@ -6,6 +6,7 @@ Every metric is a mean over all scored positions of the held-out rows, summed in
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from cbtrain.data.batches import TeacherStates, TokenBatch, held_out_batches
 from cbtrain.data.dataset import CircuitBreakerData
 from cbtrain.data.tokenization import TokenRow
 from cbtrain.losses.head_products import rows_per_chunk, teacher_logits_and_difference
-from cbtrain.losses.losses import nll, token_cosine, token_kl, token_l2
+from cbtrain.losses.losses import nll, token_cosine, token_kl, token_l2, token_norm
 from cbtrain.model.checks import retained_layers
 from cbtrain.model.lora import student_mode
 from cbtrain.model.partial_forward import Decoder
@@ -73,10 +74,12 @@ def evaluate(
     """Metrics on held-out rows, by name.
 
     `eval_loss_reroute`, and per target layer `eval_cosine_layer_K` (mean cosine) and `eval_cosine_positive_layer_K`
-    (share of tokens with a cosine above 0); `eval_loss_retain` (units of the hidden state); `eval_benign_kl`
-    (KL(teacher ‖ student) at T = 1, nats per scored prediction); `eval_benign_top1_agreement` (share of
-    predictions whose most likely token is the teacher's); `eval_benign_nll`, `eval_harmful_nll` and the teacher's
-    own `base_benign_nll`, `base_harmful_nll` (nats per scored prediction).
+    (share of tokens with a cosine above 0); `eval_loss_retain` (units of the hidden state) and
+    `eval_loss_retain_relative` (each layer's distance as a share of the teacher's mean norm there, comparable between
+    models); `base_norm_layer_K` (that norm, of each target layer); `eval_benign_kl` (KL(teacher ‖ student) at T = 1,
+    nats per scored prediction); `eval_benign_top1_agreement` (share of predictions whose most likely token is the
+    teacher's); `eval_benign_nll`, `eval_harmful_nll` and the teacher's own `base_benign_nll`, `base_harmful_nll` (nats
+    per scored prediction).
     """
     decoder.model.eval()
     means = Means()
@@ -89,11 +92,11 @@ def evaluate(
             means.add("base_harmful_nll", nll(logits, following), weight)
     for batch, weight in _share(batches.benign):
         student, teacher = decoder.states(with_teacher_states(batch, retained, True, cache), retained, final=True)
-        means.add("eval_loss_retain", token_l2(student.hidden, teacher.hidden), weight)
+        _add_distances(student, teacher, retained, means, weight)
         for logits, difference, following in _predictions(decoder, batch, student, teacher):
             _add_drift(logits, difference, following, means, weight)
     student_mode(decoder.model)
-    return means.read()
+    return _relative(means.read(), targets, retained)
 
 
 class RowNLL(NamedTuple):
@@ -143,6 +146,25 @@ def _add_cosines(
     for layer, values in zip(layers, cosine.unbind(1), strict=True):
         means.add(f"eval_cosine_layer_{layer}", values, weight)
         means.add(f"eval_cosine_positive_layer_{layer}", values > 0, weight)
+
+
+def _add_distances(
+    student: TeacherStates, teacher: TeacherStates, layers: Sequence[int], means: Means, weight: int
+) -> None:
+    distance, norm = token_l2(student.hidden, teacher.hidden), token_norm(teacher.hidden)
+    means.add("eval_loss_retain", distance, weight)
+    for index, layer in enumerate(layers):
+        means.add(f"distance_{layer}", distance[:, index], weight)
+        means.add(f"norm_{layer}", norm[:, index], weight)
+
+
+def _relative(metrics: dict[str, float], targets: Sequence[int], retained: Sequence[int]) -> dict[str, float]:
+    """The metrics with each layer's mean distance and norm made into the relative retain loss."""
+    apart = [(metrics.pop(f"distance_{layer}"), metrics.pop(f"norm_{layer}")) for layer in retained]
+    norms = {
+        f"base_norm_layer_{layer}": norm for layer, (_, norm) in zip(retained, apart, strict=True) if layer in targets
+    }
+    return metrics | {"eval_loss_retain_relative": fmean(distance / norm for distance, norm in apart)} | norms
 
 
 def _predictions(

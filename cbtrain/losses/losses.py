@@ -9,6 +9,8 @@ Source: Zou et al. 2024, "Improving Alignment and Robustness with Circuit Breake
 and retain; Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", for the T² of the KL term.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,12 @@ def token_l2(student: Tensor, teacher: Tensor) -> Tensor:
     """‖h_student − h_teacher‖₂ of hidden states [..., H] at each position: [...], in units of the hidden state."""
     distance: Tensor = torch.linalg.vector_norm(upcast(student) - upcast(teacher), dim=-1)
     return distance
+
+
+def token_norm(hidden: Tensor) -> Tensor:
+    """‖h‖₂ of hidden states [..., H] at each position: [...], in float32 or better."""
+    norm: Tensor = torch.linalg.vector_norm(upcast(hidden), dim=-1)
+    return norm
 
 
 def token_kl(teacher_log_p: Tensor, student_log_q: Tensor) -> Tensor:
@@ -53,6 +61,25 @@ def retain_loss(student: Tensor, teacher: Tensor, denominator: int | None = None
         denominator: tokens that the mean is over; None is N.
     """
     return _mean(token_l2(student, teacher.detach()), denominator)
+
+
+def relative_retain_loss(
+    student: Tensor, teacher: Tensor, norms: Sequence[float], scale: float, denominator: int | None = None
+) -> Tensor:
+    """Mean over layers and scored tokens of scale · ‖h_student − h_teacher‖₂ / norm of the layer; no unit.
+
+    The reroute term is a cosine, whose gradient is sin θ / ‖h‖; that of a plain distance is 1 whatever ‖h‖ is. So with
+    long hidden states a plain distance outweighs the cosine by ‖h‖. Divided by the layer's own norm both go as 1 / ‖h‖,
+    and `scale` is the norm at which the two forms are the same.
+
+    Args:
+        student, teacher: hidden states of K retained layers at N scored benign tokens, [N, K, H].
+        norms: the teacher's mean norm of each of the K layers.
+        scale: the loss at a distance of a whole norm.
+        denominator: tokens that the mean is over; None is N.
+    """
+    distance = token_l2(student, teacher.detach())
+    return _mean(distance * (scale / distance.new_tensor(norms)), denominator)
 
 
 def _mean(values: Tensor, denominator: int | None) -> Tensor:

@@ -72,11 +72,17 @@ def check_layers(config: CircuitBreakerConfig, layers: int) -> None:
         if min(adapted) >= target:
             covered = f"LoRA covers blocks {min(adapted)}–{max(adapted)}"
             raise InputError(f"--target-layers {target}: no LoRA layer below it ({covered}), so it cannot move")
+    retained = len(retained_layers(config, layers))
+    if config.retain_norms is not None and len(config.retain_norms) != retained:
+        mend = f"{retained} layers are retained; leave it out to have their norms measured"
+        raise InputError(f"--retain-norms: {len(config.retain_norms)} numbers, and {mend}")
 
 
 def retained_layers(config: CircuitBreakerConfig, blocks: int) -> list[int]:
     """Hidden states that the retain loss compares, of a model with so many decoder blocks."""
-    return list(config.target_layers) if config.retain_layers == "target" else list(range(blocks + 1))
+    if config.retain_layers == "target":
+        return list(config.target_layers)
+    return list(range((blocks if config.retain_layers == "all" else max(config.target_layers)) + 1))
 
 
 DATA_FIELDS = ("model", "tokenizer", "harmful", "benign", "mask_policy", "max_length", "eval_fraction")

@@ -36,6 +36,8 @@ class Progress(NamedTuple):
     """Updates done."""
     seconds: Mapping[str, float]
     """What they had taken, by kind of work."""
+    retain_norms: tuple[float, ...] | None = None
+    """What the retain loss measured distances by."""
 
 
 NOTHING = Progress(0, {})
@@ -54,13 +56,15 @@ class Manifest:
     data: dict[str, str] = dataclasses.field(default_factory=dict)
     """Checksums of the data files."""
     workers: int | None = None
+    retain_norms: tuple[float, ...] | None = None
     files: dict[str, str]
     """Checksums of the checkpoint's files."""
 
 
 def fingerprint(config: CircuitBreakerConfig) -> str:
-    """Changes with every field that changes what is trained."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()[:16]
+    """Changes with every field that changes what is trained, but for norms, which follow from the others."""
+    fields = dataclasses.asdict(config) | {"retain_norms": None}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def data_checksums(config: CircuitBreakerConfig) -> dict[str, str]:
@@ -88,6 +92,7 @@ def save(engine, directory: Path, step: int, config: CircuitBreakerConfig, secon
             config=fingerprint(config),
             data=data_checksums(config),
             workers=distributed.world_size(),
+            retain_norms=config.retain_norms,
             files={p.name: checksum(p) for p in sorted((directory / tag).iterdir())},
         )
         write_whole(directory / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=1))
@@ -157,7 +162,7 @@ def _checked(directory: Path, config: CircuitBreakerConfig, workers: int) -> tup
             unchanged = False
         if not unchanged:
             raise CheckpointError(f"{file}: missing or changed since it was written; remove {directory} to start anew")
-    return manifest.tag, Progress(manifest.step, manifest.seconds)
+    return manifest.tag, Progress(manifest.step, manifest.seconds, manifest.retain_norms)
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -8,7 +8,9 @@ writes into a run's directory: `config.json`, `metrics.jsonl`, `checkpoint/` whe
 import contextlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -22,6 +24,7 @@ from cbtrain.model.checks import prepare
 from cbtrain.model.partial_forward import Decoder
 from cbtrain.teacher_cache.build import open_or_build
 from cbtrain.teacher_cache.plan import CacheUnavailableError
+from cbtrain.teacher_cache.retain_norms import with_retain_norms
 from cbtrain.teacher_cache.store import TeacherCache
 from cbtrain.training import checkpoint
 from cbtrain.training.dataloader import StepInput, StepLoader
@@ -73,6 +76,9 @@ def train(
         cache = _cache(config, data, pad, decoder, teacher_cache)
         torch.manual_seed(config.seed + 1_000_003 * distributed.rank())
         before = checkpoint.load(engine, output_dir / "checkpoint", config) if resume else checkpoint.NOTHING
+        measured = before.retain_norms or config.retain_norms
+        config = with_retain_norms(replace(config, retain_norms=measured), data, pad, decoder, cache)
+        engine.module.config = config
         first, clock = before.step, Clock(before.seconds)
         log, updates = MetricsLog(output_dir, config, first), Updates(config, clock)
         batches, loader = held_out(data, config, pad), StepLoader(data, config, pad, decoder.layers, cache)
@@ -101,16 +107,25 @@ def train(
     return metrics | ({"resumed_from": first, "earlier_s": sum(before.seconds.values())} if resume else {})
 
 
-def fill_teacher_cache(
-    config: CircuitBreakerConfig, directory: Path, progress: Callable[[int], None] | None = None
-) -> tuple[int, float]:
-    """Fill a cache for runs of this configuration beforehand; every rank calls it.
+class TeacherPass(NamedTuple):
+    """What runs of a configuration know of their teacher beforehand."""
+
+    rows_computed: int = 0
+    """Rows that the cache did not hold yet."""
+    teacher_s: float = 0.0
+    """Seconds that they took."""
+    retain_norms: tuple[float, ...] | None = None
+    """As in the configuration."""
+
+
+def run_teacher(
+    config: CircuitBreakerConfig, directory: Path | None, progress: Callable[[int], None] | None = None
+) -> TeacherPass:
+    """Fill a cache for runs of this configuration beforehand and measure what they need; every rank calls it.
 
     Args:
+        directory: of the cache; None fills none.
         progress: called with the number of rows that were just done.
-
-    Returns:
-        Rows that were not there yet, and the seconds that the teacher took for them.
 
     Raises:
         InputError: as `train`.
@@ -123,8 +138,9 @@ def fill_teacher_cache(
             decoder = partitioned.enter_context(deepspeed_engine(model, config)).module.decoder
         else:
             decoder = Decoder(model, config.hidden_states)
-        cache = open_or_build(config, data, pad, decoder, directory, progress)
-    return cache.rows_computed, cache.teacher_s
+        cache = open_or_build(config, data, pad, decoder, directory, progress) if directory else None
+        norms = with_retain_norms(config, data, pad, decoder, cache).retain_norms
+    return TeacherPass(cache.rows_computed, cache.teacher_s, norms) if cache else TeacherPass(retain_norms=norms)
 
 
 def _cache(

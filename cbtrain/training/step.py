@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.data.batches import PairedBatch, ScoredCounts, TeacherStates
 from cbtrain.losses.fused_kl import fused_linear_kl
-from cbtrain.losses.losses import reroute_loss, retain_loss
+from cbtrain.losses.losses import relative_retain_loss, reroute_loss, retain_loss
 from cbtrain.losses.schedule import Coefficients
 from cbtrain.model.checks import retained_layers
 from cbtrain.model.partial_forward import Decoder
@@ -58,11 +58,17 @@ class CircuitBreakerStep(nn.Module):
             student, teacher = self.decoder.states(
                 rows, self.retained, final=True, final_gradient=weights.kl_weight > 0
             )
-            retain.append(retain_loss(student.hidden, teacher.hidden, counts.benign_tokens))
+            retain.append(self._retain(student.hidden, teacher.hidden, counts.benign_tokens))
             kl.append(self._kl(student, teacher, counts.benign_predictions))
         losses = [torch.stack(shares).sum() for shares in (reroute, retain, kl)]
         loss = weights.cs * losses[0] + weights.cr * losses[1] + weights.kl_weight * losses[2]
         return StepOutput(loss=loss, parts=torch.stack([loss, *losses]).detach())
+
+    def _retain(self, student: Tensor, teacher: Tensor, denominator: int) -> Tensor:
+        if self.config.retain_norm == "absolute":
+            return retain_loss(student, teacher, denominator)
+        assert self.config.retain_norms is not None, "measured before the first step"
+        return relative_retain_loss(student, teacher, self.config.retain_norms, self.config.retain_scale, denominator)
 
     def _kl(self, student: TeacherStates, teacher: TeacherStates, denominator: int) -> Tensor:
         """T² · KL(T) of scaled logits is scale² · (T / scale)² · KL(T / scale) of the head's own."""

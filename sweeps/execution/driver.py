@@ -22,7 +22,7 @@ from analysis.decision import Decision
 from cbtrain.teacher_cache.plan import LIVE, CachePlan, CacheUnavailableError
 from sweeps.execution.behaviour import behaviour_sentences, file_of, measure_all, subjects
 from sweeps.execution.searcher import PlanSearcher
-from sweeps.execution.teacher_cache import fill_cache
+from sweeps.execution.teacher_cache import norms_are_missing, run_teacher
 from sweeps.execution.trial import TrialContext, run_trial
 from sweeps.plan.budget import PlanSettings
 from sweeps.plan.early_stopping import StopRule, rule_for
@@ -63,7 +63,7 @@ class SweepDriver:
         spared = None
         try:
             if not self._plan.done:
-                context, spared = self._with_cache(context, cache)
+                context, spared = self._with_teacher(context, cache)
                 self._tune(context)
             self._measure_behaviour(context)
         except BaseException as stop:
@@ -135,19 +135,34 @@ class SweepDriver:
         self.on_ended(ended - self._cleared)
         self._cleared = ended
 
-    def _with_cache(self, context: TrialContext, plan: CachePlan) -> tuple[TrialContext, CacheReport | None]:
-        """The trials' context with a filled cache; without one, and a line why, where it cannot be filled."""
+    def _with_teacher(self, context: TrialContext, plan: CachePlan) -> tuple[TrialContext, CacheReport | None]:
+        """The trials' context with a filled cache, and norms if they are needed.
+
+        Without a cache, and a line why, where it cannot be filled.
+        """
         if plan.directory is None:
+            if norms_are_missing(context.config):
+                context = self._with_norms(context, run_teacher(plan, context)[1])
             return context, None
         earlier = self.run.record.get("teacher_cache")
         try:
-            report = fill_cache(plan, context).after(earlier)
+            report, norms = run_teacher(plan, context)
         except CacheUnavailableError as error:
             print("\n".join(wrapped(f"cache     off, {LIVE}: {error}")) + "\n", flush=True)
             self.run.update(teacher_cache=f"off: {error}")
-            return context, None
+            return self._with_teacher(context, CachePlan(None, plan.says))
+        report = report.after(earlier)
         self.run.update(teacher_cache={"directory": plan.directory, **dataclasses.asdict(report)})
-        return dataclasses.replace(context, teacher_cache=plan.directory), report
+        context = dataclasses.replace(self._with_norms(context, norms), teacher_cache=plan.directory)
+        return context, report
+
+    def _with_norms(self, context: TrialContext, norms: tuple[float, ...] | None) -> TrialContext:
+        """The context with norms that are the same for all trials, now and when the sweep is resumed."""
+        if norms is None:
+            return context
+        context = dataclasses.replace(context, config=dataclasses.replace(context.config, retain_norms=norms))
+        self.run.update(config=dataclasses.asdict(context.config))
+        return context
 
     def _tune(self, context: TrialContext) -> None:
         """Run the plan's trials on Ray Tune."""

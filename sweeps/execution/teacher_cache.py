@@ -1,4 +1,4 @@
-"""The teacher cache that all trials of a sweep read, filled before the first of them."""
+"""What all trials of a sweep know of their teacher before the first of them runs: its cache, and its norms."""
 
 import contextlib
 import threading
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cbtrain.config import CircuitBreakerConfig
 from sweeps.reporting.console import CacheReport
 
 if TYPE_CHECKING:
@@ -14,38 +15,46 @@ if TYPE_CHECKING:
     from sweeps.execution.trial import TrialContext
 
 
-def fill_cache(plan: "CachePlan", context: "TrialContext") -> CacheReport:
-    """Compute what a planned cache lacks, with a progress bar, on what a trial runs on.
+def norms_are_missing(config: CircuitBreakerConfig) -> bool:
+    """Whether trials would each measure the norms that their retain loss takes distances by."""
+    return config.retain_norm == "relative" and config.retain_norms is None
+
+
+def run_teacher(plan: "CachePlan", context: "TrialContext") -> tuple[CacheReport, tuple[float, ...] | None]:
+    """Compute what a planned cache lacks, with a progress bar, and the norms, on what a trial runs on.
 
     Raises:
-        CacheUnavailableError: it cannot be read or written.
+        CacheUnavailableError: the cache cannot be read or written.
     """
     from sweeps.reporting.console import bar
 
-    assert plan.directory is not None
     started = time.monotonic()
     if context.workers.in_process:
         from cbtrain.model.loading import forget_base
-        from cbtrain.training.loop import fill_teacher_cache
+        from cbtrain.training import loop
 
         try:
             with bar("Running the teacher", plan.rows) as advance:
-                rows, teacher_s = fill_teacher_cache(context.config, plan.directory, advance)
+                found = loop.run_teacher(context.config, plan.directory, advance)
         finally:
             forget_base()  # the trials' processes load their own
     else:
-        from sweeps.execution.trial import fill_cache_on_workers
+        from sweeps.execution.trial import run_teacher_on_workers
 
         with bar("Running the teacher", plan.bytes) as advance, _watching(plan.directory, advance):
-            rows, teacher_s = fill_cache_on_workers(plan.directory, context)
-    return CacheReport(rows, teacher_s, time.monotonic() - started, plan.rows_read_by_a_run)
+            found = run_teacher_on_workers(plan.directory, context)
+    seconds = time.monotonic() - started
+    return CacheReport(found.rows_computed, found.teacher_s, seconds, plan.rows_read_by_a_run), found.retain_norms
 
 
 @contextlib.contextmanager
-def _watching(directory: Path, advance: Callable[[int], None]) -> Iterator[None]:
-    """Tell of bytes that other processes add to a cache."""
+def _watching(directory: Path | None, advance: Callable[[int], None]) -> Iterator[None]:
+    """Tell of bytes that other processes add to a cache, if there is one."""
     from cbtrain.teacher_cache.store import bytes_there
 
+    if directory is None:
+        yield
+        return
     ended = threading.Event()
 
     def watch(before: int) -> None:

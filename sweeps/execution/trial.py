@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray.train
 import ray.tune
@@ -30,6 +31,9 @@ from sweeps.execution.placement import Workers
 from sweeps.plan.early_stopping import StoppedEarly, StopRule, held_out_curve, judge
 from sweeps.plan.journal import TrialSpec, trial_config
 from sweeps.storage.lock import LEFT_RUNNING_S, held
+
+if TYPE_CHECKING:
+    from cbtrain.training.loop import TeacherPass
 
 REPORTED = ("loss_reroute", "loss_retain", "loss_kl", "grad_norm_total", "tokens_per_s", "train_s")
 """Metrics of the loop that a trial's outcome carries beside those named eval_, base_ and resumed_."""
@@ -174,22 +178,25 @@ def _checkpointed(directory: Path) -> dict[str, float]:
     return {"resumed_from": manifest.step, "earlier_s": sum(manifest.seconds.values())}
 
 
-def fill_cache_on_workers(directory: Path, context: TrialContext) -> tuple[int, float]:
-    """Fill the teacher cache on workers like a trial's; rows that were computed, and the teacher's seconds.
+def run_teacher_on_workers(directory: Path | None, context: TrialContext) -> "TeacherPass":
+    """`cbtrain.training.loop.run_teacher` on workers like a trial's.
 
     Raises:
-        CacheUnavailableError: whatever went wrong.
+        CacheUnavailableError: whatever went wrong with a cache.
+        InputError: whatever went wrong without one.
     """
     from cbtrain.teacher_cache.plan import CacheUnavailableError
 
-    trainer = _trainer(functools.partial(_fill_cache, directory, context), context, "teacher_cache")
+    trainer = _trainer(functools.partial(_run_teacher, directory, context), context, "teacher_cache")
     try:
         return trainer.fit().return_value
     except Exception as error:
+        if directory is None:
+            raise InputError(f"--model {context.config.model}: its norms: {root_cause(error)}") from error
         raise CacheUnavailableError(f"{directory}: {root_cause(error)}") from error
 
 
-def _fill_cache(directory: Path, context: TrialContext) -> tuple[int, float]:
+def _run_teacher(directory: Path | None, context: TrialContext) -> "TeacherPass":
     quiet_libraries()
     import torch
 
@@ -197,7 +204,7 @@ def _fill_cache(directory: Path, context: TrialContext) -> tuple[int, float]:
 
     torch.set_num_threads(context.workers.cpus)
     with output_to(context.run_dir, f"teacher_cache-rank{ray.train.get_context().get_world_rank()}"):
-        return loop.fill_teacher_cache(context.config, directory)
+        return loop.run_teacher(context.config, directory)
 
 
 def _columns(metrics: dict[str, float]) -> dict[str, float]:

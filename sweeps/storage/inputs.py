@@ -41,6 +41,7 @@ def read_inputs(
     from cbtrain.data.batches import check_batch
     from cbtrain.data.checks import description
     from cbtrain.model import tiny
+    from cbtrain.model.auto import reasons
     from cbtrain.model.checks import check_fit, prepare
     from cbtrain.model.loading import resolve
     from sweeps.reporting.console import indented
@@ -55,6 +56,8 @@ def read_inputs(
     model = record["config_overrides"].get("model", get_config(preset).model)
     print(f"KL ablation · preset {preset} · model {model} ({check_fit(config)} layers)")
     first, *rest = description(data)
+    if preset == "auto":
+        print("\n".join(line for text in reasons(config) for line in indented(text)))
     print("\n".join([f"data      {first}", *(line for text in rest for line in indented(text))]), flush=True)
     return with_absolute_paths(config), data
 

@@ -71,7 +71,8 @@ def recorded(run: RunDirectory, settings: Fields, argv: Sequence[str]) -> tuple[
         record = from_json(json.dumps(run.record), _Record)
     except InputError as error:
         raise InputError(f"{where}: {error}: not a sweep that can be continued") from None
-    config = _rebuilt(CircuitBreakerConfig, record.config, f"{where}: config")
+    # A field that an older version did not have takes its default, which is what that version did.
+    config = _rebuilt(CircuitBreakerConfig, record.config, f"{where}: config", complete=False)
     # The number of baselines follows from the first budget: a larger one must not ask for more of them.
     fields = record.settings | {"baseline_seeds": record.plan.get("baseline")}
     plan = _rebuilt(PlanSettings, fields, f"{where}: settings")
@@ -87,9 +88,9 @@ def recorded(run: RunDirectory, settings: Fields, argv: Sequence[str]) -> tuple[
     return dataclasses.replace(settings, **kept), plan
 
 
-def _rebuilt(cls: type[Fields], given: Mapping[str, Any], where: str) -> Fields:
+def _rebuilt(cls: type[Fields], given: Mapping[str, Any], where: str, *, complete: bool = True) -> Fields:
     """The dataclass that was written as `given`, which JSON has turned its tuples into lists in."""
-    _require_fields(cls, given, where, complete=True)
+    _require_fields(cls, given, where, complete=complete)
     try:
         return cls(**{name: _with_tuples(value) for name, value in given.items()})
     except ValueError as error:  # an InputError, or a range of more than two numbers

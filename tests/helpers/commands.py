@@ -1,6 +1,7 @@
 """The sweep's command as a process."""
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -11,7 +12,29 @@ from pathlib import Path
 import psutil
 from children import heed_interrupts
 
+from cbtrain.config import CircuitBreakerConfig, flag, get_config
+
 ROOT = Path(__file__).parents[2]
+
+
+def recipe(config: CircuitBreakerConfig) -> list[str]:
+    """Flags that train a small model by these numbers, whatever the preset derives for it."""
+    words, auto = [], get_config("auto")
+    derived = ("dtype", "target_layers", "lora_layers", "max_length", "gradient_checkpointing")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        same = value == getattr(auto, field.name) and field.name not in derived
+        if same or field.name in ("model", "tokenizer", "harmful", "benign", "beta_kl", "kl_temperature"):
+            continue
+        if isinstance(value, bool):
+            words.append(flag(field.name) if value else flag("no_" + field.name))
+        else:
+            words += [flag(field.name), *map(str, value if isinstance(value, tuple) else [value])]
+    return words
+
+
+TINY = recipe(get_config("tiny"))
+"""The embedded model's numbers."""
 QUICK = ("--warmup-steps", "2", "--batch-size", "8", "--eval-every", "0", "--behaviour-prompts", "0")
 
 
@@ -86,10 +109,11 @@ def install(directory: Path) -> Path:
 
 
 def world(directory: Path, cwd: Path) -> list[str]:
-    """Flags for model and data, relative to where the command starts."""
+    """Flags for model and data, relative to where the command starts, and how to train it."""
     directory = Path(os.path.relpath(directory, cwd))
     return [
         *("--model", str(directory)),
         *("--harmful", str(directory / "harmful.jsonl")),
         *("--benign", str(directory / "benign.jsonl")),
+        *TINY,
     ]

@@ -56,7 +56,7 @@ def test_every_metric_has_its_value_written_out(small_config):
     model = add_adapter(load_base(config), config)
     found = evaluate(Decoder(model, config.hidden_states), held_out(data, config, pad), config)
     base = model.get_base_model()
-    values = defaultdict(list)
+    values, distances = defaultdict(list), defaultdict(list)
     for side, rows in (("harmful", data.harmful.held_out), ("benign", data.benign.held_out)):
         for row in rows:
             ids, scored = torch.tensor([row.input_ids]), torch.tensor(row.scored)
@@ -84,7 +84,12 @@ def test_every_metric_has_its_value_written_out(small_config):
                     values[f"eval_cosine_positive_layer_{layer}"] += (cosine > 0).float().tolist()
                 else:
                     values["eval_loss_retain"] += (ours - theirs).pow(2).sum(-1).sqrt().tolist()
+                    values[f"base_norm_layer_{layer}"] += theirs.pow(2).sum(-1).sqrt().tolist()
+                    distances[layer] += (ours - theirs).pow(2).sum(-1).sqrt().tolist()
     model.unload()
+    for layer, distance in distances.items():
+        shares = sum(distance) / sum(values[f"base_norm_layer_{layer}"])
+        values["eval_loss_retain_relative"].append(shares)
     assert found.keys() == values.keys()
     assert min(values["eval_cosine_layer_1"]) < 0 < max(values["eval_cosine_layer_1"]), "no negative cosine to tell by"
     for name, expected in values.items():

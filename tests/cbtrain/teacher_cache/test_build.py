@@ -17,7 +17,7 @@ from cbtrain.model.partial_forward import Decoder
 from cbtrain.teacher_cache import plan
 from cbtrain.teacher_cache.plan import plan_cache
 from cbtrain.training import loop
-from cbtrain.training.loop import fill_teacher_cache, train
+from cbtrain.training.loop import run_teacher, train
 
 EVALUATED = ("eval_loss_reroute", "eval_loss_retain", "eval_benign_kl", "eval_benign_nll", "eval_harmful_nll")
 
@@ -65,11 +65,11 @@ def test_the_first_run_fills_the_cache_and_the_next_run_no_teacher(small_config,
 
 def test_filled_beforehand_it_serves_the_run_and_tells_what_it_took(small_config, tmp_path, teacher_calls):
     done: list[int] = []
-    rows, seconds = fill_teacher_cache(small_config, tmp_path / "cache", done.append)
+    rows, seconds, _ = run_teacher(small_config, tmp_path / "cache", done.append)
     assert rows == sum(done) == sum(teacher_calls) == rows_of(small_config)
     assert seconds > 0
     teacher_calls.clear()
-    assert fill_teacher_cache(small_config, tmp_path / "cache") == (0, 0.0)
+    assert run_teacher(small_config, tmp_path / "cache") == (0, 0.0, None)
     run(small_config, tmp_path / "a", tmp_path / "cache")
     assert teacher_calls == []
 
@@ -167,7 +167,7 @@ def test_a_place_that_cannot_be_written_leaves_the_live_teacher(small_config, tm
 
 def test_zero_3_fills_and_reads_the_cache_as_stage_1_does(small_config, tmp_path, teacher_calls):
     partitioned = replace(small_config, zero_stage=3)
-    assert fill_teacher_cache(partitioned, tmp_path / "cache")[0] == rows_of(small_config)
+    assert run_teacher(partitioned, tmp_path / "cache")[0] == rows_of(small_config)
     teacher_calls.clear()
     expected = run(small_config, tmp_path / "a", tmp_path / "cache")
     found = run(partitioned, tmp_path / "b", tmp_path / "cache")
@@ -220,7 +220,7 @@ def test_weights_replaced_between_runs_of_one_process_are_read_anew(small_config
 
 
 def test_a_full_cache_needs_no_room(small_config, tmp_path, monkeypatch, teacher_calls):
-    fill_teacher_cache(small_config, tmp_path / "cache")
+    run_teacher(small_config, tmp_path / "cache")
     teacher_calls.clear()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))

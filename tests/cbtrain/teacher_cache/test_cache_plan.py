@@ -14,7 +14,7 @@ from cbtrain.teacher_cache.build import open_or_build
 from cbtrain.teacher_cache.plan import CacheUnavailableError, estimate_cache, plan_cache
 from cbtrain.teacher_cache.store import TeacherCache, bytes_there
 from cbtrain.training.engine import adapted_model
-from cbtrain.training.loop import fill_teacher_cache
+from cbtrain.training.loop import run_teacher
 
 
 def test_a_model_without_weight_files_has_no_identity(small_config, tmp_path, monkeypatch):
@@ -22,14 +22,14 @@ def test_a_model_without_weight_files_has_no_identity(small_config, tmp_path, mo
     (tmp_path / "empty" / "config.json").write_text("{}")
     monkeypatch.setattr(build, "_model_directory", lambda _model: tmp_path / "empty")
     with pytest.raises(CacheUnavailableError, match="no weights"):
-        fill_teacher_cache(small_config, tmp_path / "cache")
+        run_teacher(small_config, tmp_path / "cache")
 
 
 def test_the_estimate_is_what_is_then_on_disk(small_config, tmp_path):
     data, _ = prepare(small_config)
     estimate = estimate_cache(small_config, data, 3, tmp_path / "not" / "there" / "yet")
     assert not (tmp_path / "not").exists()
-    fill_teacher_cache(small_config, tmp_path / "cache")
+    run_teacher(small_config, tmp_path / "cache")
     (identity,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     on_disk = TeacherCache(tmp_path / "cache", identity.name)
     assert on_disk.rows == len(estimate.wanted)

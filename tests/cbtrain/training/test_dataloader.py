@@ -10,7 +10,7 @@ from cbtrain.data.batches import step_batches
 from cbtrain.model.checks import prepare
 from cbtrain.teacher_cache.store import TeacherCache
 from cbtrain.training.dataloader import StepLoader
-from cbtrain.training.loop import fill_teacher_cache
+from cbtrain.training.loop import run_teacher
 
 
 def tensors_of(steps) -> list[list[torch.Tensor]]:
@@ -24,7 +24,7 @@ def tensors_of(steps) -> list[list[torch.Tensor]]:
 
 @pytest.fixture
 def cache(small_config, tmp_path):
-    fill_teacher_cache(small_config, tmp_path)
+    run_teacher(small_config, tmp_path)
     (identity,) = (path for path in tmp_path.iterdir() if path.is_dir())
     return TeacherCache(tmp_path, identity.name)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import TINY
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -42,7 +43,18 @@ def warnings_as_they_were():
 @pytest.fixture
 def arguments(small_config, tmp_path) -> list[str]:
     data = ["--model", small_config.model, "--harmful", *small_config.harmful, "--benign", *small_config.benign]
-    return [*data, "--steps", "4", "--warmup-steps", "1", "--eval-every", "2", "--output-dir", str(tmp_path / "out")]
+    return [
+        *data,
+        *TINY,
+        "--steps",
+        "4",
+        "--warmup-steps",
+        "1",
+        "--eval-every",
+        "2",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from children import heed_interrupts
+from commands import TINY
 
 ROOT = Path(__file__).parents[3]
 
@@ -29,12 +30,12 @@ def command(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
 def test_the_command_trains_and_prints_the_line_that_users_know(small_config, tmp_path):
     data = ["--model", small_config.model, "--harmful", *small_config.harmful, "--benign", *small_config.benign]
     done = command(
-        "--config", "tiny", *data, "--steps", "10", "--warmup-steps", "2", "--output-dir", str(tmp_path / "out")
+        "--config", "auto", *data, *TINY, "--steps", "10", "--warmup-steps", "2", "--output-dir", str(tmp_path / "out")
     )
     assert done.returncode == 0, done.stderr
     assert any(line.startswith("Step 10: loss=") and "α=" in line for line in done.stdout.splitlines()), done.stdout
     assert (tmp_path / "out" / "adapter" / "adapter_config.json").exists()
-    again = command("--preset", "tiny", *data, "--output-dir", str(tmp_path / "out"))
+    again = command("--preset", "auto", *data, "--output-dir", str(tmp_path / "out"))
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     assert "already holds a run" in again.stderr
 
@@ -59,7 +60,17 @@ def test_bad_arguments_are_one_line_and_status_2(arguments, message):
 def test_interrupting_the_command_ends_with_status_130(small_config, tmp_path):
     data = ["--model", small_config.model, "--harmful", *small_config.harmful, "--benign", *small_config.benign]
     process = subprocess.Popen(
-        [sys.executable, "-m", "cbtrain.train", *data, "--steps", "100000", "--output-dir", str(tmp_path / "out")],
+        [
+            sys.executable,
+            "-m",
+            "cbtrain.train",
+            *data,
+            *TINY,
+            "--steps",
+            "100000",
+            "--output-dir",
+            str(tmp_path / "out"),
+        ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -30,7 +30,7 @@ def full_disk(tmp_path):
 def test_failed_trials_and_a_full_disk_leave_their_reasons_and_nothing_running(small_world, tmp_path, full_disk):
     arguments = ["--num-samples", "3", "--baseline-seeds", "2", "--steps", "4", "--lr", "1e30", *QUICK]
     arguments += ["--teacher-cache", str(full_disk), "--max-concurrent", "1"]
-    sweep = Sweep(tmp_path, *arguments, *world(small_world, tmp_path), "--run-dir", "run")
+    sweep = Sweep(tmp_path, *world(small_world, tmp_path), *arguments, "--run-dir", "run")
     status, output, errors = sweep.wait()
     assert status == 3, errors
     assert "Traceback" not in output + errors
@@ -68,7 +68,7 @@ def test_an_interrupted_sweep_leaves_no_process_and_a_readable_directory(small_w
 def endless(small_world: Path, tmp_path: Path) -> Sweep:
     """A sweep whose trials do not end, one at a time."""
     arguments = ["--num-samples", "4", "--steps", "100000", "--max-concurrent", "1", "--run-dir", "run"]
-    return Sweep(tmp_path, *arguments, *world(small_world, tmp_path))
+    return Sweep(tmp_path, *world(small_world, tmp_path), *arguments)
 
 
 def wait_for_a_step(tmp_path: Path, trial_id: str) -> None:

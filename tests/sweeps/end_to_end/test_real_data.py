@@ -8,12 +8,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from chat_tokenizers import LLAMA31, bpe_tokenizer
-from commands import ROOT, Sweep
+from commands import ROOT, TINY, Sweep
 from worlds import save_llama
 
 DATA = ROOT.parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="real data, which is no part of the project, is not here")
 TRAINING = (
+    *TINY,
     *("--target-layers", "2", "3", "--lora-init-std", "0.1"),
     *("--steps", "6", "--batch-size", "4", "--lr", "5e-3", "--warmup-steps", "2", "--eval-every", "0"),
 )

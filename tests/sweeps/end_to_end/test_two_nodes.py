@@ -35,7 +35,7 @@ def test_a_trials_workers_on_two_nodes_run_the_loop_that_one_process_runs(small_
     arguments = ["--num-samples", "4", "--steps", "3", "--lora-init-std", "0.3", "--run-dir", "run", *QUICK]
     arguments += ["--zero-stage", "2", "--workers-per-trial", "2", "--checkpoint-every", "0"]
     sweep = subprocess.Popen(
-        [sys.executable, str(ROOT / "sweeps" / "kl_ablation.py"), *arguments, *world(small_world, tmp_path)],
+        [sys.executable, str(ROOT / "sweeps" / "kl_ablation.py"), *world(small_world, tmp_path), *arguments],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": two_nodes},
         stdout=subprocess.PIPE,
