@@ -97,6 +97,7 @@ def test_a_long_answer_leaves_its_question_in_the_tiny_worlds_words(config_of):
     assert all(row.scored[first:])
     counts = data.harmful.counts
     assert (counts.truncated, counts.cut_short, counts.prompts_cut, counts.completions_cut) == (1, 1, 0, 1)
+    assert "truncated rows 1 / 0 · completions cut 1 / 0" in description(data)
 
 
 def test_one_prompt_is_never_in_training_on_one_side_and_held_out_on_the_other(config_of):
