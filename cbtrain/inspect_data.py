@@ -24,7 +24,7 @@ from cbtrain.data.checks import (
     shared_prompts,
     shared_rows,
 )
-from cbtrain.data.dataset import CircuitBreakerData, SideData
+from cbtrain.data.dataset import CircuitBreakerData, SideCounts, SideData
 from cbtrain.data.formats.rows import SIDES, Side
 from cbtrain.data.loading import load_data
 from cbtrain.data.tokenization import TokenRow
@@ -137,12 +137,28 @@ def _side_lines(side: SideData, config: CircuitBreakerConfig) -> Iterator[tuple[
     yield "tokens", f"{counts.tokens:,} · scored {counts.scored_tokens:,} ({share:.1%}, {each:,.0f} a row)"
     lost = f" to {config.max_length:,} tokens; {counts.cut_short:,} lost scored tokens" if counts.truncated else ""
     yield "truncated", rows_of(counts.truncated) + lost
+    yield from _cut_lines(counts)
     why = f": nothing scored, as {counts.first_dropped}" if counts.dropped_unscored else ""
     yield "dropped", rows_of(counts.dropped_unscored) + why
     yield "duplicates", rows_of(counts.duplicates)
     for what, count in counts.rewritten.items():
         yield "rendered", f"{rows_of(count)} otherwise than given: {what}"
     yield "split", f"{len(side.train):,} train / {len(side.held_out):,} held out"
+
+
+def _cut_lines(counts: SideCounts) -> Iterator[tuple[str, str]]:
+    """What truncation took, by kind."""
+    if counts.prompts_cut:
+        most = f"; {counts.prompts_mostly_cut:,} lost most of theirs" if counts.prompts_mostly_cut else ""
+        yield "prompt", f"cut in {rows_of(counts.prompts_cut)} by {_tokens(counts.prompt_tokens_cut)}{most}"
+    if counts.completions_cut:
+        yield "completion", f"cut in {rows_of(counts.completions_cut)} by {_tokens(counts.completion_tokens_cut)}"
+    if counts.tool_result_tokens_cut:
+        yield "results", f"{_tokens(counts.tool_result_tokens_cut)} of this stood in tool results"
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token" if count == 1 else f"{count:,} tokens"
 
 
 def _unended(data: CircuitBreakerData, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:

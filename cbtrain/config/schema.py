@@ -39,7 +39,8 @@ class CircuitBreakerConfig:
     """Which tokens are scored: the last assistant turn, all assistant turns, the tool calls within them, every token,
     or what the `loss_mask` of pre-tokenised rows says."""
     max_length: Annotated[int, Ge(2), "must be 2 or more: one token predicts the next"] = 1024
-    """Tokens a row at most; longer rows are cut on the side that is not scored, and counted."""
+    """Tokens a row at most. A longer row keeps the end of its prompt and the beginning of its completion; the prompt
+    keeps half of the room, or all of itself where that is less, and tool results go before the last user turn."""
     eval_fraction: Annotated[float, Gt(0), Lt(1), "must lie between 0 and 1"] = 0.1
     """Share of the user prompts held out for evaluation, by a hash of the prompt."""
 

@@ -19,7 +19,7 @@ import jinja2
 from cbtrain.config import InputError, MaskPolicy
 from cbtrain.data.formats.rows import Message, Row
 from cbtrain.data.loss_mask import ends_on_nothing, scored_turns
-from cbtrain.data.template_fallbacks import CALLS_AS_TEXT, FORMS
+from cbtrain.data.template_fallbacks import CALLS_AS_TEXT, FORMS, TOOL_RESULT
 from cbtrain.utils.errors import first_line
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinki
 """Variables given to every template: a fixed date, so that a row's tokens do not change overnight, and no thinking,
 so that an empty thought belongs to the prompt and is not scored."""
 
-_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _END_OF_THOUGHT = "</think>"
 EARLIER = "an earlier turn is scored, as the last one is empty"
@@ -49,6 +49,10 @@ class Rendering:
     spans: tuple[Span, ...] | None
     rewritten: tuple[str, ...] = ()
     """What is otherwise than the row has it."""
+    messages: Sequence[Message] = ()
+    """The turns that were rendered."""
+    first_scored: int = 0
+    """Which of them is the first scored one; 0 where no turn is scored as such."""
 
 
 class ChatTemplate:
@@ -88,13 +92,13 @@ class ChatTemplate:
                 messages = messages[: turns[-1] + 1]
             try:
                 if self._shows_everything(messages):
-                    text = self._text(messages)
+                    text = self.text(messages)
                     if turns is None:
                         return Rendering(text, None, form.changes)
                     spans, left_out = self._verified_spans(messages, turns, text, policy)
                     earlier = (EARLIER,) if policy == "completion_only" and ends_on_nothing(row.messages) else ()
-                    return Rendering(text, spans, form.changes + left_out + earlier)
-            except _TEMPLATE_ERRORS as error:
+                    return Rendering(text, spans, form.changes + left_out + earlier, messages, turns[0])
+            except TEMPLATE_ERRORS as error:
                 problem = error
         reason = " ".join(str(problem).split())
         raise InputError(f"{row.source}: the tokenizer's chat template refuses the row ({reason})")
@@ -106,12 +110,13 @@ class ChatTemplate:
             InputError: the template refuses it; names `source`.
         """
         try:
-            return self._text([{"role": "user", "content": text}], add_generation_prompt=True)
-        except _TEMPLATE_ERRORS as error:
+            return self.text([{"role": "user", "content": text}], add_generation_prompt=True)
+        except TEMPLATE_ERRORS as error:
             reason = first_line(error)
             raise InputError(f"{source}: the tokenizer's chat template refuses the prompt ({reason})") from None
 
-    def _text(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def text(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """What the template writes for `messages`, or one of `TEMPLATE_ERRORS`."""
         text = self._tokenizer.apply_chat_template(
             [_shown_to_template(message) for message in messages],
             tokenize=False,
@@ -168,14 +173,14 @@ class ChatTemplate:
 
     def _span(self, messages: Sequence[Message], turn: int, text: str) -> Span:
         """Where `text`, the rendering of all `messages`, holds what the assistant says in `turn`."""
-        prompt = self._text(messages[:turn], add_generation_prompt=True)
-        start = _common_prefix(prompt, text)
+        prompt = self.text(messages[:turn], add_generation_prompt=True)
+        start = common_prefix(prompt, text)
         # A generation prompt may open a thought that the row does not have; the turns before it must agree.
-        if start < len(prompt) and not text.startswith(self._text(messages[:turn]).rstrip()):
+        if start < len(prompt) and not text.startswith(self.text(messages[:turn]).rstrip()):
             raise ValueError("it rewrites earlier turns; try another --mask-policy")
         if turn == len(messages) - 1:
             return start, len(text)
-        spoken = self._text(messages[: turn + 1])[start:]
+        spoken = self.text(messages[: turn + 1])[start:]
         length = _overlap(spoken, text[start:])
         if not text[start : start + length].strip():
             raise ValueError("it rewrites earlier turns; try another --mask-policy")
@@ -198,12 +203,12 @@ class ChatTemplate:
     def _calls(self, messages: Sequence[Message]) -> str:
         """What the template writes for the tool calls of the last of `messages`."""
         *before, turn = messages
-        ending = self._text([*before, {"role": turn["role"], "content": _SAID}]).rpartition(_SAID)[2]
+        ending = self.text([*before, {"role": turn["role"], "content": _SAID}]).rpartition(_SAID)[2]
         if turn["content"].strip():
-            behind = self._text([*before, turn | {"content": _SAID}]).rpartition(_SAID)[2]
+            behind = self.text([*before, turn | {"content": _SAID}]).rpartition(_SAID)[2]
         else:
-            whole = self._text(messages)
-            behind = whole[_common_prefix(self._text(before, add_generation_prompt=True), whole) :]
+            whole = self.text(messages)
+            behind = whole[common_prefix(self.text(before, add_generation_prompt=True), whole) :]
         return behind.removesuffix(ending).strip()
 
     def _shows_everything(self, messages: Sequence[Message]) -> bool:
@@ -212,8 +217,8 @@ class ChatTemplate:
         if shape not in self._shown:
             marked, marks = _marked(shape)
             try:
-                text = self._text(marked)
-            except _TEMPLATE_ERRORS:
+                text = self.text(marked)
+            except TEMPLATE_ERRORS:
                 # Left to the row itself, whose error says more.
                 return True
             self._shown[shape] = all(mark in text for mark in marks)
@@ -238,7 +243,7 @@ def _lost(message: Message, scored: str, policy: MaskPolicy) -> str:
 
 
 def _shown_to_template(message: Message) -> Message:
-    return {key: value for key, value in message.items() if key != CALLS_AS_TEXT}
+    return {key: value for key, value in message.items() if key not in (CALLS_AS_TEXT, TOOL_RESULT)}
 
 
 def _encodable(text: str) -> str:
@@ -256,10 +261,10 @@ def _overlap(spoken: str, text: str) -> int:
         return len(spoken)
     ends = (k for k in range(len(spoken)) if spoken[k] == text[:1] and text.startswith(spoken[k:]))
     longest_end = len(spoken) - next(ends, len(spoken))
-    return max(longest_end, _common_prefix(spoken, text))
+    return max(longest_end, common_prefix(spoken, text))
 
 
-def _common_prefix(a: str, b: str) -> int:
+def common_prefix(a: str, b: str) -> int:
     """How many characters `a` and `b` have in common at their start."""
     if b.startswith(a):
         return len(a)

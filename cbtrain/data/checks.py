@@ -10,7 +10,8 @@ from cbtrain.data.tokenization import TokenRow
 
 FEW_SCORED = 4
 """Scored tokens a row, in the median, below which a mask has probably missed the answer."""
-MANY_TRUNCATED, MANY_CUT_SHORT, MANY_DUPLICATES, MANY_DROPPED, MANY_UNKNOWN = 0.2, 0.05, 0.1, 0.2, 0.01
+MANY_TRUNCATED, MANY_CUT_SHORT, MANY_PROMPTS_CUT = 0.2, 0.05, 0.1
+MANY_DUPLICATES, MANY_DROPPED, MANY_UNKNOWN = 0.1, 0.2, 0.01
 """Shares of a side's rows above which they are worth a word."""
 
 
@@ -18,9 +19,11 @@ def description(data: CircuitBreakerData) -> list[str]:
     """Lines for the screen: the split, the scored tokens, what was cut, left out or dropped, and what is odd."""
     pair = (data.harmful, data.benign)
     split = [f"{len(side.train):,} train / {len(side.held_out):,} held out" for side in pair]
-    numbers = [
-        ("scored tokens", [side.counts.scored_tokens for side in pair]),
+    numbers = [("scored tokens", [side.counts.scored_tokens for side in pair])]
+    cuts = [
         ("truncated rows", [side.counts.truncated for side in pair]),
+        ("prompts cut", [side.counts.prompts_cut for side in pair]),
+        ("completions cut", [side.counts.completions_cut for side in pair]),
     ]
     reasons = dict.fromkeys(reason for side in pair for reason in side.counts.left_out_because)
     losses = [
@@ -28,7 +31,7 @@ def description(data: CircuitBreakerData) -> list[str]:
     ]
     losses.append(("dropped, no scored token", [side.counts.dropped_unscored for side in pair]))
     lines = [f"harmful {split[0]} · benign {split[1]}"]
-    for group in (numbers, losses):
+    for group in (numbers, cuts, losses):
         lines.append(" · ".join(f"{what} {a:,} / {b:,}" for what, (a, b) in group if a or b))
     return [line for line in lines if line] + [f"warning: {text}" for text in data_warnings(data)]
 
@@ -106,14 +109,22 @@ def _shares(data: SideData) -> Iterator[str]:
     if counts.unknown > MANY_UNKNOWN * counts.scored_tokens:
         share = counts.unknown / counts.scored_tokens
         yield f"{share:.0%} of the scored tokens are unknown to the tokenizer; is it the one for this text?"
-    if counts.cut_short > MANY_CUT_SHORT * kept:
-        yield f"{counts.cut_short:,} of {kept:,} rows lost scored tokens; raise {flag('max_length')}"
-    elif counts.truncated > MANY_TRUNCATED * kept:
-        yield f"{counts.truncated:,} of {kept:,} rows are truncated, on the side not scored; raise {flag('max_length')}"
+    yield from _cuts(data, kept)
     if counts.duplicates > MANY_DUPLICATES * kept:
         yield f"{counts.duplicates:,} of {kept:,} rows repeat an earlier one; each counts again in every epoch"
     if (dropped := counts.dropped_unscored) > MANY_DROPPED * counts.rows:
         yield f"{dropped:,} of {counts.rows:,} rows are dropped: nothing scored, as {counts.first_dropped}"
+
+
+def _cuts(data: SideData, kept: int) -> Iterator[str]:
+    counts, mend = data.counts, f"raise {flag('max_length')}"
+    few_prompts, few_scored = MANY_PROMPTS_CUT * kept, MANY_CUT_SHORT * kept
+    if counts.prompts_mostly_cut > few_prompts:
+        yield f"{counts.prompts_mostly_cut:,} of {kept:,} rows lost most of their prompt; {mend}"
+    if counts.cut_short > few_scored:
+        yield f"{counts.cut_short:,} of {kept:,} rows lost scored tokens; {mend}"
+    elif counts.prompts_mostly_cut <= few_prompts and counts.truncated > MANY_TRUNCATED * kept:
+        yield f"{counts.truncated:,} of {kept:,} rows are truncated, where nothing is scored; {mend}"
 
 
 def _all(side: SideData) -> list[TokenRow]:

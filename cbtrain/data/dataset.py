@@ -26,6 +26,16 @@ class SideCounts:
     """The same, scored or not."""
     cut_short: int = 0
     """Truncated rows that lost scored tokens."""
+    prompts_cut: int = 0
+    """Rows that lost tokens before the first scored one."""
+    prompt_tokens_cut: int = 0
+    prompts_mostly_cut: int = 0
+    """Rows that lost more than half of these tokens."""
+    completions_cut: int = 0
+    """Rows that lost tokens from the first scored one to the last."""
+    completion_tokens_cut: int = 0
+    tool_result_tokens_cut: int = 0
+    """Of prompts and completions."""
     first_dropped: str = ""
     """Where the first row without a scored token stands."""
     unknown: int = 0

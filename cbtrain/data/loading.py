@@ -2,15 +2,17 @@
 
 from collections import Counter
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cbtrain.config import CircuitBreakerConfig, InputError, flag
-from cbtrain.data.chat_template import ChatTemplate
+from cbtrain.data.chat_template import ChatTemplate, Rendering
 from cbtrain.data.dataset import CircuitBreakerData, SideCounts, SideData
 from cbtrain.data.formats.pretokenized import TokenisedRow
 from cbtrain.data.formats.rows import Row, Side, SideRows, load_rows
 from cbtrain.data.split import held_out_prompts, normalized_prompt, tokenised_prompt
-from cbtrain.data.tokenization import TokenRow, tokenize, truncate
+from cbtrain.data.tokenization import TokenRow, tokenize, turns_in_tokens
+from cbtrain.data.truncation import Lost, truncate
+from cbtrain.data.turns import Turns, find_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,6 +70,15 @@ def _check_policy(side_rows: SideRows, config: CircuitBreakerConfig, vocabulary:
             )
 
 
+class _Whole(NamedTuple):
+    """A row before it is cut to its length."""
+
+    ids: list[int]
+    scored: list[bool]
+    prompt: str
+    turns: Turns | None
+
+
 class _Tokenised:
     """The rows of one side that have a scored prediction, in the order of the files, and what happened to them."""
 
@@ -75,14 +86,15 @@ class _Tokenised:
         self, side_rows: SideRows, side: Side, config: CircuitBreakerConfig, tokenizer: "PreTrainedTokenizerBase"
     ) -> None:
         self.rows: list[TokenRow] = []
-        self.truncated = self.cut_short = 0
+        self.truncated = 0
+        self.lost: list[Lost] = []
         self.rewritten: Counter[str] = Counter()
         self._config, self._tokenizer = config, tokenizer
         text = [(index, row) for index, row in enumerate(side_rows.rows) if isinstance(row, Row)]
         ready = self._from_text(text) | self._from_tokens(side_rows)
         self.first_dropped = ""
         for index, row in enumerate(side_rows.rows):
-            if index not in ready or not self._add(*ready[index], row.source):
+            if index not in ready or not self._add(ready[index], row.source):
                 self.first_dropped = self.first_dropped or row.source
         if not self.rows:
             raise _nothing_scored(side_rows, side, config)
@@ -97,7 +109,13 @@ class _Tokenised:
             dropped_unscored=len(side_rows.rows) - len(self.rows),
             scored_tokens=sum(row.scored_tokens for row in self.rows),
             tokens=sum(len(row.input_ids) for row in self.rows),
-            cut_short=self.cut_short,
+            cut_short=sum(lost.scored > 0 for lost in self.lost),
+            prompts_cut=sum(lost.prompt > 0 for lost in self.lost),
+            prompt_tokens_cut=sum(lost.prompt for lost in self.lost),
+            prompts_mostly_cut=sum(lost.most_of_prompt for lost in self.lost),
+            completions_cut=sum(lost.completion > 0 for lost in self.lost),
+            completion_tokens_cut=sum(lost.completion for lost in self.lost),
+            tool_result_tokens_cut=sum(lost.tool_results for lost in self.lost),
             first_dropped=self.first_dropped,
             unknown=self._unknown(),
             duplicates=len(self.rows) - len({(row.input_ids, row.scored) for row in self.rows}),
@@ -106,7 +124,7 @@ class _Tokenised:
             shapes={file: dict(shapes) for file, shapes in side_rows.shapes.items()},
         )
 
-    def _from_text(self, rows: list[tuple[int, Row]]) -> dict[int, tuple[list[int], list[bool], str]]:
+    def _from_text(self, rows: list[tuple[int, Row]]) -> dict[int, _Whole]:
         if not rows:
             return {}
         template = ChatTemplate(self._tokenizer)
@@ -115,18 +133,24 @@ class _Tokenised:
         self.rewritten.update(change for *_, rendering in kept for change in rendering.rewritten)
         tokens = tokenize([rendering for *_, rendering in kept], self._tokenizer)
         return {
-            index: (ids, scored, normalized_prompt(row.prompt))
-            for (index, row, _), (ids, scored) in zip(kept, tokens, strict=True)
+            index: _Whole(ids, scored, normalized_prompt(row.prompt), self._turns(rendering, ids, template))
+            for (index, row, rendering), (ids, scored) in zip(kept, tokens, strict=True)
         }
 
-    def _from_tokens(self, side_rows: SideRows) -> dict[int, tuple[list[int], list[bool], str]]:
+    def _turns(self, rendering: Rendering, ids: list[int], template: ChatTemplate) -> Turns | None:
+        """Where the turns stand in a row that is to be cut; others are spared the search."""
+        if len(ids) <= self._config.max_length:
+            return None
+        return turns_in_tokens(find_turns(rendering, template), rendering, ids, self._tokenizer)
+
+    def _from_tokens(self, side_rows: SideRows) -> dict[int, _Whole]:
         ready = {}
         for index, row in enumerate(side_rows.rows):
             if isinstance(row, TokenisedRow):
                 every = [True] * len(row.input_ids)
                 scored = every if self._config.mask_policy == "full_sequence" else list(row.given or ())
                 prompt = tokenised_prompt(row.input_ids, row.given, self._special_ids)
-                ready[index] = (list(row.input_ids), scored, prompt)
+                ready[index] = _Whole(list(row.input_ids), scored, prompt, turns=None)
         return ready
 
     def _unknown(self) -> int:
@@ -145,14 +169,15 @@ class _Tokenised:
     def _special_ids(self) -> set[int]:
         return set(self._tokenizer.all_special_ids)
 
-    def _add(self, all_ids: list[int], all_scored: list[bool], prompt: str, source: str) -> bool:
+    def _add(self, row: _Whole, source: str) -> bool:
         """Keep a row, cut to its length, if there is something to predict in it."""
-        ids, scored = truncate(all_ids, all_scored, self._config.max_length, self._tokenizer.bos_token_id)
+        length, start_of_text = self._config.max_length, self._tokenizer.bos_token_id
+        ids, scored, lost = truncate(row.ids, row.scored, length, start_of_text, row.turns)
         if not any(scored[1:]):
             return False
-        self.truncated += len(ids) < len(all_ids)
-        self.cut_short += sum(scored) < sum(all_scored)
-        self.rows.append(TokenRow(tuple(ids), tuple(scored), prompt, source))
+        self.truncated += len(ids) < len(row.ids)
+        self.lost.append(lost)
+        self.rows.append(TokenRow(tuple(ids), tuple(scored), row.prompt, source))
         return True
 
 

@@ -13,6 +13,8 @@ from cbtrain.data.formats.rows import Message
 
 CALLS_AS_TEXT = "calls_as_text"
 """Key of a message: the texts within its content that were tool calls. No template sees it."""
+TOOL_RESULT = "tool_result"
+"""Key of a user message that says what a tool answered, and no more. No template sees it."""
 
 _Rewrite = Callable[[Sequence[Message]], Sequence[Message]]
 
@@ -53,7 +55,7 @@ def _named(call: Message) -> Message:
 
 def _tools_as_users(messages: Sequence[Message]) -> list[Message]:
     return [
-        {"role": "user", "content": message["content"]} if message["role"] == "tool" else message
+        {"role": "user", "content": message["content"], TOOL_RESULT: True} if message["role"] == "tool" else message
         for message in _calls_as_text(messages)
     ]
 
@@ -68,6 +70,8 @@ def _joined(messages: Sequence[Message]) -> list[Message]:
             calls = [*last.get(CALLS_AS_TEXT, ()), *message.get(CALLS_AS_TEXT, ())]
             turns[-1] = last | {"content": f"{last['content']}\n\n{message['content']}"}
             turns[-1] |= {CALLS_AS_TEXT: calls} if calls else {}
+            if TOOL_RESULT not in message:
+                turns[-1].pop(TOOL_RESULT, None)
         else:
             turns.append(message)
     return turns

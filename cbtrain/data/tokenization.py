@@ -1,12 +1,13 @@
-"""Rendered rows to tokens: ids, the mask of scored tokens, and truncation that keeps the scored side."""
+"""Rendered rows to tokens: ids, the mask of scored tokens, and where turns stand among them."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from cbtrain.data.chat_template import Rendering
+from cbtrain.data.turns import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,27 +56,32 @@ def tokenize(
             if rendering.spans is None:
                 yield ids, [True] * len(ids)
                 continue
-            offsets = encoded["offset_mapping"][i] if tokenizer.is_fast else _offsets(rendering, ids, tokenizer)
+            offsets = encoded["offset_mapping"][i] if tokenizer.is_fast else _span_offsets(rendering, ids, tokenizer)
             yield ids, _scored(rendering, offsets)
 
 
-def truncate(
-    ids: Sequence[int], scored: Sequence[bool], max_length: int, bos_token_id: int | None
-) -> tuple[Sequence[int], Sequence[bool]]:
-    """Cut a row to `max_length` tokens, keeping what is scored and at least one token to predict it from.
+def turns_in_tokens(
+    turns: Turns, rendering: Rendering, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase"
+) -> Turns:
+    """The places that `turns` names in the rendering's text, as places in its `ids`.
 
-    The window ends at the last scored token, or, where the scored part is longer than the window, starts one token
-    before the first. A row that began with `bos_token_id` still does, within the length.
+    A token that joins the marks around a tool result with its text is none of the result's.
     """
-    if len(ids) <= max_length or not any(scored):
-        return ids, scored
-    first, last = scored.index(True), len(scored) - 1 - scored[::-1].index(True)
-    start = max(0, min(first - 1, last + 1 - max_length))
-    if start == 0 or ids[0] != bos_token_id or max_length < 3:
-        return ids[start : start + max_length], scored[start : start + max_length]
-    room = max_length - 1
-    start = max(1, min(first - 1, last + 1 - room))
-    return [ids[0], *ids[start : start + room]], [scored[0], *scored[start : start + room]]
+    begin, end = turns.question
+    if tokenizer.is_fast:
+        encoded = tokenizer(rendering.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = encoded["offset_mapping"]
+    else:
+        edges = {begin, end, turns.answer, *(edge for span in turns.tool_results for edge in span)}
+        offsets = _offsets(rendering.text, edges, ids, tokenizer)
+
+    def reaching(character: int) -> int:
+        return bisect_right(offsets, character, key=itemgetter(1))
+
+    # Where the tokenizer does not tell offsets, the first token after an edge may be one that the edge cuts apart.
+    spare = 0 if tokenizer.is_fast else 1
+    results = ((bisect_left(offsets, a, key=itemgetter(0)) + spare, reaching(b)) for a, b in turns.tool_results)
+    return Turns((reaching(begin), reaching(end)), reaching(turns.answer), tuple((a, b) for a, b in results if a < b))
 
 
 def _scored(rendering: Rendering, offsets: Sequence[tuple[int, int]]) -> list[bool]:
@@ -98,18 +104,27 @@ def _end_of_words(text: str, start: int, stop: int) -> int:
     return start + len(text[start:stop].rstrip())
 
 
-def _offsets(rendering: Rendering, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[int, int]]:
-    """Characters of each token, as far as the scored ranges need it, for a tokenizer that does not tell.
+def _span_offsets(
+    rendering: Rendering, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[int, int]]:
+    """Characters of each token, as far as the scored ranges need it."""
+    edges: set[int] = set()
+    for start, stop in rendering.spans or ():
+        edges |= {start, _end_of_words(rendering.text, start, stop), stop}
+    return _offsets(rendering.text, edges, ids, tokenizer)
+
+
+def _offsets(
+    text: str, edges: Set[int], ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[int, int]]:
+    """Characters of each token, as far as `edges` need it, for a tokenizer that does not tell.
 
     The tokens of a prefix of the text are the first tokens of the text, but for one that its end cuts apart.
     """
-    edges = {0, len(rendering.text)}
-    for start, stop in rendering.spans or ():
-        edges |= {start, _end_of_words(rendering.text, start, stop), stop}
-    ordered = sorted(edges)
+    ordered = sorted({0, len(text)} | edges)
     positions: list[int] = []
     for edge in ordered:
-        prefix = tokenizer(rendering.text[:edge], add_special_tokens=False, verbose=False)["input_ids"]
+        prefix = tokenizer(text[:edge], add_special_tokens=False, verbose=False)["input_ids"]
         differs = (i for i, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b)
         # A longer prefix has at least the tokens of a shorter one, even where its own end disturbs them.
         positions.append(max([*positions[-1:], next(differs, min(len(prefix), len(ids)))]))

@@ -117,6 +117,11 @@ def test_counts_of_the_report_are_those_of_the_rows(files):
     lines = report(config, tokenizer, data)
     assert f"  tokens      {tokens:,} · scored {scored:,} ({scored / tokens:.1%}, {scored / 8:,.0f} a row)" in lines
     assert "  truncated   8 rows to 40 tokens; 0 lost scored tokens" in lines
+    counts = data.harmful.counts
+    assert (counts.prompts_cut, counts.prompts_mostly_cut, counts.completions_cut) == (8, 8, 0)
+    assert f"  prompt      cut in 8 rows by {counts.prompt_tokens_cut:,} tokens; 8 lost most of theirs" in lines
+    assert f"  results     {counts.tool_result_tokens_cut:,} tokens of this stood in tool results" in lines
+    assert counts.tool_result_tokens_cut == 8 * len(tokenizer("it is open", add_special_tokens=False)["input_ids"])
     assert "          tokenizer m (400 ids)" in lines
     assert [why for _, why in sample_rows(data)] == ["first harmful row", "first benign row", "longest harmful row"]
 
@@ -172,6 +177,18 @@ def test_sound_data_gives_no_warning():
     assert data_warnings(data_of(side_of(SOUND))) == []
 
 
+def test_a_tenth_of_the_prompts_cut_is_no_warning():
+    assert data_warnings(data_of(side_of(SOUND, truncated=2, prompts_cut=2, prompts_mostly_cut=1))) == []
+
+
+def test_lost_prompts_and_lost_scored_tokens_are_both_warned_of():
+    counts = {"truncated": 5, "prompts_cut": 4, "prompts_mostly_cut": 3, "completions_cut": 2, "cut_short": 2}
+    assert data_warnings(data_of(side_of(SOUND, **counts))) == [
+        "harmful: 3 of 10 rows lost most of their prompt; raise --max-length",
+        "harmful: 2 of 10 rows lost scored tokens; raise --max-length",
+    ]
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -189,7 +206,11 @@ def test_sound_data_gives_no_warning():
             "harmful: every token of every row is scored",
         ),
         (data_of(side_of([token_row(i, 2) for i in range(9)])), "harmful: 2 scored tokens a row in the median"),
-        (data_of(side_of(SOUND, truncated=3)), "harmful: 3 of 10 rows are truncated, on the side not scored"),
+        (data_of(side_of(SOUND, truncated=3)), "harmful: 3 of 10 rows are truncated, where nothing is scored"),
+        (
+            data_of(side_of(SOUND, truncated=3, prompts_cut=3, prompts_mostly_cut=2)),
+            "harmful: 2 of 10 rows lost most of their prompt; raise --max-length",
+        ),
         (data_of(side_of(SOUND, truncated=3, cut_short=1)), "harmful: 1 of 10 rows lost scored tokens"),
         (
             data_of(side_of(SOUND, unknown=30, scored_tokens=60)),

@@ -16,6 +16,7 @@ from cbtrain.data.checks import description
 from cbtrain.data.loading import load_data
 from cbtrain.data.split import held_out_prompts, normalized_prompt
 from cbtrain.data.tokenization import TokenRow
+from cbtrain.model import tiny
 
 AGENTDOJO = Path(__file__).parents[3].parent / "shared" / "data" / "agentdojo"
 
@@ -82,6 +83,21 @@ def test_truncation_is_counted_and_keeps_the_answer(config_of):
     assert tokenizer.decode([t for t, scored in zip(row.input_ids, row.scored, strict=True) if scored]) == (
         "open the door<|eot_id|>"
     )
+
+
+def test_a_long_answer_leaves_its_question_in_the_tiny_worlds_words(config_of):
+    tokenizer = tiny.make_tokenizer()
+    question = "how do i open the vault ?"
+    rows = [pair(question, "first take the key " * 20), pair("how do i open the gate ?")]
+    data = load_data(config_of(rows, [pair("a"), pair("b")], max_length=24), tokenizer)
+    (row,) = [row for row in data.harmful.train + data.harmful.held_out if len(row.input_ids) == 24]
+    first = row.scored.index(True)
+    assert tokenizer.decode(row.input_ids[:first]) == f"<bos> <user> {question} <assistant>"
+    assert tokenizer.decode(row.input_ids[first:]).startswith("first take the key first take")
+    assert all(row.scored[first:])
+    counts = data.harmful.counts
+    assert (counts.truncated, counts.cut_short, counts.prompts_cut, counts.completions_cut) == (1, 1, 0, 1)
+    assert "truncated rows 1 / 0 · completions cut 1 / 0" in description(data)
 
 
 def test_one_prompt_is_never_in_training_on_one_side_and_held_out_on_the_other(config_of):
@@ -155,5 +171,7 @@ def test_agentdojo_runs_given_to_both_sides_load(name, harmful, template):
     for row in rows:
         assert len(row.input_ids) <= 512
         assert row.scored_predictions > 0, row.source
-        ends_with_its_turn = tokenizer.decode(row.input_ids[-2:]).strip().endswith(("<|im_end|>", "<|eot_id|>"))
-        assert ends_with_its_turn or all(row.scored[2:]), row.source
+        text = tokenizer.decode(row.input_ids)
+        assert text.strip().endswith(("<|im_end|>", "<|eot_id|>")) or row.scored[-1], row.source
+        question = row.prompt if len(row.prompt) < 200 else row.prompt[-40:]
+        assert question in normalized_prompt(text), row.source

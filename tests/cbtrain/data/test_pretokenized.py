@@ -118,9 +118,11 @@ def test_a_row_keeps_its_part_under_another_mask_policy(load):
     assert {row.input_ids for row in given.held_out} == {row.input_ids for row in whole.held_out}
 
 
-def test_a_long_row_keeps_the_side_that_is_scored(load):
+def test_a_long_row_keeps_the_end_of_its_prompt_and_the_beginning_of_its_completion(load):
     rows = rows_of(load([render(0), render(1)], [mask(0), mask(1)], max_length=6))
-    assert [list(row.input_ids) for row in rows] == [[0, *render(i)["input_ids"][-5:]] for i in (0, 1)]
+    first = mask(0)["loss_mask"].index(1)
+    kept = [[0, *render(i)["input_ids"][first - 2 : first + 3]] for i in (0, 1)]
+    assert [list(row.input_ids) for row in rows] == kept
 
 
 def test_what_masks_hold_besides_and_is_not_followed_is_remarked_on(load):

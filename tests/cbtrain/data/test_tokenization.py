@@ -1,4 +1,4 @@
-"""Masks and truncation, read back by decoding."""
+"""Masks, read back by decoding."""
 
 import pytest
 from chat_tokenizers import (
@@ -13,12 +13,10 @@ from chat_tokenizers import (
     TEMPLATES,
     bpe_tokenizer,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cbtrain.data.chat_template import ChatTemplate
 from cbtrain.data.formats.rows import Row
-from cbtrain.data.tokenization import tokenize, truncate
+from cbtrain.data.tokenization import tokenize
 
 CHAT = (
     {"role": "user", "content": "What is the capital?"},
@@ -188,50 +186,3 @@ def test_a_token_that_joins_prompt_and_answer_is_scored():
     assert tokenizer.decode(ids[:first]) == "user: open it\nassistant:"
     assert tokenizer.decode(ids[first:]) == " the door\n"
     assert scored[first:] == [True] * (len(ids) - first - 1) + [False]
-
-
-def marked(length: int, first: int, last: int) -> tuple[list[int], list[bool]]:
-    return list(range(100, 100 + length)), [first <= i <= last for i in range(length)]
-
-
-def test_a_long_prompt_is_cut_at_its_start_and_keeps_the_start_of_text():
-    ids, scored = marked(20, 15, 18)
-    assert truncate(ids, scored, 8, None)[0] == list(range(111, 119))
-    cut, kept = truncate(ids, scored, 8, bos_token_id=100)
-    assert cut == [100, *range(112, 119)]
-    assert kept == [False] * 4 + [True] * 4
-
-
-def test_a_long_answer_is_cut_at_its_end_and_keeps_a_token_to_be_predicted_from():
-    ids, scored = marked(20, 5, 19)
-    assert truncate(ids, scored, 8, None) == (list(range(104, 112)), [False] + [True] * 7)
-    assert truncate(ids, scored, 8, 100) == ([100, *range(104, 111)], [False, False] + [True] * 6)
-
-
-def test_a_row_that_fits_is_left_alone():
-    ids, scored = marked(8, 2, 3)
-    assert truncate(ids, scored, 8, 100) == (ids, scored)
-
-
-@given(
-    length=st.integers(2, 40),
-    first=st.integers(0, 39),
-    run=st.integers(1, 40),
-    max_length=st.integers(2, 40),
-    bos=st.booleans(),
-)
-def test_truncation_keeps_as_much_of_the_scored_side_as_fits(length, first, run, max_length, bos):
-    first = min(first, length - 1)
-    last = min(first + run - 1, length - 1)
-    ids, scored = marked(length, first, last)
-    cut, kept = truncate(ids, scored, max_length, 100 if bos else None)
-    numbers = f"{length=} {first=} {last=} {max_length=} {bos=} {cut=}"
-    assert len(cut) == len(kept) == min(length, max_length), numbers
-    assert all(scored[token - 100] == mask for token, mask in zip(cut, kept, strict=True)), numbers
-    assert sorted(set(cut)) == list(cut), numbers
-    # One token to predict from, and the start of text where that is another token.
-    context = (1 if first else 0) + (1 if bos and first > 1 else 0)
-    assert sum(kept) >= min(last - first + 1, max_length - context), numbers
-    assert any(kept[1:]) or first == last == 0, numbers
-    if bos and max_length > 2:
-        assert cut[0] == 100, numbers
