@@ -24,6 +24,7 @@ if not __package__:
     sys.path[0] = str(ROOT)  # started as a script, which puts sweeps/ there
 
 from cbtrain.config import CircuitBreakerConfig, InputError, cli
+from cbtrain.config.saved import RECIPE, with_calibration
 from cbtrain.model.auto import derived
 from cbtrain.utils.errors import first_line
 from sweeps.settings import SweepSettings, check_counts, overrides_of_preset
@@ -74,12 +75,20 @@ def _new(settings: SweepSettings, argv: Sequence[str]) -> Job:
     from sweeps.storage.run_directory import RunDirectory
     from sweeps.storage.shared_path import run_path
 
-    overrides = overrides_of_preset(settings)
     shared = {name.name for name in dataclasses.fields(PlanSettings)} & vars(settings).keys()
     plan = PlanSettings(**{name: getattr(settings, name) for name in shared}, seed=settings.config.seed)
     plan = dataclasses.replace(plan, baseline_seeds=allocate(plan).baseline)
+    given = given_flags(argv)
     settings.config.validate()
-    if "checkpoint_every" not in given_flags(argv):
+    if settings.calibration is not None:
+        if settings.calibrate:
+            raise InputError("--calibrate: --calibration brings a recipe; leave one of them out")
+        settings.config = with_calibration(settings.config, settings.calibration, given)
+    elif settings.preset == "auto" and "calibrate" not in given:
+        settings.calibrate = True
+    overrides = overrides_of_preset(settings)
+    overrides |= {name: getattr(settings.config, name) for name in RECIPE if name in given}
+    if "checkpoint_every" not in given:
         settings.config.checkpoint_every = -(-settings.config.steps // CHECKPOINTS)
     if settings.run_dir == Path():
         raise InputError("--run-dir: name a directory")
@@ -117,10 +126,12 @@ def _run(job: Job) -> int:
     config, data = read_inputs(job.settings.config, job.settings.preset, job.settings.workers_per_trial, job.run.record)
 
     from cbtrain.teacher_cache.plan import plan_cache
-    from sweeps.reporting.console import plan_lines, wrapped
+    from sweeps.reporting.console import calibration_line, plan_lines, wrapped
 
     cache = plan_cache(job.settings.teacher_cache, job.run.path / "teacher_cache", config, data, budget.total)
     lines = plan_lines(job.plan, budget, cache.says, job.run.shown, job.settings.early_stop)
+    if job.settings.calibrate and not job.run.record.get("calibration"):
+        lines += wrapped(calibration_line(budget.total, config.steps))
     if job.found is not None:
         lines += _what_is_resumed(job, job.found, config, budget.total)
     if job.settings.dry_run:
@@ -231,6 +242,8 @@ def _driver(job: Job, concurrency: int, tell: Callable[[Iterable[str]], None]) -
         early_stop=settings.early_stop,
         on_ended=tell,
         behaviour_prompts=0 if partitioned else settings.behaviour_prompts,
+        calibrate=settings.calibrate,
+        fixed=tuple(name for name in RECIPE if name in job.run.record["config_overrides"]),
     )
 
 

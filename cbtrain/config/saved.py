@@ -1,13 +1,14 @@
 """Configurations that earlier runs wrote down: a training run's `config.json`, and what a sweep's decision chose."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cbtrain.config.presets import get_config
 from cbtrain.config.schema import CircuitBreakerConfig
 from cbtrain.config.validation import check_fields, from_json
+from cbtrain.config.validation import flag as name_as_flag
 from cbtrain.utils.errors import InputError, reason
 
 Shape = TypeVar("Shape")
@@ -56,6 +57,49 @@ def config_of_decision(file: Path) -> CircuitBreakerConfig:
     own = {name: getattr(preset, name) for name in _PATHS if name not in (sweep.config_overrides or {})}
     chosen = {"beta_kl": decision.beta_kl, "kl_temperature": decision.kl_temperature}
     return _with_fields(preset, sweep.config | own | chosen, source)
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What is read of calibration.json."""
+
+    converged: bool
+    reason: str
+    settings: dict[str, float]
+    config: dict[str, Any]
+
+
+RECIPE = ("lr", "retain_scale", "steps")
+"""What a calibration finds."""
+_RUNS_ALIKE = (
+    *("batch_size", "target_layers", "lora_layers", "lora_rank", "lora_alpha", "max_length", "mask_policy", "alpha"),
+    *("retain_norm", "retain_layers", "lr_schedule", "warmup_steps", "dtype"),
+)
+"""Fields without which a recipe says nothing of another run."""
+
+
+def with_calibration(config: CircuitBreakerConfig, file: Path, given: Collection[str] = ()) -> CircuitBreakerConfig:
+    """The configuration with the recipe of a `calibration.json`.
+
+    Args:
+        given: fields that keep their value.
+
+    Raises:
+        InputError: the file is missing or no calibration, it found nothing, or its runs differ from these.
+    """
+    found = _read(file, "--calibration", _Calibration, "name the calibration.json that cbtrain.calibrate wrote")
+    if not found.converged:
+        raise InputError(f"--calibration {file}: it found no recipe ({found.reason})")
+    recorded = _with_fields(replace(config), found.config, file)
+    for name in _RUNS_ALIKE:
+        there, here = getattr(recorded, name), getattr(config, name)
+        if there != here:
+            mend = f"give {name_as_flag(name)} as there, or calibrate anew"
+            raise InputError(f"--calibration {file}: made with {name} {there}, not {here}; {mend}")
+    if Path(recorded.model).name != Path(config.model).name:
+        raise InputError(f"--calibration {file}: made for {recorded.model}, not {config.model}; calibrate anew")
+    recipe: dict[str, Any] = {name: getattr(recorded, name) for name in RECIPE if name not in given}
+    return replace(config, **recipe)
 
 
 def config_of_adapter(directory: Path) -> CircuitBreakerConfig | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.data.dataset import CircuitBreakerData
+from cbtrain.evaluation.convergence import convergence_metrics
 from cbtrain.evaluation.held_out import evaluate, held_out
 from cbtrain.losses.schedule import coefficients, learning_rate
 from cbtrain.model.checks import prepare
@@ -60,9 +61,9 @@ def train(
         progress: called on every rank after each update with the number done.
 
     Returns:
-        The last line of metrics, with the held-out ones, and `train_s` and `eval_s` (seconds). A resumed run counts
-        there what its checkpoint had taken; it adds `resumed_from`, the checkpoint's step, and `earlier_s`, the
-        seconds up to it.
+        The last line of metrics, with the held-out ones, whether it `converged`, and `train_s` and `eval_s` (seconds).
+        A resumed run counts there what its checkpoint had taken; it adds `resumed_from`, the checkpoint's step, and
+        `earlier_s`, the seconds up to it.
 
     Raises:
         InputError: configuration, model and data do not fit.
@@ -83,6 +84,7 @@ def train(
         log, updates = MetricsLog(output_dir, config, first), Updates(config, clock)
         batches, loader = held_out(data, config, pad), StepLoader(data, config, pad, decoder.layers, cache)
         metrics: Metrics = {}
+        curve = log.kept
         for done, given in enumerate(loader.steps(first), first + 1):
             updates.add(train_step(engine, given, done))
             progress(done)
@@ -96,6 +98,9 @@ def train(
                 clock.lap("eval")
             if logging:
                 metrics |= {"eval_s": clock.seconds["eval"]}
+                curve.append(metrics)
+                if done == config.steps:
+                    metrics |= convergence_metrics(curve, config.target_layers)
                 log.write(metrics)
                 report(metrics)
             if saving:

@@ -105,14 +105,16 @@ class MetricsLog:
     """`metrics.jsonl`, a line a logged step, written by rank 0; a resumed run drops the lines it will write again."""
 
     def __init__(self, output_dir: Path, config: CircuitBreakerConfig, first_step: int) -> None:
-        self._path = output_dir / "metrics.jsonl" if distributed.rank() == 0 else None
+        path = output_dir / "metrics.jsonl"
+        earlier = read_metrics(path, skip_damaged=True) if first_step else []
+        self.kept = [metrics for metrics in earlier if metrics["step"] <= first_step]
+        """What a resumed run had logged before the step that it goes on from."""
+        self._path = path if distributed.rank() == 0 else None
         if self._path is None:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
         write_whole(output_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-        earlier = read_metrics(self._path, skip_damaged=True) if first_step else []
-        kept = [json.dumps(metrics) + "\n" for metrics in earlier if metrics["step"] <= first_step]
-        write_whole(self._path, "".join(kept))
+        write_whole(self._path, "".join(json.dumps(metrics) + "\n" for metrics in self.kept))
 
     def write(self, metrics: Metrics) -> None:
         """Append a line."""

@@ -20,7 +20,9 @@ from ray import tune
 from analysis.decide import decide
 from analysis.decision import Decision
 from cbtrain.teacher_cache.plan import LIVE, CachePlan, CacheUnavailableError
+from cbtrain.training.calibration import steps_allowed
 from sweeps.execution.behaviour import behaviour_sentences, file_of, measure_all, subjects
+from sweeps.execution.calibration import calibrate_before, summary, told, with_recipe
 from sweeps.execution.searcher import PlanSearcher
 from sweeps.execution.teacher_cache import norms_are_missing, run_teacher
 from sweeps.execution.trial import TrialContext, run_trial
@@ -50,6 +52,11 @@ class SweepDriver:
     behaviour_prompts: int = 0
     """Held-out prompts of each kind on which baseline and chosen setting are measured in the end; 0 measures none."""
 
+    calibrate: bool = False
+    """Whether a recipe is looked for before the first trial."""
+    fixed: tuple[str, ...] = ()
+    """Fields of the recipe that stay as they are."""
+
     def __post_init__(self) -> None:
         self._plan = SweepPlan(self.settings, JournalStorage(JournalFileBackend(str(self.run.journal))))
         self._spent_before = float(self.run.record.get("wall_s") or 0.0)
@@ -64,6 +71,17 @@ class SweepDriver:
         try:
             if not self._plan.done:
                 context, spared = self._with_teacher(context, cache)
+                if self.calibrate and not self.run.record.get("calibration"):
+                    found = calibrate_before(
+                        context, steps_allowed(self._plan.budget.total, context.config.steps), self.fixed
+                    )
+                    print("\n".join([*told(found, self._plan.budget.total, self._at_a_time(context)), ""]), flush=True)
+                    self.run.update(calibration=summary(found))
+                    if not found.converged:
+                        return self._not_calibrated(found.reason)
+                    context = with_recipe(context, found)
+                    overrides = self.run.record["config_overrides"] | found.settings
+                    self.run.update(config=dataclasses.asdict(context.config), config_overrides=overrides)
                 self._tune(context)
             self._measure_behaviour(context)
         except BaseException as stop:
@@ -76,6 +94,20 @@ class SweepDriver:
                 print(f"\nthe trials that ended are in {shown}/trials.csv; --resume {shown} goes on", file=sys.stderr)
             raise
         return self.conclude(spared)
+
+    def _at_a_time(self, context: TrialContext) -> int:
+        """Trials that each have as much to run on as a calibration run; in one process they share its cores."""
+        return 1 if context.workers.in_process else self.concurrency
+
+    def _not_calibrated(self, reason: str) -> int:
+        """Record that the sweep ends before its first trial; the exit status."""
+        self.run.update(status="finished", wall_s=self._wall_s())
+        lines = wrapped(f"No trial was run: {reason}")
+        help_with = "longer runs (--steps), another --lr or --retain-scale, or other rows"
+        print(
+            "\n".join([*lines, *wrapped(f"next      {help_with}; the runs are in {self.run.shown}/calibration.json")])
+        )
+        return EXIT_STATUS["baseline_never_rerouted"]
 
     def conclude(self, spared: CacheReport | None = None) -> int:
         """Record that the sweep is over and print what came of it; the exit status."""

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 import ray.tune
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from cbtrain.training.loop import TeacherPass
 
 REPORTED = ("loss_reroute", "loss_retain", "loss_kl", "grad_norm_total", "tokens_per_s", "train_s")
-"""Metrics of the loop that a trial's outcome carries beside those named eval_, base_ and resumed_."""
+PREFIXES = ("eval_", "base_", "resumed_", "grad_norm_", "collapse_step_", "converged")
+"""Metrics of the loop that a trial's outcome carries: by name, and all that begin so."""
 
 
 @dataclass(frozen=True)
@@ -187,13 +188,26 @@ def run_teacher_on_workers(directory: Path | None, context: TrialContext) -> "Te
     """
     from cbtrain.teacher_cache.plan import CacheUnavailableError
 
-    trainer = _trainer(functools.partial(_run_teacher, directory, context), context, "teacher_cache")
     try:
-        return trainer.fit().return_value
+        return (
+            _trainer(functools.partial(_run_teacher, directory, context), context, "teacher_cache").fit().return_value
+        )
     except Exception as error:
         if directory is None:
             raise InputError(f"--model {context.config.model}: its norms: {root_cause(error)}") from error
         raise CacheUnavailableError(f"{directory}: {root_cause(error)}") from error
+
+
+def on_workers(work: Callable, context: TrialContext, name: str) -> Any:
+    """What `work` returns on rank 0 of workers like a trial's.
+
+    Raises:
+        InputError: whatever went wrong, in a line.
+    """
+    try:
+        return _trainer(work, context, name).fit().return_value
+    except Exception as error:
+        raise InputError(f"{name}: {root_cause(error)}; see logs/ in {context.run_dir}") from error
 
 
 def _run_teacher(directory: Path | None, context: TrialContext) -> "TeacherPass":
@@ -209,7 +223,7 @@ def _run_teacher(directory: Path | None, context: TrialContext) -> "TeacherPass"
 
 def _columns(metrics: dict[str, float]) -> dict[str, float]:
     """The columns of trials.csv among the loop's metrics."""
-    others = {name: value for name, value in metrics.items() if name.startswith(("eval_", "base_", "resumed_"))}
+    others = {name: value for name, value in metrics.items() if name.startswith(PREFIXES)}
     return {"steps": metrics["step"], **{name: metrics[name] for name in REPORTED}, **others}
 
 

@@ -19,6 +19,7 @@ from analysis.formatting import count, number, percent, with_relation
 from analysis.noise import excessive_spread, samples_for, seeds_needed
 from analysis.report.report import explanation
 from analysis.surrogate.surrogate import MAX_MODELLED
+from cbtrain.training.calibration import steps_allowed
 from sweeps.plan.budget import Budget, PlanSettings
 from sweeps.plan.plan import SweepPlan
 
@@ -67,6 +68,15 @@ def plan_lines(
         *wrapped(f"cache     {cache}"),
         f"run       {run_dir}",
     ]
+
+
+def calibration_line(trials: int, steps: int) -> str:
+    """What a calibration may cost, before it begins."""
+    allowed = steps_allowed(trials, steps)
+    return (
+        f"calibrate at most {allowed:,} steps first, beside the trials' {trials * steps:,}: a recipe that reroutes at "
+        "three seeds (--no-calibrate leaves it out)"
+    )
 
 
 def _handed_over(settings: PlanSettings, budget: Budget) -> str:

@@ -27,7 +27,7 @@ ALLOWED = (
     *("behaviour_prompts", "storage_path", "copy_to", "wandb_project", "wandb_mode"),
 )
 """What may be given beside `--resume`: how far the sweep goes, what belongs to the machine, and where results go."""
-KEPT_ELSEWHERE = ("preset", "config", "run_dir", "resume", "dry_run", "storage_path")
+KEPT_ELSEWHERE = ("preset", "config", "run_dir", "resume", "dry_run", "storage_path", "calibration")
 """Fields of the sweep's settings that `flags` of sweep.json does not hold."""
 Fields = TypeVar("Fields", bound=Any)
 

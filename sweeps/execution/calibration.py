@@ -1,0 +1,114 @@
+"""A sweep's calibration: runs before its first trial, on what a trial runs on, that are no trials."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+from analysis.formatting import count
+from sweeps.execution.trial import TrialContext, on_workers, output_to
+from sweeps.reporting.console import wrapped
+
+if TYPE_CHECKING:
+    from cbtrain.training.calibration import Calibration
+
+STARTUP_S = 15.0
+"""Of Ray's processes and their imports, once a sweep."""
+
+
+def calibrate_before(context: TrialContext, max_steps: int, fixed: Collection[str]) -> "Calibration":
+    """Climb the ladder and write `calibration.json` into the run directory.
+
+    Raises:
+        InputError: as `cbtrain.training.ladder.calibrate`, or its workers were lost.
+    """
+    if context.workers.in_process:
+        from cbtrain.model.loading import forget_base
+
+        try:
+            found = _calibrate(context, max_steps, fixed, _say)
+        finally:
+            forget_base()  # the trials' processes load their own
+    else:
+        work = functools.partial(_on_worker, context, max_steps, fixed)
+        found = on_workers(work, context, "calibration")
+        for run in found.runs:
+            _say(run.line())
+    found.write(context.run_dir / "calibration.json")
+    return found
+
+
+def _calibrate(
+    context: TrialContext, max_steps: int, fixed: Collection[str], say: Callable[[str], None]
+) -> "Calibration":
+    from cbtrain.training.ladder import calibrate
+
+    return calibrate(
+        context.config,
+        context.run_dir / "calibration",
+        max_steps=max_steps,
+        fixed=fixed,
+        teacher_cache=context.teacher_cache,
+        say=say,
+    )
+
+
+def _on_worker(context: TrialContext, max_steps: int, fixed: Collection[str]) -> "Calibration":
+    import ray.train
+    import torch
+
+    from cbtrain.utils.environment import quiet_libraries
+
+    quiet_libraries()
+    torch.set_num_threads(context.workers.cpus)
+    with output_to(context.run_dir, f"calibration-rank{ray.train.get_context().get_world_rank()}"):
+        return _calibrate(context, max_steps, fixed, print)
+
+
+def _say(line: str) -> None:
+    print("\n".join(wrapped(f"calibrate {line}")), flush=True)
+
+
+def summary(found: "Calibration") -> dict[str, Any]:
+    """What sweep.json keeps of it."""
+    return {
+        "converged": found.converged,
+        "reason": found.reason,
+        "settings": found.settings,
+        "runs": len(found.runs),
+        "steps_spent": found.steps_spent,
+        "max_steps": found.max_steps,
+        "wall_s": found.wall_s,
+    }
+
+
+def told(found: "Calibration", trials: int, at_a_time: int) -> list[str]:
+    """What came of it, and how long the sweep will take by what its runs took.
+
+    Args:
+        at_a_time: trials that run on as much as the runs had each; 1 where they share it.
+    """
+    numbers = " · ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in found.settings.items())
+    spent = f"{count(len(found.runs), 'run')}, {count(found.steps_spent, 'step')}, {found.wall_s / 60:.1f} min"
+    lines = wrapped(f"calibrate {found.reason} {numbers} ({spent}, apart from the trials)")
+    if found.converged:
+        minutes = predicted_s(found, trials, at_a_time) / 60
+        lines += wrapped(f"time      {count(trials, 'trial')} will take about {minutes:.0f} min")
+    return lines
+
+
+def predicted_s(found: "Calibration", trials: int, at_a_time: int) -> float:
+    """Seconds that the sweep's trials will take, by what a step and an evaluation took in the calibration's runs."""
+    config, steps = found.config, sum(run.steps for run in found.runs)
+    evaluated = sum(len(run.curve) for run in found.runs)
+    a_step = sum(run.train_s for run in found.runs) / max(1, steps)
+    an_evaluation = sum(run.eval_s for run in found.runs) / max(1, evaluated)
+    evaluations = -(-config.steps // config.eval_every) if config.eval_every else 1
+    return STARTUP_S + trials * (config.steps * a_step + evaluations * an_evaluation) / at_a_time
+
+
+def with_recipe(context: TrialContext, found: "Calibration") -> TrialContext:
+    """The trials' context with what was found."""
+    recipe: dict[str, Any] = {name: value for name, value in found.settings.items() if name != "steps"}
+    steps = int(found.settings["steps"])
+    return dataclasses.replace(context, config=dataclasses.replace(context.config, steps=steps, **recipe))
