@@ -1,5 +1,7 @@
 """How a total of trials is shared out, and which settings are refused."""
 
+import math
+
 import pytest
 
 from cbtrain.config import InputError
@@ -65,8 +67,14 @@ def test_a_budget_below_baseline_seeds_plus_one_is_refused_with_the_arithmetic(
         ({"reroute_tolerance": 0.0}, "--reroute-tolerance 0"),
         ({"seed": -1}, "--seed"),
         ({"confidence": 1.0}, "--confidence 1"),
-        ({"beta_kl_range": (0.2, 2.0)}, "beta_kl_range 0.2 2"),
-        ({"kl_temperature_range": (4.0, 1.0)}, "kl_temperature_range 4 1"),
+        *(
+            ({"beta_kl_range": bounds}, f"--beta-kl-range {bounds[0]:g} {bounds[1]:g}: must be two numbers from 1e-09")
+            for bounds in [(2.0, 0.1), (0.3, 0.3), (0.0, 2.0), (-1.0, 2.0), (math.nan, 2.0), (0.1, math.inf), (1e-12, 1)]
+        ),
+        *(
+            ({"kl_temperature_range": bounds}, f"--kl-temperature-range {bounds[0]:g} {bounds[1]:g}: must be one or two")
+            for bounds in [(4.0, 1.0), (0.0, 0.0), (math.nan, math.nan), (1.0, math.inf)]
+        ),
     ],
 )
 def test_settings_that_make_no_sweep_are_refused_by_flag(options: dict[str, object], named: str) -> None:
