@@ -43,10 +43,8 @@ def decide(
     _check(trials, reroute_tolerance, confidence)
     usable, warnings = finite_trials(trials)
     if len(usable) > MAX_MODELLED:
-        warnings.append(
-            f"The decision rests on {MAX_MODELLED} of {len(usable)} trials, and is between their settings: "
-            "the model's cost grows cubically."
-        )
+        rests_on = f"The decision rests on {MAX_MODELLED} of {len(usable)} trials, and is between their settings"
+        warnings.append(f"{rests_on}: the model's cost grows cubically.")
     baselines, candidates = usable[usable["beta_kl"] == 0], modelled(usable).query("beta_kl > 0")
     decision = Decision(
         verdict="baseline_failed",
@@ -72,8 +70,8 @@ def decide(
     if candidates.empty:
         return replace(decision, reason="No trial with beta_kl > 0 completed.")
     settings = _assess(candidates, model, baseline, decision)
-    why_insufficient = _why_insufficient(settings, needed, tolerance, confidence)
-    return _between_settings(replace(decision, settings=settings, reason=why_insufficient), baseline, model, usable)
+    reason = _why_insufficient(settings, needed, tolerance, confidence)
+    return _between_settings(replace(decision, settings=settings, reason=reason), baseline, model, usable)
 
 
 def _between_settings(decision: Decision, baseline: Baseline, model: Surrogate, usable: pd.DataFrame) -> Decision:

@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from analysis.decision import Decision
 from analysis.formatting import number, temperature
@@ -202,6 +203,9 @@ def draw_by_setting(data: BySetting) -> str:
                 axes.scatter(data.beta_kl[here], y[here], s=150, facecolors="none", edgecolors=ACCENT, linewidths=2)
         _log_scale(upper, "y")
         _log_scale(lower, "x")
+        if data.beta_kl.max() < 10 * data.beta_kl.min():  # within a decade Matplotlib writes all nine as powers of ten
+            lower.xaxis.set_major_locator(MaxNLocator(6))
+            lower.xaxis.set_minor_locator(NullLocator())
         single = "" if cold < hot else f" · kl_temperature {temperature(cold)} throughout"
         title = f"grey band: the baseline (beta_kl = 0) · ring: the pick{single}"
         upper.set_title(title, fontsize=10, loc="left")
