@@ -15,8 +15,9 @@ from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE, absolute_toleranc
 from analysis.decision import Baseline, Decision, Needed, SettingAssessment
 from analysis.formatting import count, number, percent, signed, temperature, with_relation
 from analysis.noise import MIN_SEEDS, is_noisy, samples_for, seeds_needed
-from analysis.rules_of_thumb import Outlook, evaluate_rules
-from analysis.surrogate.kernel import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, Array, coordinates
+from analysis.rules_of_thumb import TOO_FEW, Outlook, evaluate_rules
+from analysis.search_space import BETA_KL_RANGE, DEFAULT_SPACE, RangeEnd, SearchSpace
+from analysis.surrogate.kernel import coordinates
 from analysis.surrogate.surrogate import MAX_MODELLED, METRICS, MIN_DRIFT, Surrogate, finite_trials, modelled
 
 _REQUIRED = ("beta_kl", "kl_temperature", "seed", "status", *METRICS)
@@ -27,11 +28,13 @@ def decide(
     *,
     reroute_tolerance: float = REROUTE_TOLERANCE,
     confidence: float = CONFIDENCE,
+    searched: SearchSpace = DEFAULT_SPACE,
     draws: int | None = None,
 ) -> Decision:
     """Decide from raw trials (columns of `trials.csv`); only completed ones with finite metrics count.
 
     Args:
+        searched: the ranges that the sweep searched, over which the map goes. Trials outside count as any others.
         draws: hyper-parameter draws to average over at most; None is all that carry weight.
 
     Raises:
@@ -40,19 +43,18 @@ def decide(
     _check(trials, reroute_tolerance, confidence)
     usable, warnings = finite_trials(trials)
     if len(usable) > MAX_MODELLED:
-        warnings.append(
-            f"The decision rests on {MAX_MODELLED} of {len(usable)} trials, and is between their settings: "
-            "the model's cost grows cubically."
-        )
+        rests_on = f"The decision rests on {MAX_MODELLED} of {len(usable)} trials, and is between their settings"
+        warnings.append(f"{rests_on}: the model's cost grows cubically.")
     baselines, candidates = usable[usable["beta_kl"] == 0], modelled(usable).query("beta_kl > 0")
     decision = Decision(
         verdict="baseline_failed",
         reason=_why_no_baseline(trials),
         reroute_tolerance=reroute_tolerance,
         confidence=confidence,
-        rules_of_thumb=evaluate_rules(usable, None, None, None, confidence),
+        rules_of_thumb=evaluate_rules(usable, None, TOO_FEW, TOO_FEW, confidence),
         n_trials=len(usable),
         warnings=tuple(warnings),
+        searched=searched,
     )
     if baselines.empty:
         return decision
@@ -62,26 +64,27 @@ def decide(
     if not baseline_rerouted(baselines["eval_loss_reroute"]):
         reason = f"Without KL only {percent(baseline.achieved)} of the rerouting was achieved: nothing to compare with."
         return replace(decision, verdict="baseline_never_rerouted", reason=reason)
-    model = Surrogate.of(trials, reroute_tolerance, draws)
+    model = Surrogate.of(trials, reroute_tolerance, draws, searched)
     needed = _needed(model, baseline, tolerance, len(trials))
     decision = replace(decision, verdict="insufficient_evidence", needed=needed)
     if candidates.empty:
         return replace(decision, reason="No trial with beta_kl > 0 completed.")
-    settings = _assess(candidates, model, baseline, confidence)
-    why_insufficient = _why_insufficient(settings, needed, tolerance, confidence)
-    return _between_settings(replace(decision, settings=settings, reason=why_insufficient), baseline, model, usable)
+    settings = _assess(candidates, model, baseline, decision)
+    reason = _why_insufficient(settings, needed, tolerance, confidence)
+    return _between_settings(replace(decision, settings=settings, reason=reason), baseline, model, usable)
 
 
 def _between_settings(decision: Decision, baseline: Baseline, model: Surrogate, usable: pd.DataFrame) -> Decision:
     """The verdict between the settings that ran; `decision` is the one without enough evidence."""
-    settings, confidence = decision.settings, decision.confidence
+    settings, confidence, searched = decision.settings, decision.confidence, decision.searched
     pick = settings[0] if settings[0].qualifies else None
     near = pick.beta_kl if pick else None
-    rules = evaluate_rules(usable, near, _outlook(model, 0.3), _outlook(model, 0.5), confidence)
+    outlooks = _outlook(model, 0.3, searched), _outlook(model, 0.5, searched)
+    rules = evaluate_rules(usable, near, *outlooks, confidence)
     decision = replace(decision, rules_of_thumb=rules)
     if pick is not None:
         return _chosen(decision, pick, baseline)
-    on_map = model.probability_feasible(_map_grid())
+    on_map = model.probability_feasible(coordinates(*searched.grid(), searched))
     if max(on_map.max(), settings[0].probability_feasible) < 1 - confidence:
         return _none_qualifies(decision, baseline)
     return decision
@@ -92,9 +95,11 @@ def pick_candidates(decision: Decision) -> tuple[SettingAssessment, ...]:
     return tuple(setting for setting in decision.settings if setting.qualifies)
 
 
-def _outlook(model: Surrogate, beta_kl: float) -> Outlook:
-    """What the model says of a weight at T = 1, whether it ran or not."""
-    point = coordinates(beta_kl, 1.0)
+def _outlook(model: Surrogate, beta_kl: float, searched: SearchSpace) -> Outlook | str:
+    """What the model says of a weight at T = 1, whether it ran or not; where it was not searched, that."""
+    if not searched.contains(beta_kl, 1.0):
+        return f"({number(beta_kl)}, T 1) is not searched"
+    point = coordinates(beta_kl, 1.0, searched)
     drift = math.exp(model.drift.value(point).expectation()[0])
     return Outlook(beta_kl, float(model.probability_feasible(point)[0]), drift)
 
@@ -132,11 +137,11 @@ def _baseline(baselines: pd.DataFrame, usable: pd.DataFrame) -> Baseline:
 
 
 def _assess(
-    candidates: pd.DataFrame, model: Surrogate, baseline: Baseline, confidence: float
+    candidates: pd.DataFrame, model: Surrogate, baseline: Baseline, decision: Decision
 ) -> tuple[SettingAssessment, ...]:
     """Every setting that ran: those that qualify first, by drift, then the others by probability."""
     groups = list(candidates.groupby(["beta_kl", "kl_temperature"]))
-    points = np.concatenate([coordinates(beta_kl, heat) for (beta_kl, heat), _ in groups])
+    points = np.concatenate([coordinates(beta_kl, heat, decision.searched) for (beta_kl, heat), _ in groups])
     lost = model.lost(points)
     delta, low, high = (baseline.achieved * x for x in (lost.expectation(), lost.quantile(0.025), lost.quantile(0.975)))
     feasible = lost.probability_below(model.limit)
@@ -151,7 +156,7 @@ def _assess(
                 kl_temperature=float(heat),
                 n_seeds=int(rows["seed"].nunique()),
                 probability_feasible=float(feasible[i]),
-                qualifies=probably_feasible(float(feasible[i]), confidence),
+                qualifies=probably_feasible(float(feasible[i]), decision.confidence),
                 drift=float(drift[i]),
                 reroute_delta=float(delta[i]),
                 reroute_delta_interval=(float(low[i]), float(high[i])),
@@ -187,6 +192,10 @@ def _chosen(decision: Decision, pick: SettingAssessment, baseline: Baseline) -> 
     kept = pick.drift / baseline.drift
     if kept >= 1:
         warnings.append("KL does not lower benign drift here: beta_kl = 0 serves as well.")
+    ran = [(setting.beta_kl, setting.kl_temperature) for setting in decision.settings]
+    ends = decision.searched.ends_at((pick.beta_kl, pick.kl_temperature), ran)
+    at_ends = " ".join(f"The pick sits at {decision.searched.says(end)}" for end in ends)
+    warnings += [at_ends] if at_ends else []
     qualified = len(pick_candidates(decision))
     return replace(
         decision,
@@ -205,15 +214,25 @@ def _chosen(decision: Decision, pick: SettingAssessment, baseline: Baseline) -> 
         confirmed=pick.n_seeds >= 3,
         behaviour_warning=behaviour,
         warnings=tuple(warnings),
+        range_warning=at_ends,
+        wider=decision.searched.widened(ends) if ends else None,
         needed=None,
     )
 
 
 def _none_qualifies(decision: Decision, baseline: Baseline) -> Decision:
+    searched, below, further = decision.searched, RangeEnd("beta_kl", "lower"), ""
+    (low, high), heat = searched.beta_kl, searched.range_of("kl_temperature")
+    if low > BETA_KL_RANGE[0]:
+        further = f"None qualifies down to {searched.says(below)}"
     return replace(
         decision,
         verdict="no_candidate_qualifies",
-        reason="Every beta_kl above 0 costs more rerouting than the limit allows, over the whole map.",
+        reason=f"Every beta_kl from {low:g} to {high:g} costs more rerouting than the limit allows, at kl_temperature "
+        f"{heat}.",
+        range_warning=further,
+        warnings=(*decision.warnings, *([further] if further else [])),
+        wider=searched.widened([below]) if further else None,
         beta_kl=0.0,
         kl_temperature=1.0,
         probability_feasible=1.0,
@@ -269,9 +288,3 @@ def _needed(model: Surrogate, baseline: Baseline, tolerance: float, n_trials: in
     sigma = measured if measured is not None else math.sqrt(shared + own) * baseline.achieved
     seeds = seeds_needed(sigma, tolerance, correlation)
     return Needed(seeds, max(2 * n_trials, samples_for(seeds)), sigma, correlation, measured is not None)
-
-
-def _map_grid() -> Array:
-    """`[65, 2]` model coordinates over the whole search space."""
-    betas, heats = np.meshgrid(np.geomspace(*BETA_KL_RANGE, 13), np.linspace(*KL_TEMPERATURE_RANGE, 5))
-    return coordinates(betas.ravel(), heats.ravel())

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from analysis.rules_of_thumb import RuleOfThumb
+from analysis.search_space import DEFAULT_SPACE, SearchSpace
 
 Verdict = Literal[
     "choose", "no_candidate_qualifies", "insufficient_evidence", "baseline_never_rerouted", "baseline_failed"
@@ -102,8 +103,15 @@ class Decision:
     """The pick ran on at least two seeds beside its first, all pooled. Reported; no gate."""
     behaviour_warning: str = ""
     """Why the pick's behaviour belies its cosine; empty where it does not."""
+    range_warning: str = ""
+    """That the pick sits at an end of a searched range, or what `wider` else is for; empty where that is None."""
     warnings: tuple[str, ...] = ()
-    """All warnings, that one included."""
+    """All warnings, those two included."""
+    searched: SearchSpace = DEFAULT_SPACE
+    """What the sweep searched, and the map covers."""
+    wider: SearchSpace | None = None
+    """What a further sweep should search, where the pick sits at an end of a searched range, or no weight of a range
+    that begins above the default's qualifies; else None."""
     needed: Needed | None = None
     settings: tuple[SettingAssessment, ...] = ()
     """Those that qualify first, by drift; then the others, the most probable first."""

@@ -23,7 +23,8 @@ if not __package__:
 from analysis.behaviour import load_behaviour
 from analysis.decide import decide
 from analysis.decision import Decision
-from analysis.report import commands, report
+from analysis.report import report
+from analysis.report.commands import Commands, commands_after, folded
 from analysis.trials import load_curves, load_settings, load_trials
 from cbtrain.config import InputError, cli, flag, nearest
 from cbtrain.utils.errors import reason
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = _settings(sys.argv[1:] if argv is None else argv)
         run_dir = Path(settings.run_dir)
-        decision, command = write_report(run_dir, settings.reroute_tolerance, settings.confidence)
+        decision, commands = write_report(run_dir, settings.reroute_tolerance, settings.confidence)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    print(_summary(decision, run_dir, command))
+    print(_summary(decision, run_dir, commands))
     return 0 if decision.verdict == "choose" else 3
 
 
@@ -92,7 +93,7 @@ def _settings(argv: Sequence[str]) -> PickSettings:
 
 def write_report(
     run_dir: str | Path, reroute_tolerance: float | None = None, confidence: float | None = None
-) -> tuple[Decision, str]:
+) -> tuple[Decision, Commands]:
     """Decide, and write `run_dir/report/`: all texts are made before the first file changes, decision.json is last.
 
     Args:
@@ -101,7 +102,7 @@ def write_report(
         confidence: probability that is asked for; None is the sweep's own.
 
     Returns:
-        The decision, and the command to run next.
+        The decision, and the commands to run next.
 
     Raises:
         InputError: the run directory cannot be read, or a value is out of its range.
@@ -118,10 +119,10 @@ def write_report(
         raise InputError(f"--reroute-tolerance {tolerance}: must lie between 0 and 1")
     if not 0.5 < confidence < 1:
         raise InputError(f"--confidence {confidence}: must lie between 0.5 and 1")
-    decision = decide(trials, reroute_tolerance=tolerance, confidence=confidence)
-    command = commands.next_command(decision, sweep, trials, run_dir)
-    _write_all(run_dir / "report", report.render(decision, sweep, trials, curves, behaviour, command))
-    return decision, command
+    decision = decide(trials, reroute_tolerance=tolerance, confidence=confidence, searched=sweep["searched"])
+    commands = commands_after(decision, sweep, trials, run_dir)
+    _write_all(run_dir / "report", report.render(decision, sweep, trials, curves, behaviour, commands))
+    return decision, commands
 
 
 def _write_all(directory: Path, files: dict[str, str]) -> None:
@@ -137,20 +138,25 @@ def _write_all(directory: Path, files: dict[str, str]) -> None:
             os.replace(Path(staging, name), directory / name)
 
 
-def _summary(decision: Decision, run_dir: Path, command: str) -> str:
+def _summary(decision: Decision, run_dir: Path, commands: Commands) -> str:
     """What the terminal shows: at most 80 columns, the last line is the next command."""
     lines = textwrap.wrap(report.headline(decision), _WIDTH) + textwrap.wrap(report.explanation(decision), _WIDTH)
     page = run_dir / "report" / "report.html"
     if decision.verdict not in ("choose", "no_candidate_qualifies"):
-        return "\n".join([*lines, commands.folded(command), "", f"report  {page}"])
+        return "\n".join([*lines, folded(commands.next), "", f"report  {page}"])
     for warning in decision.warnings:
         if not decision.behaviour_warning or decision.behaviour_warning not in warning:
             lines += textwrap.wrap(f"warning: {warning}", _WIDTH)
     lines += ["", f"  {'rule of thumb':<38}  {'says':<7}  on"]
     for rule in decision.rules_of_thumb:
         lines.append(f"  {rule.rule:<38}  {report.SAYS[rule.fired]:<7}  {rule.evidence}")
-    lines += ["", f"report  {page}", "train   " + commands.folded(command, _WIDTH - 10).replace("\n", "\n        ")]
-    return "\n".join(lines)
+    lines += ["", f"report  {page}", *([_labelled("wider", commands.wider)] if commands.wider else [])]
+    return "\n".join([*lines, _labelled("train", commands.next)])
+
+
+def _labelled(label: str, command: str) -> str:
+    """A command beside its label, over as many lines as it takes."""
+    return f"{label:<8}" + folded(command, _WIDTH - 10).replace("\n", "\n" + " " * 8)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from analysis.formatting import number, signed, with_relation
 LOSS_KL_TOO_STRONG = 1.0
 """The first rule's threshold on the training `loss_kl`, T = 1."""
 _SLOPE_P_VALUE = 0.05
+TOO_FEW = "not enough trials"
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Outlook:
 
 
 def evaluate_rules(
-    trials: pd.DataFrame, pick_beta_kl: float | None, at_03: Outlook | None, at_05: Outlook | None, confidence: float
+    trials: pd.DataFrame, pick_beta_kl: float | None, at_03: Outlook | str, at_05: Outlook | str, confidence: float
 ) -> tuple[RuleOfThumb, ...]:
     """The four rules on completed trials; `pick_beta_kl` None looks at the rules' own default, 0.3.
 
     Args:
         trials: completed trials with finite metrics, the baseline included.
         pick_beta_kl: the recommended value, near which the first rule reads `loss_kl`.
-        at_03: the model's outlook at (0.3, T 1); None where there is no model.
+        at_03: the model's outlook at (0.3, T 1), or why there is none.
         at_05: the same at (0.5, T 1).
         confidence: P from which a setting counts as holding the limit.
     """
@@ -81,10 +82,12 @@ def _reroute_rises(at_one: pd.DataFrame) -> RuleOfThumb:
     return RuleOfThumb(rule, True, f"{signed(rise)} from {number(low)} to {number(high)}")
 
 
-def _all_good(strong: RuleOfThumb, rising: RuleOfThumb, at_03: Outlook | None, confidence: float) -> RuleOfThumb:
+def _all_good(strong: RuleOfThumb, rising: RuleOfThumb, at_03: Outlook | str, confidence: float) -> RuleOfThumb:
     rule = "all looks good → 0.3"
-    if at_03 is None or strong.fired is None or rising.fired is None:
-        return RuleOfThumb(rule, None, "not enough trials")
+    if isinstance(at_03, str):
+        return RuleOfThumb(rule, None, at_03)
+    if strong.fired is None or rising.fired is None:
+        return RuleOfThumb(rule, None, TOO_FEW)
     outlook = with_relation("P(0.3)", at_03.probability_feasible)
     quiet = not strong.fired and not rising.fired
     return RuleOfThumb(
@@ -94,10 +97,10 @@ def _all_good(strong: RuleOfThumb, rising: RuleOfThumb, at_03: Outlook | None, c
     )
 
 
-def _stronger(at_05: Outlook | None, confidence: float) -> RuleOfThumb:
+def _stronger(at_05: Outlook | str, confidence: float) -> RuleOfThumb:
     rule = "stronger preservation → 0.5, verify"
-    if at_05 is None:
-        return RuleOfThumb(rule, None, "not enough trials")
+    if isinstance(at_05, str):
+        return RuleOfThumb(rule, None, at_05)
     probability = at_05.probability_feasible
     evidence = f"{with_relation('P(0.5)', probability)}, drift {number(at_05.drift, 2)}"
     return RuleOfThumb(rule, probably_feasible(probability, confidence), evidence)

@@ -11,22 +11,25 @@ import pandas as pd
 
 from analysis.columns import NUMBER_COLUMNS, STATUSES, TEXT_COLUMNS
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
+from analysis.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, SearchSpace
 from cbtrain.config.validation import from_json
 from cbtrain.utils.errors import InputError, first_line
 from cbtrain.utils.metrics_file import read_metrics
 
 
 @dataclass(frozen=True)
-class _Limits:
+class _Settings:
     reroute_tolerance: float = REROUTE_TOLERANCE
     confidence: float = CONFIDENCE
+    beta_kl_range: tuple[float, float] = BETA_KL_RANGE
+    kl_temperature_range: tuple[float, float] = KL_TEMPERATURE_RANGE
 
 
 @dataclass(frozen=True)
 class _Sweep:
     """What is read of a sweep.json, and what stands for a key that an older one lacks."""
 
-    settings: _Limits
+    settings: _Settings
     preset: str = "tiny"
     git_commit: str | None = None
     versions: dict[str, Any] = field(default_factory=dict)
@@ -79,10 +82,10 @@ def load_curves(run_dir: str | Path) -> pd.DataFrame:
 
 def load_settings(run_dir: str | Path) -> dict[str, Any]:
     """`sweep.json`: `settings`, `preset`, `config`, `config_overrides`, `plan`, `tolerance`, `status`, `versions`, …;
-    and `run_dir`, as it was named.
+    `searched`, the `SearchSpace` of its settings; and `run_dir`, as it was named.
 
     Raises:
-        InputError: no such directory or file, not JSON, or no `settings` in it.
+        InputError: no such directory or file, not JSON, or no `settings` in it that a sweep can have.
     """
     path = _sweep_file(run_dir, "sweep.json", "name the directory of a sweep, such as runs/latest")
     try:
@@ -94,10 +97,11 @@ def load_settings(run_dir: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: not UTF-8 ({error.reason}): restore the file") from None
     try:
         sweep = from_json(text, _Sweep)
+        searched = SearchSpace(sweep.settings.beta_kl_range, sweep.settings.kl_temperature_range)
     except InputError as error:
         raise InputError(f"{path}: {error}: not the sweep.json of a KL ablation") from None
-    settings = vars(sweep.settings) | record["settings"]
-    return {"run_dir": str(run_dir), **vars(sweep), **record, "settings": settings}
+    settings = record["settings"] | vars(sweep.settings)
+    return {"run_dir": str(run_dir), **vars(sweep), **record, "settings": settings, "searched": searched}
 
 
 def _sweep_file(run_dir: str | Path, name: str, mend: str) -> Path:

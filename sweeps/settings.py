@@ -1,18 +1,46 @@
 """What the sweep's command takes: its flags with their meaning, and what is refused of them."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import tyro
 from annotated_types import Ge
 
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
+from analysis.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, Bounds
 from cbtrain.config import CircuitBreakerConfig, InputError, flag, get_config
 from cbtrain.config.validation import check_fields
 from cbtrain.model.auto import derived
 
 SEARCHED = ("beta_kl", "kl_temperature")
+
+
+def _bounds(words: list[str], *, or_one: bool) -> Bounds:
+    """The ends of a range from the command line; one number, where it may be one, is both."""
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1 and or_one:
+        numbers *= 2
+    if len(numbers) != 2:
+        given = f" {' '.join(words)}" if words else ""
+        raise ValueError(f"must be {'one or two numbers' if or_one else 'two numbers'}, not{given or ' none'}")
+    return numbers[0], numbers[1]
+
+
+def _range_flag(metavar: str, *, or_one: bool) -> tyro.constructors.PrimitiveConstructorSpec[Bounds]:
+    """How tyro reads a range, of one flag with all numbers behind it."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=functools.partial(_bounds, or_one=or_one),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda bounds: [f"{bound:g}" for bound in bounds],
+    )
 
 
 @dataclass(kw_only=True)
@@ -45,6 +73,10 @@ class SweepSettings:
     """Probability of keeping that limit which a recommended setting must reach."""
     sampler: Literal["gp", "tpe", "random"] = "gp"
     """What searches: gp is the Gaussian process that also decides, tpe and random are Optuna's samplers."""
+    beta_kl_range: Annotated[Bounds, _range_flag("LOW HIGH", or_one=False)] = BETA_KL_RANGE
+    """What is searched of beta_kl, on a logarithmic scale. Ablation points outside are left out."""
+    kl_temperature_range: Annotated[Bounds, _range_flag("LOW [HIGH]", or_one=True)] = KL_TEMPERATURE_RANGE
+    """The same of kl_temperature, on a linear scale; a single temperature leaves the search to beta_kl alone."""
     early_stop: bool = False
     """End a search trial whose rerouting stays over the limit; off by default: it saves too little (bench_stopping)."""
     calibrate: bool = False
@@ -82,7 +114,8 @@ def overrides_of_preset(settings: SweepSettings) -> dict[str, object]:
     overrides = {name: value for name, value in given.items() if value != preset[name]}
     for name in SEARCHED:
         if name in overrides:
-            raise InputError(f"{flag(name)} {overrides[name]}: the sweep searches it; leave the flag out")
+            mend = f"leave the flag out, or give {flag(name)}-range"
+            raise InputError(f"{flag(name)} {overrides[name]}: the sweep searches it; {mend}")
     return overrides
 
 

@@ -29,6 +29,7 @@ ROOMS = (
     "analysis.formatting",  #    how numbers are written
     "analysis.constraint",  #    what may be lost of the rerouting
     "analysis.noise",  #         seeds against the limit
+    "analysis.search_space",  #  the ranges of beta_kl and kl_temperature
     "analysis.surrogate",  #     the model of a sweep
     "analysis.rules_of_thumb",
     "analysis.decision",  #      what a decision says

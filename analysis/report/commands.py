@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,31 @@ import pandas as pd
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
 from analysis.decision import Decision
 from analysis.noise import baseline_seeds_of
+from analysis.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE
 
 _SWEPT = ("beta_kl", "kl_temperature", "seed")
 
 
-def next_command(decision: Decision, sweep: Mapping[str, Any], trials: pd.DataFrame, run_dir: Path) -> str:
-    """The command to run next: it trains the recommended setting, or sweeps further where there is none.
+@dataclass(frozen=True)
+class Commands:
+    """What to run after a decision."""
+
+    next: str
+    """Trains the recommended setting, or sweeps further where there is none."""
+    wider: str | None
+    """Sweeps wider ranges, where the pick sits at an end of those searched."""
+
+
+def commands_after(decision: Decision, sweep: Mapping[str, Any], trials: pd.DataFrame, run_dir: Path) -> Commands:
+    """The commands that a decision ends with.
 
     Args:
         run_dir: where the report is written, as the user named it.
     """
-    if train_command(decision, sweep) is None:
-        return sweep_command(decision, sweep, len(trials)) or ""
-    return f"python -m cbtrain.train {_flags({'from_decision': run_dir / 'report' / 'decision.json'})}"
+    following = sweep_command(decision, sweep, len(trials)) or ""
+    if train_command(decision, sweep) is not None:
+        following = f"python -m cbtrain.train {_flags({'from_decision': run_dir / 'report' / 'decision.json'})}"
+    return Commands(following, wider_command(decision, sweep, len(trials)))
 
 
 def train_command(decision: Decision, sweep: Mapping[str, Any]) -> str | None:
@@ -64,6 +77,17 @@ def sweep_command(decision: Decision, sweep: Mapping[str, Any], n_trials: int) -
     return f"python sweeps/kl_ablation.py {_flags({**values, **overrides})}"
 
 
+def wider_command(decision: Decision, sweep: Mapping[str, Any], n_trials: int) -> str | None:
+    """The sweep of `Decision.wider`, as large as this one and otherwise what the decision asks; None where none is."""
+    if decision.wider is None:
+        return None
+    settings = sweep["settings"] | {"reroute_tolerance": decision.reroute_tolerance, "confidence": decision.confidence}
+    ranges = {"beta_kl_range": decision.wider.beta_kl, "kl_temperature_range": decision.wider.kl_temperature}
+    first = {"preset": sweep.get("preset", "tiny"), "num_samples": settings.get("num_samples", n_trials)}
+    values = first | _asked_otherwise({**sweep, "settings": settings | ranges})
+    return f"python sweeps/kl_ablation.py {_flags({**values, **_overrides(sweep)})}"
+
+
 def _as_swept(decision: Decision, sweep: Mapping[str, Any]) -> bool:
     """Whether the decision asks what the sweep asked."""
     asked = {"reroute_tolerance": decision.reroute_tolerance, "confidence": decision.confidence}
@@ -73,6 +97,8 @@ def _as_swept(decision: Decision, sweep: Mapping[str, Any]) -> bool:
 def _asked_otherwise(sweep: Mapping[str, Any]) -> dict[str, Any]:
     """Flags without which another sweep would answer another question."""
     settings, workers = sweep["settings"], sweep.get("workers", {})
+    betas = tuple(settings.get("beta_kl_range", BETA_KL_RANGE))
+    temperatures = tuple(settings.get("kl_temperature_range", KL_TEMPERATURE_RANGE))
     by_budget = baseline_seeds_of(settings.get("num_samples", 0))
     given = {
         "reroute_tolerance": (settings.get("reroute_tolerance", REROUTE_TOLERANCE), REROUTE_TOLERANCE),
@@ -80,6 +106,8 @@ def _asked_otherwise(sweep: Mapping[str, Any]) -> dict[str, Any]:
         "seed": (settings.get("seed", 0), 0),
         "baseline_seeds": (settings.get("baseline_seeds") or by_budget, by_budget),
         "workers_per_trial": (workers.get("count", 1), 1),
+        "beta_kl_range": (betas, BETA_KL_RANGE),
+        "kl_temperature_range": (temperatures, KL_TEMPERATURE_RANGE),
     }
     return {name: value for name, (value, default) in given.items() if value != default}
 

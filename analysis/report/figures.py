@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from analysis.decision import Decision
 from analysis.formatting import number, temperature
@@ -73,6 +74,8 @@ class BySetting:
     """Highest `eval_loss_reroute` that is allowed."""
     chosen: tuple[float, float] | None
     """(beta_kl, kl_temperature) of the pick."""
+    temperatures: tuple[float, float]
+    """Lowest and highest `kl_temperature` that was searched or ran; equal where there is but one."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def prepare_by_setting(trials: pd.DataFrame, decision: Decision) -> BySetting:
     chosen = None
     if decision.verdict == "choose" and decision.beta_kl is not None and decision.kl_temperature is not None:
         chosen = (decision.beta_kl, decision.kl_temperature)
+    temperatures = [*decision.searched.kl_temperature, *rows["kl_temperature"].astype(float)]
     return BySetting(
         beta_kl=rows["beta_kl"].to_numpy(float),
         kl_temperature=rows["kl_temperature"].to_numpy(float),
@@ -127,6 +131,7 @@ def prepare_by_setting(trials: pd.DataFrame, decision: Decision) -> BySetting:
         baseline_loss_reroute=baselines["eval_loss_reroute"].to_numpy(float),
         limit=limit,
         chosen=chosen,
+        temperatures=(min(temperatures), max(temperatures)),
     )
 
 
@@ -177,18 +182,19 @@ def draw_tradeoff(data: Tradeoff) -> str:
 
 
 def draw_by_setting(data: BySetting) -> str:
-    """SVG of two panels over beta_kl, coloured by temperature; the baseline is a band, the limit a line."""
+    """SVG of two panels over beta_kl, coloured by temperature if there are several; baseline a band, limit a line."""
     with matplotlib.rc_context(_STYLE):
         figure, (upper, lower) = _figure(2, height=6.2)
         if not len(data.beta_kl):
             lower.set_axis_off()
             return _nothing(figure, upper, "no completed trial with beta_kl above 0")
-        colours = {"cmap": _SCALE, "vmin": 1.0, "vmax": max(4.0, data.kl_temperature.max())}
+        cold, hot = data.temperatures
+        heat = {"c": data.kl_temperature, "cmap": _SCALE, "vmin": cold, "vmax": hot} if cold < hot else {"color": INK}
         for axes, y, baseline in (
             (upper, data.drift, data.baseline_drift),
             (lower, data.loss_reroute, data.baseline_loss_reroute),
         ):
-            marks = axes.scatter(data.beta_kl, y, c=data.kl_temperature, s=42, zorder=3, **colours)
+            marks = axes.scatter(data.beta_kl, y, s=42, zorder=3, **heat)
             if len(baseline):
                 axes.axhspan(baseline.min(), baseline.max(), color=MUTED, alpha=0.25, linewidth=0)
                 axes.axhline(np.median(baseline), color=MUTED, linewidth=1)
@@ -197,14 +203,20 @@ def draw_by_setting(data: BySetting) -> str:
                 axes.scatter(data.beta_kl[here], y[here], s=150, facecolors="none", edgecolors=ACCENT, linewidths=2)
         _log_scale(upper, "y")
         _log_scale(lower, "x")
-        upper.set_title("grey band: the baseline (beta_kl = 0) · ring: the pick", fontsize=10, loc="left")
+        if data.beta_kl.max() < 10 * data.beta_kl.min():  # within a decade Matplotlib writes all nine as powers of ten
+            lower.xaxis.set_major_locator(MaxNLocator(6))
+            lower.xaxis.set_minor_locator(NullLocator())
+        single = "" if cold < hot else f" · kl_temperature {temperature(cold)} throughout"
+        title = f"grey band: the baseline (beta_kl = 0) · ring: the pick{single}"
+        upper.set_title(title, fontsize=10, loc="left")
         upper.set_ylabel("benign drift\n(KL, nats per token)")
         lower.set_ylabel("held-out loss_reroute\n(mean ReLU cosine)")
         lower.set_xlabel("beta_kl")
         if data.limit is not None:
             lower.axhline(data.limit, color=INK, linewidth=1, linestyle="--")
             _say(lower, f"limit {number(data.limit)}", (0, data.limit), (4, 3), xycoords=("axes fraction", "data"))
-        figure.colorbar(marks, ax=[upper, lower], label="kl_temperature", fraction=0.04, pad=0.02)
+        if cold < hot:
+            figure.colorbar(marks, ax=[upper, lower], label="kl_temperature", fraction=0.04, pad=0.02)
         return _svg(figure)
 
 

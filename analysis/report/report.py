@@ -20,7 +20,7 @@ from analysis.behaviour import Behaviour
 from analysis.decision import Decision, Verdict
 from analysis.formatting import count, number, percent, signed, temperature, with_relation
 from analysis.report import figures
-from analysis.report.commands import folded, sweep_command, train_command
+from analysis.report.commands import Commands, folded, sweep_command, train_command, wider_command
 from cbtrain.utils.files import finite_or_none
 
 SCHEMA_VERSION = 2
@@ -28,7 +28,7 @@ SCHEMA_VERSION = 2
 SAYS = {True: "yes", False: "no", None: "unknown"}
 """How a rule's `fired` reads."""
 _HEADLINES: dict[Verdict, str] = {
-    "no_candidate_qualifies": "Use beta_kl = 0: no KL weight keeps rerouting within the limit.",
+    "no_candidate_qualifies": "Use beta_kl = 0: no KL weight of {searched} keeps rerouting within the limit.",
     "insufficient_evidence": "Not enough evidence to choose beta_kl.",
     "baseline_never_rerouted": "Cannot choose beta_kl: the baseline never rerouted.",
     "baseline_failed": "Cannot choose beta_kl: no baseline trial completed.",
@@ -46,7 +46,7 @@ class Trap:
 def headline(decision: Decision) -> str:
     """The first line: what to use, or that nothing can be said; a warning about behaviour stands in it."""
     if decision.verdict != "choose":
-        return _HEADLINES[decision.verdict]
+        return _HEADLINES[decision.verdict].format(searched=decision.searched.range_of("beta_kl"))
     beta_kl, heat = number(decision.beta_kl or 0), temperature(decision.kl_temperature or 1)
     reservations = [decision.behaviour_warning] if decision.behaviour_warning else []
     if (decision.drift_kept or 0) >= 1:
@@ -89,6 +89,7 @@ def decision_json(decision: Decision, sweep: Mapping[str, Any], trials: pd.DataF
         **dataclasses.asdict(decision),
         "train_command": train_command(decision, sweep),
         "sweep_command": sweep_command(decision, sweep, len(trials)),
+        "wider_command": wider_command(decision, sweep, len(trials)),
         "trials": {str(status): int(amount) for status, amount in trials["status"].value_counts().items()},
         "preset": sweep.get("preset"),
         "versions": sweep.get("versions"),
@@ -103,13 +104,13 @@ def render(
     trials: pd.DataFrame,
     curves: pd.DataFrame,
     behaviour: Sequence[Behaviour],
-    command: str,
+    commands: Commands,
 ) -> dict[str, str]:
     """Texts of all files of the report by their path under `report/`; decision.json is the last.
 
     Args:
         behaviour: of the model before training, then of trials; empty where none was measured.
-        command: to run next.
+        commands: to run next.
     """
     drawn = {
         "tradeoff": figures.draw_tradeoff(figures.prepare_tradeoff(trials, decision)),
@@ -121,7 +122,8 @@ def render(
         "headline": headline(decision),
         "explanation": explanation(decision),
         "numbers": _four_numbers(decision),
-        "command": folded(command),
+        "command": folded(commands.next),
+        "wider_command": folded(commands.wider or ""),
         "behaviour": behaviour,
         "says": SAYS,
         "traps": _traps(trials, curves),

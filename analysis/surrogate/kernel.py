@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from analysis.search_space import BETA_KL_RANGE, DEFAULT_SPACE, KL_TEMPERATURE_RANGE, SearchSpace
+
 Array = NDArray[np.float64]
 Seeds = NDArray[np.int64]
 
-BETA_KL_RANGE = (1e-3, 2.0)
-"""The search space in beta_kl; its upper end is 1 in the first model coordinate."""
-KL_TEMPERATURE_RANGE = (1.0, 4.0)
-"""The search space in kl_temperature; 0 to 1 in the second model coordinate at the largest beta_kl."""
 JITTER = 1e-10
 """Relative to a variance: what keeps it above 0."""
 
 _BETA_KL_OFFSET = 1e-4
-"""A tenth of the smallest weight searched: what sets the distance of that weight from the baseline."""
+"""A tenth of the smallest weight of the default range: what sets the distance of that weight from the baseline."""
+_BETA_KL_UNIT = math.log1p(BETA_KL_RANGE[1] / _BETA_KL_OFFSET)
+"""Of the first coordinate, in the logarithm of beta_kl: the default range ends at 1."""
 _TREND = 2.0
 """Standard deviation of the trend's slope, in units of the signal a unit of the first coordinate."""
 
@@ -30,7 +30,7 @@ _TREND = 2.0
 class Prior:
     """Log-normal priors of the hyper-parameters, each (median, standard deviation of the logarithm).
 
-    Length scales are in units of the search space (`coordinates`), all else in units of y.
+    Length scales are in units of `coordinates`, all else in units of y.
     """
 
     signal: tuple[float, float]
@@ -52,18 +52,25 @@ DRIFT_PRIOR = Prior(signal=(1.5, 0.6), seed=(0.1, 0.9), noise=(0.15, 0.8), level
 """For the logarithm of benign drift."""
 
 
-def coordinates(beta_kl: ArrayLike, kl_temperature: ArrayLike) -> Array:
-    """`[n, 2]` model coordinates, about 0 to 1 over the search space.
+def coordinates(beta_kl: ArrayLike, kl_temperature: ArrayLike, space: SearchSpace = DEFAULT_SPACE) -> Array:
+    """`[n, 2]` model coordinates, about 0 to 1 over the default search space.
 
     The first is log(1 + beta_kl / 1e-4): 0 at the baseline, the logarithm over the search space, whose lower end
     stands a quarter of a unit off the baseline, so that KL which costs rerouting at any weight can be told.
     The second is temperature times the first: temperature acts through the KL alone, so that it is inert at
     `beta_kl = 0` and the less it matters the smaller the weight.
+
+    Units are those of the default space whatever is searched, since the priors say how metrics answer to a change of
+    weight or temperature, not to a share of a range. Two origins go with the space. Where it begins below 1e-3, a tenth
+    of its smallest weight takes the place of 1e-4, which would draw such weights up to the baseline. And temperature
+    counts from the lowest that is searched, so that a single one leaves a model of beta_kl alone.
     """
     beta = np.atleast_1d(np.asarray(beta_kl, dtype=float))
-    weight = np.log1p(beta / _BETA_KL_OFFSET) / math.log1p(BETA_KL_RANGE[1] / _BETA_KL_OFFSET)
+    offset = _BETA_KL_OFFSET * min(1.0, space.beta_kl[0] / BETA_KL_RANGE[0])
+    weight = np.log1p(beta / offset) / _BETA_KL_UNIT
+    above = np.asarray(kl_temperature, dtype=float) - space.kl_temperature[0]
     cold, hot = KL_TEMPERATURE_RANGE
-    return np.stack([weight, weight * (np.asarray(kl_temperature, dtype=float) - cold) / (hot - cold)], axis=1)
+    return np.stack([weight, weight * above / (hot - cold)], axis=1)
 
 
 def covariance(a: Array, b: Array, theta: Array) -> Array:

@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from analysis.formatting import count
+from analysis.search_space import DEFAULT_SPACE, SearchSpace
 from analysis.surrogate.gaussian_process import Mixture, Posterior, fit
 from analysis.surrogate.kernel import DRIFT_PRIOR, REROUTE_PRIOR, Array, coordinates
 
@@ -45,13 +46,20 @@ class Surrogate:
     """The fraction of rerouting that may be lost."""
 
     @classmethod
-    def of(cls, trials: pd.DataFrame, reroute_tolerance: float, draws: int | None = None) -> "Surrogate":
+    def of(
+        cls,
+        trials: pd.DataFrame,
+        reroute_tolerance: float,
+        draws: int | None = None,
+        space: SearchSpace = DEFAULT_SPACE,
+    ) -> "Surrogate":
         """The model of a sweep's trials, of which at least one at `beta_kl = 0` completed.
 
         Args:
             trials: columns of `trials.csv`, any status; only completed trials with finite metrics and stopped ones
                 count.
             draws: hyper-parameter draws to average over at most; None is all that carry weight.
+            space: what is searched; `coordinates` of the same space belong to the model.
         """
         usable, _ = finite_trials(trials)
         usable = modelled(usable)
@@ -62,7 +70,7 @@ class Surrogate:
         baseline = usable.loc[usable["beta_kl"] == 0, "eval_loss_reroute"].astype(float).mean()
         lost = (usable["eval_loss_reroute"].to_numpy(float) - baseline) / (1 - baseline)
         log_drift = np.log(usable["eval_benign_kl"].to_numpy(float).clip(min=MIN_DRIFT))
-        x, x_stopped = (coordinates(rows["beta_kl"], rows["kl_temperature"]) for rows in (usable, stopped))
+        x, x_stopped = (coordinates(rows["beta_kl"], rows["kl_temperature"], space) for rows in (usable, stopped))
         seed, seed_stopped = usable["seed"].to_numpy(), stopped["seed"].to_numpy()
         reroute = fit(
             np.concatenate([x, x_stopped]),

@@ -19,6 +19,7 @@ from ray import tune
 
 from analysis.decide import decide
 from analysis.decision import Decision
+from analysis.report.commands import wider_command
 from cbtrain.teacher_cache.plan import LIVE, CachePlan, CacheUnavailableError
 from cbtrain.training.calibration import steps_allowed
 from sweeps.execution.behaviour import behaviour_sentences, file_of, measure_all, subjects
@@ -116,8 +117,9 @@ class SweepDriver:
         self.run.update(status="finished")
         measured = [spec for spec in subjects(rows, decision) if file_of(self.run.path, spec).exists()]
         behaviour = behaviour_sentences(self.run.path, measured)
+        wider = wider_command(decision, self.run.record, len(rows))
         lines = summary_lines(
-            rows, decision, wall_s, self.concurrency, self.run.shown, spared, self.ended_before, behaviour
+            rows, decision, wall_s, self.concurrency, self.run.shown, spared, self.ended_before, behaviour, wider
         )
         print("\n".join(lines))
         return EXIT_STATUS.get(decision.verdict, 0)
@@ -134,6 +136,7 @@ class SweepDriver:
             self._plan.table(),
             reroute_tolerance=self.settings.reroute_tolerance,
             confidence=self.settings.confidence,
+            searched=self.settings.searched,
         )
 
     def _unmeasured(self) -> list[TrialSpec]:

@@ -4,7 +4,6 @@
 confirmation takes a tenth where all of those have their place.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -12,7 +11,7 @@ from annotated_types import Ge, Gt, Lt
 
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
 from analysis.noise import baseline_seeds_of
-from analysis.surrogate.kernel import BETA_KL_RANGE, KL_TEMPERATURE_RANGE
+from analysis.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, SearchSpace
 from cbtrain.config import InputError
 from cbtrain.config.validation import check_fields
 
@@ -46,25 +45,36 @@ class PlanSettings:
     beta_kl_range: tuple[float, float] = BETA_KL_RANGE
     """Searched on a logarithmic scale."""
     kl_temperature_range: tuple[float, float] = KL_TEMPERATURE_RANGE
-    """Searched on a linear scale."""
+    """Searched on a linear scale; with equal ends the search is over beta_kl alone."""
 
     def __post_init__(self) -> None:
         """Raise `InputError` naming the flag of a value that makes no sweep."""
+        _ = self.searched  # first: of what is no finite number it says more than the check of types
         check_fields(self, PlanSettings)
-        betas, temperatures = zip(*ABLATION_POINTS, strict=True)
-        _require_range("beta_kl_range", self.beta_kl_range, betas)
-        _require_range("kl_temperature_range", self.kl_temperature_range, temperatures)
+
+    @property
+    def searched(self) -> SearchSpace:
+        """Both ranges."""
+        return SearchSpace(self.beta_kl_range, self.kl_temperature_range)
+
+    @property
+    def ablation_points(self) -> tuple[tuple[float, float], ...]:
+        """Those of `ABLATION_POINTS` that lie within the ranges."""
+        return tuple(point for point in ABLATION_POINTS if self.searched.contains(*point))
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Trials a phase; they add up to `num_samples`. `dropped` names what the full plan would have had."""
+    """Trials a phase; they add up to `num_samples`."""
 
     baseline: int
     ablation: int
     search: int
     confirm: int
     dropped: tuple[str, ...] = ()
+    """Names what more trials would have had."""
+    outside: tuple[str, ...] = ()
+    """Names the ablation points that lie outside the ranges."""
 
     @property
     def total(self) -> int:
@@ -84,15 +94,18 @@ def allocate(settings: PlanSettings) -> Budget:
         mend = f"give {baseline + 1} or more" + (", or fewer --baseline-seeds" if baseline > 1 else "")
         seeds = f"{baseline} baseline seed{'s' if baseline > 1 else ''}"
         raise InputError(f"--num-samples {total}: {seeds} + 1 trial to compare = {baseline + 1} at least; {mend}")
-    ablation = min(len(ABLATION_POINTS), total - baseline)
+    points = settings.ablation_points
+    ablation = min(len(points), total - baseline)
     free = total - baseline - ablation
     wanted = min(MAX_CONFIRM, total // 10) if total >= MIN_CONFIRMED_BUDGET else 0
     confirm = min(wanted, max(0, free - 1))
-    return Budget(baseline, ablation, free - confirm, confirm, _dropped(ablation, free, confirm, wanted))
+    dropped = (*_dropped(free, confirm, wanted), *map(_named, reversed(points[ablation:])))
+    outside = tuple(_named(point) for point in ABLATION_POINTS if point not in points)
+    return Budget(baseline, ablation, free - confirm, confirm, dropped, outside)
 
 
-def _dropped(ablation: int, free: int, confirm: int, wanted: int) -> tuple[str, ...]:
-    """Names of the phases and points that got no trial, in the order in which they were given up."""
+def _dropped(free: int, confirm: int, wanted: int) -> tuple[str, ...]:
+    """Names of the phases that got no trial or fewer, in the order in which they were given up."""
     names = []
     if confirm == 0:
         names.append("confirmation")
@@ -100,14 +113,8 @@ def _dropped(ablation: int, free: int, confirm: int, wanted: int) -> tuple[str, 
         names.append(f"{wanted - confirm} of {wanted} confirmation trials")
     if free == 0:
         names.append("search")
-    names += [f"ablation ({beta:g}, T {temperature:g})" for beta, temperature in reversed(ABLATION_POINTS[ablation:])]
     return tuple(names)
 
 
-def _require_range(name: str, bounds: tuple[float, float], inside: tuple[float, ...]) -> None:
-    low, high = bounds
-    given = f"{name} {low:g} {high:g}"
-    if not (0 < low < high < math.inf):
-        raise InputError(f"{given}: must be two finite numbers above 0, the smaller first")
-    if low > min(inside) or high < max(inside):
-        raise InputError(f"{given}: must contain the ablation points, {min(inside):g} to {max(inside):g}")
+def _named(point: tuple[float, float]) -> str:
+    return f"ablation ({point[0]:g}, T {point[1]:g})"

@@ -20,7 +20,7 @@ from analysis.constraint import absolute_tolerance, baseline_rerouted, observed_
 from analysis.decide import decide
 from analysis.surrogate.surrogate import MAX_MODELLED, STOPPED_LOSS
 from cbtrain.config import InputError
-from sweeps.plan.budget import ABLATION_POINTS, PlanSettings, allocate
+from sweeps.plan.budget import PlanSettings, allocate
 from sweeps.plan.journal import Entry, Journal, TrialOutcome, TrialSpec
 from sweeps.plan.sampler import DRAWS_OF_MANY, search_space, suggest
 
@@ -63,7 +63,7 @@ class SweepPlan:
         if self.stopped_because:
             return None
         if asked["ablation"] < self.budget.ablation:
-            return self._journal.add("ablation", *ABLATION_POINTS[asked["ablation"]], self.settings.seed)
+            return self._journal.add("ablation", *self.settings.ablation_points[asked["ablation"]], self.settings.seed)
         if not self._fixed_part_in() or len(self._entries) >= self.budget.total:
             return None
         to_search, running = self.budget.search - asked["search"], self._running()
@@ -163,10 +163,15 @@ class SweepPlan:
 
         Where no setting completed a trial, the search goes on instead.
         """
-        tolerance, confidence = self.settings.reroute_tolerance, self.settings.confidence
         # Of many trials few draws tell what to look at again, in a third of the time.
         draws = DRAWS_OF_MANY if len(self._entries) > MAX_MODELLED else None
-        decision = decide(self.table(), reroute_tolerance=tolerance, confidence=confidence, draws=draws)
+        decision = decide(
+            self.table(),
+            reroute_tolerance=self.settings.reroute_tolerance,
+            confidence=self.settings.confidence,
+            searched=self.settings.searched,
+            draws=draws,
+        )
         seeds = list(self._baseline_losses())
         for setting in decision.settings:
             unseen = [seed for seed in seeds if seed not in self._seeds_of(setting.beta_kl, setting.kl_temperature)]

@@ -48,7 +48,8 @@ _WEIGHTS, _TEMPERATURES = 64, 7
 
 
 def search_space(settings: PlanSettings) -> dict[str, BaseDistribution]:
-    """Distributions of the two searched parameters; every trial of the searched study carries both."""
+    """Distributions of the two searched parameters; every trial of the searched study carries both, also where one
+    has a single value, which Optuna's samplers then leave out of their models."""
     return {
         BETA_KL: FloatDistribution(*settings.beta_kl_range, log=True),
         KL_TEMPERATURE: FloatDistribution(*settings.kl_temperature_range),
@@ -124,15 +125,17 @@ class PosteriorSampler(BaseSampler):
 def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw: int) -> tuple[float, float]:
     """The point of the highest value on a grid that `draw` shifts, or a setting that ran and deserves a second seed."""
     # 1. The model; drift that is still being measured counts as known, see `PosteriorSampler`.
-    model = Surrogate.of(trials, settings.reroute_tolerance, _DRAWS if len(trials) <= _MANY else DRAWS_OF_MANY)
+    space, draws = settings.searched, _DRAWS if len(trials) <= _MANY else DRAWS_OF_MANY
+    model = Surrogate.of(trials, settings.reroute_tolerance, draws, space)
     asked = trials[trials["beta_kl"] > 0]
     running = asked[asked["status"] == "running"]
     if len(running):
-        model = model.believing_drift(coordinates(running["beta_kl"], running["kl_temperature"]), running["seed"])
+        places = coordinates(running["beta_kl"], running["kl_temperature"], space)
+        model = model.believing_drift(places, running["seed"])
     # 2. What a new point has to beat: the setting that would be chosen now, or no KL.
     known = pd.concat([finite_trials(asked)[0], running])
-    pick = _pick(model, known, settings.confidence)
-    reference = BASELINE if pick is None else coordinates(*pick)[0]
+    pick = _pick(model, known, settings)
+    reference = BASELINE if pick is None else coordinates(*pick, space)[0]
     left = max(1, settings.num_samples - len(trials))
 
     def saved_and_proved(points: Array) -> tuple[Array, Array]:
@@ -141,17 +144,19 @@ def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw
 
     # 3. The worth of every grid point. Along a row, of one temperature, a larger weight saves no less drift than the
     #    weights below it, and is proved to be feasible no more easily: hence the running maximum and minimum.
-    unit = _grid(draw)
-    points = coordinates(*_from_unit(unit, settings))
-    saved, proved = (part.reshape(_TEMPERATURES, _WEIGHTS) for part in saved_and_proved(points))
+    unit = _grid(draw, 1 if space.single_temperature else _TEMPERATURES)
+    points = coordinates(*space.from_unit(unit), space)
+    saved, proved = (part.reshape(-1, _WEIGHTS) for part in saved_and_proved(points))
     worth = np.maximum.accumulate(saved, axis=1) * np.minimum.accumulate(proved, axis=1)
-    taken = _to_unit(asked["beta_kl"].to_numpy(float), asked["kl_temperature"].to_numpy(float), settings)
+    taken = space.to_unit(asked["beta_kl"], asked["kl_temperature"])
     apart = np.abs(unit[:, None] - taken).max(axis=2).min(axis=1, initial=np.inf) >= SAME_POINT
     worth = np.where(apart, worth.ravel(), -1)
     # 4. With noisy seeds a second look at few settings tells more than a first at many: a repeat that is worth as much.
-    again = _not_on(seed, known, asked) if _noisy(trials, settings) else []
+    #    And where the whole grid is taken, as it soon is along a single temperature, any repeat.
+    again = _not_on(seed, known, asked) if _noisy(trials, settings) or not apart.any() else []
     if again:
-        worth_again = np.prod(saved_and_proved(coordinates(*np.transpose(again))), axis=0)
+        weights, temperatures = np.transpose(again)
+        worth_again = np.prod(saved_and_proved(coordinates(weights, temperatures, space)), axis=0)
         if worth_again.max() >= worth.max():
             return again[np.argmax(worth_again)]
     # 5. No point is worth a trial: the pick on its second seed. The factor before `worth` makes a share of the pick's
@@ -161,10 +166,10 @@ def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw
         of_pick, of_baseline = model.drift.value(np.stack([reference, BASELINE])).expectation()
         if np.exp(of_pick - of_baseline) * worth.max() < WORTH_A_TRIAL:
             return pick
-    # 6. The best point; where the whole grid is taken, one at random.
+    # 6. The best point; where the whole grid is taken and every setting ran on this seed, one at random.
     if not apart.any():
         unit, worth = np.random.default_rng(draw).random((1, 2)), np.zeros(1)
-    beta_kl, kl_temperature = _from_unit(unit[[np.argmax(worth)]], settings)
+    beta_kl, kl_temperature = space.from_unit(unit[[np.argmax(worth)]])
     return float(beta_kl[0]), float(kl_temperature[0])
 
 
@@ -181,14 +186,14 @@ def _not_on(seed: int, known: pd.DataFrame, asked: pd.DataFrame) -> list[tuple[f
     return sorted(set(zip(known["beta_kl"], known["kl_temperature"], strict=True)) - tried)
 
 
-def _pick(model: Surrogate, ran: pd.DataFrame, confidence: float) -> tuple[float, float] | None:
+def _pick(model: Surrogate, ran: pd.DataFrame, settings: PlanSettings) -> tuple[float, float] | None:
     """The setting with the least drift among those that qualify, which would be chosen now; None where none does.
 
     Settings that still run are among `ran`: the model may know a place before it has a result there.
     """
-    points = coordinates(ran["beta_kl"], ran["kl_temperature"])
+    points = coordinates(ran["beta_kl"], ran["kl_temperature"], settings.searched)
     drift = model.drift.value(points).expectation()
-    qualifies = [probably_feasible(chance, confidence) for chance in model.probability_feasible(points)]
+    qualifies = [probably_feasible(chance, settings.confidence) for chance in model.probability_feasible(points)]
     drift[~np.array(qualifies)] = np.inf
     best = int(np.argmin(drift))
     if not np.isfinite(drift[best]):
@@ -216,26 +221,14 @@ def expected_saving(change: Mixture) -> Array:
     return change.weights @ np.maximum(0, ndtr(z) - np.exp(np.minimum(log_kept, 0)))
 
 
-def _grid(draw: int) -> Array:
+def _grid(draw: int, temperatures: int) -> Array:
     """`[temperatures × weights, 2]` points of the unit square, their weights shifted together by less than a step.
 
     The shift differs from trial to trial, so that a sweep can come closer to the limit than a step of the grid.
     """
     weights = (np.arange(_WEIGHTS) + np.random.default_rng(draw).random()) / _WEIGHTS
-    pairs = np.meshgrid(weights, np.linspace(0, 1, _TEMPERATURES))
+    pairs = np.meshgrid(weights, np.linspace(0, 1, temperatures))
     return np.stack(pairs, axis=2).reshape(-1, 2)
-
-
-def _to_unit(beta_kl: Array, kl_temperature: Array, settings: PlanSettings) -> Array:
-    low, high = np.log(settings.beta_kl_range)
-    cold, hot = settings.kl_temperature_range
-    return np.stack([(np.log(beta_kl) - low) / (high - low), (kl_temperature - cold) / (hot - cold)], axis=1)
-
-
-def _from_unit(points: Array, settings: PlanSettings) -> tuple[Array, Array]:
-    low, high = np.log(settings.beta_kl_range)
-    cold, hot = settings.kl_temperature_range
-    return np.exp(low + points[:, 0] * (high - low)), cold + points[:, 1] * (hot - cold)
 
 
 def _rounded(value: float, bounds: tuple[float, float]) -> float:

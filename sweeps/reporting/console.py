@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from analysis.decision import Decision
 from analysis.formatting import count, number, percent, with_relation
 from analysis.noise import excessive_spread, samples_for, seeds_needed
+from analysis.report.commands import folded
 from analysis.report.report import explanation
 from analysis.surrogate.surrogate import MAX_MODELLED
 from cbtrain.training.calibration import steps_allowed
@@ -53,15 +54,19 @@ def plan_lines(
     settings: PlanSettings, budget: Budget, cache: str, run_dir: Path, early_stop: bool = False
 ) -> list[str]:
     """The plan, in the order in which it will run; `cache` says what the teacher cache takes."""
-    (low, high), (cold, hot) = settings.beta_kl_range, settings.kl_temperature_range
+    searched = settings.searched
+    betas, temperatures = searched.range_of("beta_kl"), searched.range_of("kl_temperature")
+    over = f"{betas} (log) {'at' if searched.single_temperature else '×'} kl_temperature {temperatures}"
     phases = ("baseline", "ablation", "search", "confirm")
     parts = " + ".join(f"{getattr(budget, phase)} {phase}" for phase in phases if getattr(budget, phase))
     lines = [f"plan      {budget.total} trials = {parts}"]
     if budget.dropped:
         lines += indented(f"left out for want of trials: {', '.join(budget.dropped)}")
+    if budget.outside:
+        lines += indented(f"left out as outside the ranges: {', '.join(budget.outside)}")
     return [
         *lines,
-        f"search    beta_kl {low:g}–{high:g} (log) × kl_temperature {cold:g}–{hot:g} · minimise benign drift",
+        *wrapped(f"search    beta_kl {over} · minimise benign drift"),
         *indented(f"{SAMPLERS[settings.sampler]}{_handed_over(settings, budget)}"),
         f"subject   rerouting lost ≤ {100 * settings.reroute_tolerance:g} % of what the baseline achieves",
         *(wrapped(f"stop      {_stopped_early(budget)}") if early_stop else []),
@@ -209,6 +214,7 @@ def summary_lines(
     cache: CacheReport | None = None,
     before: int = 0,
     behaviour: Sequence[str] = (),
+    wider: str | None = None,
 ) -> list[str]:
     """What the sweep did, what it cost and what to do next.
 
@@ -216,6 +222,7 @@ def summary_lines(
         wall_s: of all sessions of the sweep.
         before: trials that had ended when it was resumed.
         behaviour: sentences on what baseline and best setting write.
+        wider: the command that sweeps what `Decision.wider` names.
     """
     quoted = shlex.quote(str(run_dir))
     ended = [row for row in rows if row["status"] == "completed"]
@@ -233,7 +240,7 @@ def summary_lines(
     ]
     return [
         *lines,
-        *_found(decision),
+        *_found(decision, wider),
         *(line for text in behaviour for line in wrapped(f"behaviour {text}")),
         f"next      python analysis/pick_beta.py {quoted}",
         "          the decision, with its evidence",
@@ -247,8 +254,8 @@ def _times(log_sd: float | None) -> str:
     return "" if log_sd is None else f" ± {100 * math.expm1(log_sd):.0f} %"
 
 
-def _found(decision: Decision) -> list[str]:
-    """The baseline, and the best setting or why there is none."""
+def _found(decision: Decision, wider: str | None) -> list[str]:
+    """The baseline, and the best setting or why there is none; what lies beyond the ranges, and the way there."""
     lines, baseline = [], decision.baseline
     if baseline is not None:
         spread = "" if baseline.reroute_sd is None else f" ± {baseline.reroute_sd:.4f}"
@@ -266,6 +273,9 @@ def _found(decision: Decision) -> list[str]:
             lines += wrapped(f"but       {decision.behaviour_warning}")
     else:
         lines += wrapped(f"verdict   {decision.verdict}: {explanation(decision)}")
+    if wider is not None:
+        lines += wrapped(f"warning   {decision.range_warning}")
+        lines += [INDENT + line for line in folded(wider, WIDTH - len(INDENT)).splitlines()]
     return lines
 
 

@@ -5,7 +5,7 @@ import pytest
 from synthetic import Surface, make_trials
 
 from analysis.decide import decide
-from analysis.rules_of_thumb import Outlook, evaluate_rules
+from analysis.rules_of_thumb import TOO_FEW, Outlook, evaluate_rules
 
 HOLDS, BREAKS = Outlook(0.5, 0.98, 0.2), Outlook(0.5, 0.4, 0.2)
 STRONG, RISES, GOOD, STRONGER = range(4)
@@ -70,8 +70,15 @@ def test_half_is_verified_by_its_probability(at_05: Outlook, fired: bool) -> Non
 
 def test_without_trials_no_rule_can_tell() -> None:
     nothing = make_trials(Surface()).iloc[:0]
-    found = evaluate_rules(nothing, None, None, None, 0.95)
+    found = evaluate_rules(nothing, None, TOO_FEW, TOO_FEW, 0.95)
     assert [rule.fired for rule in found] == [None] * 4
+    assert [rule.evidence for rule in found[GOOD:]] == ["not enough trials"] * 2
+
+
+def test_a_weight_that_was_not_searched_is_said_in_place_of_an_outlook() -> None:
+    found = evaluate_rules(flat(0.4), 0.3, HOLDS, "(0.5, T 1) is not searched", 0.95)
+    assert found[GOOD].fired is True
+    assert (found[STRONGER].fired, found[STRONGER].evidence) == (None, "(0.5, T 1) is not searched")
 
 
 def test_a_decision_carries_the_four_rules(trials: pd.DataFrame) -> None:

@@ -13,6 +13,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 import sweeps.plan.plan
+from analysis.search_space import SearchSpace
 from sweeps.plan.budget import PlanSettings
 from sweeps.plan.journal import TrialOutcome, TrialSpec
 from sweeps.plan.plan import SweepPlan
@@ -91,11 +92,11 @@ def use_quick_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def quick_suggest(study: optuna.Study, _trials: object, plan_settings: PlanSettings, _seed: int) -> tuple[float, float]:
     seen = [(t.number, t.state, t.params, t.values, t.constraints) for t in study.get_trials(deepcopy=False)]
     draw = random.Random(f"{seen} {plan_settings.seed}")
-    return draw.uniform(0.01, 2), draw.uniform(1, 4)
+    return draw.uniform(*plan_settings.beta_kl_range), draw.uniform(*plan_settings.kl_temperature_range)
 
 
 def quick_decide(
-    trials: pd.DataFrame, *, reroute_tolerance: float, confidence: float, draws: int | None
+    trials: pd.DataFrame, *, reroute_tolerance: float, confidence: float, searched: SearchSpace, draws: int | None
 ) -> SimpleNamespace:
     ran = trials[(trials.status == "completed") & (trials.beta_kl > 0)]
     grouped = ran.groupby(["beta_kl", "kl_temperature"])

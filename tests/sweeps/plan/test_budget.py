@@ -1,5 +1,7 @@
 """How a total of trials is shared out, and which settings are refused."""
 
+import math
+
 import pytest
 
 from cbtrain.config import InputError
@@ -65,10 +67,45 @@ def test_a_budget_below_baseline_seeds_plus_one_is_refused_with_the_arithmetic(
         ({"reroute_tolerance": 0.0}, "--reroute-tolerance 0"),
         ({"seed": -1}, "--seed"),
         ({"confidence": 1.0}, "--confidence 1"),
-        ({"beta_kl_range": (0.2, 2.0)}, "beta_kl_range 0.2 2"),
-        ({"kl_temperature_range": (4.0, 1.0)}, "kl_temperature_range 4 1"),
     ],
 )
 def test_settings_that_make_no_sweep_are_refused_by_flag(options: dict[str, object], named: str) -> None:
     with pytest.raises(InputError, match=named):
         PlanSettings(**options)
+
+
+@pytest.mark.parametrize(
+    "bounds", [(2.0, 0.1), (0.3, 0.3), (0, 2), (-1, 2), (math.nan, 2), (0.1, math.inf), (1e-12, 1)]
+)
+def test_bounds_that_make_no_range_of_weights_are_refused_by_flag(bounds: tuple[float, float]) -> None:
+    with pytest.raises(
+        InputError, match=rf"^--beta-kl-range {bounds[0]:g} {bounds[1]:g}: must be two numbers from 1e-09"
+    ):
+        PlanSettings(beta_kl_range=bounds)
+
+
+@pytest.mark.parametrize("bounds", [(4.0, 1.0), (0, 0), (-1, 2), (math.nan, math.nan), (1, math.inf)])
+def test_bounds_that_make_no_range_of_temperatures_are_refused_by_flag(bounds: tuple[float, float]) -> None:
+    given = f"{bounds[0]:g} {bounds[1]:g}"
+    with pytest.raises(InputError, match=rf"^--kl-temperature-range {given}: must be one or two numbers from 1e-09"):
+        PlanSettings(kl_temperature_range=bounds)
+
+
+def test_ablation_points_outside_the_ranges_are_named_and_leave_their_trials_to_the_search() -> None:
+    def phases(**ranges: tuple[float, float]) -> tuple[int, int, tuple[str, ...]]:
+        budget = allocate(PlanSettings(num_samples=20, **ranges))
+        assert (budget.total, budget.baseline, budget.confirm, budget.dropped) == (20, 4, 2, ())
+        return budget.ablation, budget.search, budget.outside
+
+    below, middle, above, hot = (f"ablation ({point})" for point in ("0.1, T 1", "0.3, T 1", "0.5, T 1", "0.3, T 2"))
+    assert phases() == (4, 10, ())
+    assert phases(beta_kl_range=(0.2, 0.4)) == (2, 12, (below, above))
+    assert phases(kl_temperature_range=(1.0, 1.0)) == (3, 11, (hot,))
+    assert phases(kl_temperature_range=(2.0, 2.0)) == (1, 13, (below, middle, above))
+    assert phases(beta_kl_range=(3.0, 30.0)) == (0, 14, (below, middle, above, hot))
+
+
+def test_what_is_left_out_for_want_of_trials_is_named_apart_from_what_lies_outside() -> None:
+    budget = allocate(PlanSettings(num_samples=5, kl_temperature_range=(1.0, 1.0)))
+    assert budget.dropped == ("confirmation", "search", "ablation (0.5, T 1)")
+    assert budget.outside == ("ablation (0.3, T 2)",)

@@ -59,7 +59,8 @@ def test_when_every_setting_is_infeasible_no_kl_is_recommended() -> None:
     decision = verdict(plan)
     assert {row["feasible"] for row in plan.rows() if row["phase"] != "baseline"} == {False}
     assert (decision.verdict, decision.beta_kl) == ("no_candidate_qualifies", 0.0)
-    assert decision.reason == "Every beta_kl above 0 costs more rerouting than the limit allows, over the whole map."
+    over = "Every beta_kl from 0.001 to 2 costs more rerouting than the limit allows, at kl_temperature 1–4."
+    assert decision.reason == over
 
 
 def test_a_single_trial_beside_the_baseline_is_compared_and_what_was_left_out_is_named() -> None:

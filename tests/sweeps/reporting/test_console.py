@@ -1,5 +1,6 @@
 """What a sweep prints."""
 
+import dataclasses
 from pathlib import Path
 
 import pandas as pd
@@ -8,9 +9,12 @@ from simulated import completed, drive, failed, next_trial, plan_of, tell_baseli
 
 from analysis.decide import decide
 from sweeps.execution.driver import SweepDriver
+from sweeps.plan.budget import PlanSettings
 from sweeps.plan.journal import TrialOutcome
 from sweeps.reporting.console import EventLines, noise_lines, plan_lines, summary_lines
 from sweeps.storage.run_directory import RunDirectory
+
+TIMES = {"train_s": 3.0, "eval_s": 0.5, "wall_s": 4.0, "ended_at": 5.0, "process": "host:1"}
 
 
 def measured(spec, process="host:1"):
@@ -38,6 +42,49 @@ def test_the_plan_is_printed_with_what_was_dropped():
     assert lines[-3] == "subject   rerouting lost ≤ 2.5 % of what the baseline achieves"
     assert lines[-2:] == ["cache     12 kB of 3 GB free", "run       runs/a"]
     assert max(map(len, lines)) <= 80, lines
+
+
+@pytest.mark.parametrize(
+    ("ranges", "search"),
+    [
+        ({"beta_kl_range": (0.2, 3.5)}, "search    beta_kl 0.2–3.5 (log) × kl_temperature 1–4 · minimise benign drift"),
+        (
+            {"kl_temperature_range": (2.0, 2.0)},
+            "search    beta_kl 0.001–2 (log) at kl_temperature 2 · minimise benign drift",
+        ),
+        (
+            {"beta_kl_range": (0.000123, 123.456), "kl_temperature_range": (1.2345, 4.5678)},
+            "search    beta_kl 0.000123–123.456 (log) × kl_temperature 1.2345–4.5678 · minimise benign drift",
+        ),
+    ],
+)
+def test_the_plan_says_what_is_searched_and_what_lies_outside(ranges, search):
+    plan = plan_of(20, **ranges)
+    lines = plan_lines(plan.settings, plan.budget, "off", Path("runs/a"))
+    text = " ".join(" ".join(lines).split())
+    assert " ".join(search.split()) in text
+    assert f"left out as outside the ranges: {', '.join(plan.budget.outside)}" in text
+    assert "for want of trials" not in text
+    assert max(map(len, lines)) <= 80, lines
+
+
+def test_a_pick_at_an_end_of_a_range_is_told_with_the_command_that_goes_on(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    run = RunDirectory(tmp_path / "run")
+    settings = PlanSettings(num_samples=6, beta_kl_range=(0.01, 0.1), kl_temperature_range=(1.0, 1.0))
+    run.record = {"preset": "qwen3-8b", "config_overrides": {"steps": 90}, "settings": dataclasses.asdict(settings)}
+    driver = SweepDriver(run, settings, 1)
+    drive(driver._plan, lambda spec: completed(0.01, 9.6 / (1 + spec.beta_kl), **TIMES))
+    assert driver.conclude() == 0
+    lines = capsys.readouterr().out.splitlines()
+    end = "warning   The pick sits at the upper end of the beta_kl range 0.01–0.1: what lies above"
+    assert end in " ".join(line.strip() for line in lines), lines
+    command = (
+        "python sweeps/kl_ablation.py --preset qwen3-8b --num-samples 6 --beta-kl-range 0.01 1.0 "
+        "--kl-temperature-range 1.0 1.0 --steps 90"
+    )
+    assert command in " ".join(" ".join(lines).replace("\\ ", " ").split())
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80, lines
 
 
 def test_each_event_is_printed_once(quick, capsys):
