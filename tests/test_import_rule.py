@@ -25,6 +25,7 @@ ROOMS = (
     "cbtrain.inspect_data",  #   python -m cbtrain.data
     "cbtrain.evaluate",  #       python -m cbtrain.evaluate
     "cbtrain.train",  #          python -m cbtrain.train
+    "cbtrain.calibrate",  #      python -m cbtrain.calibrate
     "analysis.columns",  #       of trials.csv
     "analysis.formatting",  #    how numbers are written
     "analysis.constraint",  #    what may be lost of the rerouting

@@ -12,6 +12,7 @@ from commands import world as data_flags
 from analysis.report.commands import wider_command
 from analysis.search_space import SearchSpace
 from cbtrain.config import InputError, cli
+from cbtrain.model.auto import derived
 from sweeps import kl_ablation
 from sweeps.plan.budget import PlanSettings
 from sweeps.settings import SweepSettings
@@ -20,7 +21,7 @@ from sweeps.storage.run_directory import RunDirectory
 
 
 def ranges_of(*arguments: str) -> tuple[tuple[float, float], tuple[float, float]]:
-    settings = cli.parse(SweepSettings, arguments, "kl_ablation.py")
+    settings = cli.parse(SweepSettings, arguments, "kl_ablation.py", derived=derived)
     return settings.beta_kl_range, settings.kl_temperature_range
 
 
@@ -35,7 +36,7 @@ def test_the_command_that_is_named_for_a_pick_at_an_end_searches_what_it_says(tr
     decision, sweep = trials_at_an_end
     words = shlex.split(wider_command(decision, sweep, 9))
     assert words[:2] == ["python", "sweeps/kl_ablation.py"]
-    settings = cli.parse(SweepSettings, words[2:], "kl_ablation.py")
+    settings = cli.parse(SweepSettings, words[2:], "kl_ablation.py", derived=derived)
     plan = PlanSettings(beta_kl_range=settings.beta_kl_range, kl_temperature_range=settings.kl_temperature_range)
     assert plan.searched == decision.wider == SearchSpace((0.001, 20.0), (2.0, 2.0))
     assert (settings.num_samples, settings.baseline_seeds, settings.config.steps) == (9, 5, 90)
