@@ -6,19 +6,23 @@ Everything is computed from raw metrics, so that tolerance and confidence can be
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from analysis import baseline as baseline_trials
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE, absolute_tolerance, baseline_rerouted, probably_feasible
 from analysis.decision import Baseline, Decision, Needed, SettingAssessment
 from analysis.formatting import count, number, percent, signed, temperature, with_relation
 from analysis.noise import MIN_SEEDS, is_noisy, samples_for, seeds_needed
 from analysis.rules_of_thumb import TOO_FEW, Outlook, evaluate_rules
-from analysis.search_space import BETA_KL_RANGE, DEFAULT_SPACE, RangeEnd, SearchSpace
 from analysis.surrogate.kernel import coordinates
-from analysis.surrogate.surrogate import MAX_MODELLED, METRICS, MIN_DRIFT, Surrogate, finite_trials, modelled
+from analysis.surrogate.search_space import BETA_KL_RANGE, DEFAULT_SPACE, RangeEnd, SearchSpace
+from analysis.surrogate.surrogate import MAX_MODELLED, METRICS, Surrogate, finite_trials, modelled
 
 _REQUIRED = ("beta_kl", "kl_temperature", "seed", "status", *METRICS)
 
@@ -30,12 +34,14 @@ def decide(
     confidence: float = CONFIDENCE,
     searched: SearchSpace = DEFAULT_SPACE,
     draws: int | None = None,
+    trained: Mapping[str, Any] = MappingProxyType({}),
 ) -> Decision:
     """Decide from raw trials (columns of `trials.csv`); only completed ones with finite metrics count.
 
     Args:
         searched: the ranges that the sweep searched, over which the map goes. Trials outside count as any others.
         draws: hyper-parameter draws to average over at most; None is all that carry weight.
+        trained: fields of the trials' configuration, for advice on one that never rerouted.
 
     Raises:
         ValueError: a column that is needed is missing, or an argument is out of its range.
@@ -48,7 +54,7 @@ def decide(
     baselines, candidates = usable[usable["beta_kl"] == 0], modelled(usable).query("beta_kl > 0")
     decision = Decision(
         verdict="baseline_failed",
-        reason=_why_no_baseline(trials),
+        reason=baseline_trials.why_there_is_none(trials),
         reroute_tolerance=reroute_tolerance,
         confidence=confidence,
         rules_of_thumb=evaluate_rules(usable, None, TOO_FEW, TOO_FEW, confidence),
@@ -58,20 +64,29 @@ def decide(
     )
     if baselines.empty:
         return decision
-    baseline = _baseline(baselines, usable)
+    baseline = baseline_trials.summary(baselines, usable)
     tolerance = absolute_tolerance(baselines["eval_loss_reroute"], reroute_tolerance)
     decision = replace(decision, baseline=baseline, tolerance=tolerance)
     if not baseline_rerouted(baselines["eval_loss_reroute"]):
         reason = f"Without KL only {percent(baseline.achieved)} of the rerouting was achieved: nothing to compare with."
-        return replace(decision, verdict="baseline_never_rerouted", reason=reason)
+        held_by, mend = baseline_trials.never_rerouted(baselines, trained)
+        reason = " ".join(filter(None, [reason, held_by]))
+        return replace(decision, verdict="baseline_never_rerouted", reason=reason, mend=mend)
     model = Surrogate.of(trials, reroute_tolerance, draws, searched)
     needed = _needed(model, baseline, tolerance, len(trials))
     decision = replace(decision, verdict="insufficient_evidence", needed=needed)
+    if unfinished := baseline_trials.unconverged_sentence(baselines):
+        decision = replace(decision, warnings=(*decision.warnings, unfinished))
     if candidates.empty:
         return replace(decision, reason="No trial with beta_kl > 0 completed.")
     settings = _assess(candidates, model, baseline, decision)
-    reason = _why_insufficient(settings, needed, tolerance, confidence)
-    return _between_settings(replace(decision, settings=settings, reason=reason), baseline, model, usable)
+    decision = replace(decision, settings=settings, reason=_why_insufficient(settings, needed, tolerance, confidence))
+    decision = _between_settings(decision, baseline, model, usable)
+    if decision.verdict == "insufficient_evidence" and unfinished and is_noisy(needed.sigma, tolerance):
+        others = tuple(warning for warning in decision.warnings if warning != unfinished)
+        mend = {"steps": baseline_trials.steps_needed(baselines)}
+        return replace(decision, reason=unfinished, warnings=others, needed=None, mend=mend)
+    return decision
 
 
 def _between_settings(decision: Decision, baseline: Baseline, model: Surrogate, usable: pd.DataFrame) -> Decision:
@@ -114,28 +129,6 @@ def _check(trials: pd.DataFrame, reroute_tolerance: float, confidence: float) ->
         raise ValueError(f"confidence {confidence}: must lie between 0.5 and 1")
 
 
-def _mean(rows: pd.DataFrame, column: str) -> float | None:
-    """Mean of the finite values; None where there is none."""
-    values = rows[column].astype(float).to_numpy() if column in rows else np.empty(0)
-    values = values[np.isfinite(values)]
-    return float(values.mean()) if len(values) else None
-
-
-def _baseline(baselines: pd.DataFrame, usable: pd.DataFrame) -> Baseline:
-    losses = baselines["eval_loss_reroute"].astype(float)
-    log_drift = np.log(baselines["eval_benign_kl"].astype(float).clip(lower=MIN_DRIFT))
-    return Baseline(
-        n_seeds=int(baselines["seed"].nunique()),
-        eval_loss_reroute=float(losses.mean()),
-        achieved=float(1 - losses.mean()),
-        reroute_sd=float(losses.std(ddof=1)) if len(losses) > 1 else None,
-        drift=float(np.exp(log_drift.mean())),
-        drift_sd=float(log_drift.std(ddof=1)) if len(log_drift) > 1 else None,
-        harmful_nll=_mean(baselines, "eval_harmful_nll"),
-        base_harmful_nll=_mean(usable, "base_harmful_nll"),
-    )
-
-
 def _assess(
     candidates: pd.DataFrame, model: Surrogate, baseline: Baseline, decision: Decision
 ) -> tuple[SettingAssessment, ...]:
@@ -149,7 +142,7 @@ def _assess(
     dominated = np.any((delta[:, None] > delta) & (drift[:, None] > drift), axis=1).tolist()
     settings = []
     for i, ((beta_kl, heat), rows) in enumerate(groups):
-        harmful_nll = _mean(rows, "eval_harmful_nll")
+        harmful_nll = baseline_trials.mean_of(rows, "eval_harmful_nll")
         settings.append(
             SettingAssessment(
                 beta_kl=float(beta_kl),
@@ -245,16 +238,6 @@ def _none_qualifies(decision: Decision, baseline: Baseline) -> Decision:
         confirmed=baseline.n_seeds >= 3,
         needed=None,
     )
-
-
-def _why_no_baseline(trials: pd.DataFrame) -> str:
-    status = trials.loc[trials["beta_kl"] == 0, "status"]
-    if status.empty:
-        return "There is no trial at beta_kl = 0 to compare with."
-    states = ", ".join(f"{amount} {state}" for state, amount in status.value_counts().items())
-    errors = trials.loc[(trials["beta_kl"] == 0) & (trials["status"] == "failed"), "error"] if "error" in trials else []
-    first = next((f" ({error})" for error in errors if isinstance(error, str) and error), "")
-    return f"No baseline trial (beta_kl = 0) ended with finite metrics: {states}{first}."
 
 
 def _why_insufficient(

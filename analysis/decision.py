@@ -1,10 +1,10 @@
 """What a decision says: the dataclasses that `analysis.decide` returns and the report shows."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from analysis.rules_of_thumb import RuleOfThumb
-from analysis.search_space import DEFAULT_SPACE, SearchSpace
+from analysis.surrogate.search_space import DEFAULT_SPACE, SearchSpace
 
 Verdict = Literal[
     "choose", "no_candidate_qualifies", "insufficient_evidence", "baseline_never_rerouted", "baseline_failed"
@@ -113,5 +113,7 @@ class Decision:
     """What a further sweep should search, where the pick sits at an end of a searched range, or no weight of a range
     that begins above the default's qualifies; else None."""
     needed: Needed | None = None
+    mend: dict[str, Any] = field(default_factory=dict)
+    """Fields of the configuration that another sweep should change, with their values; where the verdict is none."""
     settings: tuple[SettingAssessment, ...] = ()
     """Those that qualify first, by drift; then the others, the most probable first."""

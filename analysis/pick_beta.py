@@ -119,7 +119,9 @@ def write_report(
         raise InputError(f"--reroute-tolerance {tolerance}: must lie between 0 and 1")
     if not 0.5 < confidence < 1:
         raise InputError(f"--confidence {confidence}: must lie between 0.5 and 1")
-    decision = decide(trials, reroute_tolerance=tolerance, confidence=confidence, searched=sweep["searched"])
+    decision = decide(
+        trials, reroute_tolerance=tolerance, confidence=confidence, searched=sweep["searched"], trained=sweep["config"]
+    )
     commands = commands_after(decision, sweep, trials, run_dir)
     _write_all(run_dir / "report", report.render(decision, sweep, trials, curves, behaviour, commands))
     return decision, commands

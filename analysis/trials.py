@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.columns import NUMBER_COLUMNS, STATUSES, TEXT_COLUMNS
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
-from analysis.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, SearchSpace
+from analysis.surrogate.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, SearchSpace
 from cbtrain.config.validation import from_json
 from cbtrain.utils.errors import InputError, first_line
 from cbtrain.utils.metrics_file import read_metrics

@@ -126,7 +126,8 @@ def _run(job: Job) -> int:
     config, data = read_inputs(job.settings.config, job.settings.preset, job.settings.workers_per_trial, job.run.record)
 
     from cbtrain.teacher_cache.plan import plan_cache
-    from sweeps.reporting.console import calibration_line, plan_lines, wrapped
+    from sweeps.reporting.console import wrapped
+    from sweeps.reporting.plan_lines import calibration_line, plan_lines
 
     cache = plan_cache(job.settings.teacher_cache, job.run.path / "teacher_cache", config, data, budget.total)
     lines = plan_lines(job.plan, budget, cache.says, job.run.shown, job.settings.early_stop)

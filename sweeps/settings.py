@@ -10,7 +10,7 @@ import tyro
 from annotated_types import Ge
 
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
-from analysis.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, Bounds
+from analysis.surrogate.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, Bounds
 from cbtrain.config import CircuitBreakerConfig, InputError, flag, get_config
 from cbtrain.config.validation import check_fields
 from cbtrain.model.auto import derived

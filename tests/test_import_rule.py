@@ -30,10 +30,10 @@ ROOMS = (
     "analysis.formatting",  #    how numbers are written
     "analysis.constraint",  #    what may be lost of the rerouting
     "analysis.noise",  #         seeds against the limit
-    "analysis.search_space",  #  the ranges of beta_kl and kl_temperature
     "analysis.surrogate",  #     the model of a sweep
     "analysis.rules_of_thumb",
     "analysis.decision",  #      what a decision says
+    "analysis.baseline",  #      what the trials without KL say
     "analysis.decide",  #        trials in, a decision out
     "analysis.trials",  #        a run directory's tables
     "analysis.behaviour",  #     what measured models write

@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
 from analysis.decision import Decision
 from analysis.noise import baseline_seeds_of
-from analysis.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE
+from analysis.surrogate.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE
 
 _SWEPT = ("beta_kl", "kl_temperature", "seed")
 
@@ -67,7 +67,9 @@ def sweep_command(decision: Decision, sweep: Mapping[str, Any], n_trials: int) -
     values: dict[str, Any] = {"preset": sweep.get("preset", "tiny")}
     overrides = _overrides(sweep)
     values["num_samples"] = sweep["settings"].get("num_samples", n_trials)
-    if decision.verdict == "baseline_never_rerouted":
+    if decision.mend:
+        overrides |= decision.mend
+    elif decision.verdict == "baseline_never_rerouted":
         overrides["steps"] = 2 * int(sweep.get("config", {}).get("steps", 50))
     if needed is not None:
         values["num_samples"] = needed.num_samples

@@ -57,7 +57,7 @@ def headline(decision: Decision) -> str:
 
 def explanation(decision: Decision) -> str:
     """Why, in one or two sentences with the numbers."""
-    if decision.verdict == "baseline_never_rerouted":
+    if decision.verdict == "baseline_never_rerouted" and not decision.mend:
         # Not alpha: it scales all terms alike, to which AdamW is indifferent.
         return f"{decision.reason} Give rerouting more room: more --steps, a higher --lr, a larger --schedule-horizon."
     if decision.verdict == "insufficient_evidence" and decision.needed is not None:

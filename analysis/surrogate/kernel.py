@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from analysis.search_space import BETA_KL_RANGE, DEFAULT_SPACE, KL_TEMPERATURE_RANGE, SearchSpace
+from analysis.surrogate.search_space import BETA_KL_RANGE, DEFAULT_SPACE, KL_TEMPERATURE_RANGE, SearchSpace
 
 Array = NDArray[np.float64]
 Seeds = NDArray[np.int64]

@@ -12,9 +12,9 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from analysis.formatting import count
-from analysis.search_space import DEFAULT_SPACE, SearchSpace
 from analysis.surrogate.gaussian_process import Mixture, Posterior, fit
 from analysis.surrogate.kernel import DRIFT_PRIOR, REROUTE_PRIOR, Array, coordinates
+from analysis.surrogate.search_space import DEFAULT_SPACE, SearchSpace
 
 MIN_DRIFT = 1e-12
 """Nats per token; less drift is taken as this, since its logarithm is modelled."""

@@ -76,10 +76,10 @@ def evaluate(
     `eval_loss_reroute`, and per target layer `eval_cosine_layer_K` (mean cosine) and `eval_cosine_positive_layer_K`
     (share of tokens with a cosine above 0); `eval_loss_retain` (units of the hidden state) and
     `eval_loss_retain_relative` (each layer's distance as a share of the teacher's mean norm there, comparable between
-    models); `base_norm_layer_K` (that norm, of each target layer); `eval_benign_kl` (KL(teacher ‖ student) at T = 1,
-    nats per scored prediction); `eval_benign_top1_agreement` (share of predictions whose most likely token is the
-    teacher's); `eval_benign_nll`, `eval_harmful_nll` and the teacher's own `base_benign_nll`, `base_harmful_nll` (nats
-    per scored prediction).
+    models), and per target layer that share, `eval_distance_layer_K`, and norm, `base_norm_layer_K`; `eval_benign_kl`
+    (KL(teacher ‖ student) at T = 1, nats per scored prediction); `eval_benign_top1_agreement` (share of predictions
+    whose most likely token is the teacher's); `eval_benign_nll`, `eval_harmful_nll` and the teacher's own
+    `base_benign_nll`, `base_harmful_nll` (nats per scored prediction).
     """
     decoder.model.eval()
     means = Means()
@@ -160,11 +160,12 @@ def _add_distances(
 
 def _relative(metrics: dict[str, float], targets: Sequence[int], retained: Sequence[int]) -> dict[str, float]:
     """The metrics with each layer's mean distance and norm made into the relative retain loss."""
-    apart = [(metrics.pop(f"distance_{layer}"), metrics.pop(f"norm_{layer}")) for layer in retained]
-    norms = {
-        f"base_norm_layer_{layer}": norm for layer, (_, norm) in zip(retained, apart, strict=True) if layer in targets
-    }
-    return metrics | {"eval_loss_retain_relative": fmean(distance / norm for distance, norm in apart)} | norms
+    norms = {layer: metrics.pop(f"norm_{layer}") for layer in retained}
+    shares = {layer: metrics.pop(f"distance_{layer}") / norms[layer] for layer in retained}
+    metrics["eval_loss_retain_relative"] = fmean(shares.values())
+    for layer in targets:
+        metrics |= {f"base_norm_layer_{layer}": norms[layer], f"eval_distance_layer_{layer}": shares[layer]}
+    return metrics
 
 
 def _predictions(

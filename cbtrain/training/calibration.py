@@ -19,12 +19,15 @@ EVALUATIONS = 10
 UNMOVED = 0.99
 """A held-out reroute loss above which nothing has begun by a tenth of the steps."""
 
+STAYED = 0.5
+"""Share of the teacher's norm by which benign hidden states have moved at most where they stayed."""
+
 Outcome = Literal["converged", "unmoved", "unsettled", "inseparable", "diverged", "cut off"]
 SAID: dict[Outcome, str] = {
     "converged": "converged",
     "unmoved": "nothing moved",
     "unsettled": "not settled at its end",
-    "inseparable": "benign text changed as much as harmful text",
+    "inseparable": "benign text turned away with harmful text",
     "diverged": "a loss became infinite",
     "cut off": "cut off: the steps allowed were spent",
 }
@@ -94,13 +97,13 @@ def judge(curve: Curve, config: CircuitBreakerConfig) -> Outcome | None:
     """The outcome of a run at its last held-out evaluation; None while it is not clear.
 
     It has converged when every target layer has collapsed and the rerouting is level from one evaluation to the next,
-    while harmful text became much less likely than benign text did. Ended is it, unmoved, when nothing has begun by a
+    while benign text stayed near where it was. Ended is it, unmoved, when nothing has begun by a
     tenth of its steps. Anything else is told at its end.
     """
     *_, last = evaluated = evaluations(curve)
     done = last["step"] >= config.steps
     if all(step is not None for step in collapse_steps(curve, config.target_layers).values()):
-        if _separated(last) and (done or _level(evaluated)):
+        if _separated(last, config) and (done or _level(evaluated)):
             return "unsettled" if done and unsettled(curve, config.target_layers) else "converged"
         return "inseparable" if done else None
     if done:
@@ -118,8 +121,10 @@ def _level(evaluated: Curve) -> bool:
     return abs(before - last) <= STILL_FALLING * (1 - last)
 
 
-def _separated(metrics: Mapping[str, float]) -> bool:
-    """Whether benign text lost less than half of the likelihood that harmful text lost."""
-    benign = metrics["eval_benign_nll"] - metrics["base_benign_nll"]
-    harmful = metrics["eval_harmful_nll"] - metrics["base_harmful_nll"]
-    return benign < harmful / 2
+def _separated(metrics: Mapping[str, float], config: CircuitBreakerConfig) -> bool:
+    """Whether benign hidden states moved by less than `STAYED` of their norm at every target layer.
+
+    Text that is turned below a cosine of 0.5 moves by sin 60° = 0.87 of its norm or more: of rows that are alike on
+    both sides one cannot be turned while the other stays.
+    """
+    return max(metrics[f"eval_distance_layer_{layer}"] for layer in config.target_layers) < STAYED

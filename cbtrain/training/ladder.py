@@ -23,13 +23,13 @@ SEEDS = 3
 """On which the winner must converge."""
 MARGIN = 2
 """Recommended steps are at least so many times the last collapse: other seeds are later, and retain needs its turn."""
-MAX_LR = 1e-2
+MAX_LR = 3e-2
 SCALES = (0.3, 100.0)
 """Retain scales beyond which nothing is tried."""
 
 
 _CURVE = ("step", "loss_reroute", "loss_retain", "eval_loss_reroute", "eval_loss_retain_relative")
-_CURVE_PREFIXES = ("eval_cosine_layer_", "eval_benign_", "eval_harmful_", "base_")
+_CURVE_PREFIXES = ("eval_cosine_layer_", "eval_distance_layer_", "eval_benign_", "eval_harmful_", "base_")
 
 
 class _ClearError(Exception):

@@ -36,6 +36,7 @@ from cbtrain.training.engine import (
     save_adapter,
     unclipped_grad_norm,
 )
+from cbtrain.training.gradient_norms import GradientNorms
 from cbtrain.training.metrics import Clock, Metrics, MetricsLog, Report, Update, Updates
 from cbtrain.training.model_card import write_card
 from cbtrain.utils import distributed
@@ -83,6 +84,7 @@ def train(
         first, clock = before.step, Clock(before.seconds)
         log, updates = MetricsLog(output_dir, config, first), Updates(config, clock)
         batches, loader = held_out(data, config, pad), StepLoader(data, config, pad, decoder.layers, cache)
+        gradients = GradientNorms(data, config, pad)
         metrics: Metrics = {}
         curve = log.kept
         for done, given in enumerate(loader.steps(first), first + 1):
@@ -94,7 +96,7 @@ def train(
             if logging or saving:
                 metrics = updates.read()
             if evaluating:
-                metrics |= evaluate(decoder, batches, config, cache)
+                metrics |= evaluate(decoder, batches, config, cache) | gradients.measure(engine.module, done)
                 clock.lap("eval")
             if logging:
                 metrics |= {"eval_s": clock.seconds["eval"]}

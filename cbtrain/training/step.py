@@ -50,6 +50,12 @@ class CircuitBreakerStep(nn.Module):
             counts: scored tokens and predictions of the whole update, over all micro-steps and ranks.
             weights: the coefficients of this update.
         """
+        losses = self.losses(batch, counts, weights)
+        loss = weights.cs * losses[0] + weights.cr * losses[1] + weights.kl_weight * losses[2]
+        return StepOutput(loss=loss, parts=torch.stack([loss, *losses]).detach())
+
+    def losses(self, batch: PairedBatch, counts: ScoredCounts, weights: Coefficients) -> list[Tensor]:
+        """loss_reroute, loss_retain and loss_kl of a micro-batch, unweighted; the arguments are those of `forward`."""
         reroute, retain, kl = [], [], []
         for rows in batch.harmful:
             student, teacher = self.decoder.states(rows, self.config.target_layers, final=False)
@@ -60,9 +66,7 @@ class CircuitBreakerStep(nn.Module):
             )
             retain.append(self._retain(student.hidden, teacher.hidden, counts.benign_tokens))
             kl.append(self._kl(student, teacher, counts.benign_predictions))
-        losses = [torch.stack(shares).sum() for shares in (reroute, retain, kl)]
-        loss = weights.cs * losses[0] + weights.cr * losses[1] + weights.kl_weight * losses[2]
-        return StepOutput(loss=loss, parts=torch.stack([loss, *losses]).detach())
+        return [torch.stack(shares).sum() for shares in (reroute, retain, kl)]
 
     def _retain(self, student: Tensor, teacher: Tensor, denominator: int) -> Tensor:
         if self.config.retain_norm == "absolute":

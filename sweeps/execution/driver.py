@@ -136,6 +136,7 @@ class SweepDriver:
             self._plan.table(),
             reroute_tolerance=self.settings.reroute_tolerance,
             confidence=self.settings.confidence,
+            trained=self.run.record.get("config", {}),
             searched=self.settings.searched,
         )
 

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Lt
 
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
 from analysis.noise import baseline_seeds_of
-from analysis.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, SearchSpace
+from analysis.surrogate.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, SearchSpace
 from cbtrain.config import InputError
 from cbtrain.config.validation import check_fields
 

@@ -11,24 +11,23 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from analysis.baseline import unconverged_sentence
 from analysis.decision import Decision
 from analysis.formatting import count, number, percent, with_relation
 from analysis.noise import excessive_spread, samples_for, seeds_needed
 from analysis.report.commands import folded
 from analysis.report.report import explanation
-from analysis.surrogate.surrogate import MAX_MODELLED
-from cbtrain.training.calibration import steps_allowed
-from sweeps.plan.budget import Budget, PlanSettings
+from sweeps.plan.budget import PlanSettings
 from sweeps.plan.plan import SweepPlan
 
 Row = dict[str, Any]
 WIDTH = 80
 INDENT = " " * 10
 HEADER = " time      phase    beta_kl    T seed"
-SAMPLERS = {"gp": "Gaussian process", "tpe": "TPE", "random": "random"}
 
 
 @dataclass(frozen=True)
@@ -50,53 +49,6 @@ class CacheReport:
         return replace(self, **sums)
 
 
-def plan_lines(
-    settings: PlanSettings, budget: Budget, cache: str, run_dir: Path, early_stop: bool = False
-) -> list[str]:
-    """The plan, in the order in which it will run; `cache` says what the teacher cache takes."""
-    searched = settings.searched
-    betas, temperatures = searched.range_of("beta_kl"), searched.range_of("kl_temperature")
-    over = f"{betas} (log) {'at' if searched.single_temperature else '×'} kl_temperature {temperatures}"
-    phases = ("baseline", "ablation", "search", "confirm")
-    parts = " + ".join(f"{getattr(budget, phase)} {phase}" for phase in phases if getattr(budget, phase))
-    lines = [f"plan      {budget.total} trials = {parts}"]
-    if budget.dropped:
-        lines += indented(f"left out for want of trials: {', '.join(budget.dropped)}")
-    if budget.outside:
-        lines += indented(f"left out as outside the ranges: {', '.join(budget.outside)}")
-    return [
-        *lines,
-        *wrapped(f"search    beta_kl {over} · minimise benign drift"),
-        *indented(f"{SAMPLERS[settings.sampler]}{_handed_over(settings, budget)}"),
-        f"subject   rerouting lost ≤ {100 * settings.reroute_tolerance:g} % of what the baseline achieves",
-        *(wrapped(f"stop      {_stopped_early(budget)}") if early_stop else []),
-        *wrapped(f"cache     {cache}"),
-        f"run       {run_dir}",
-    ]
-
-
-def calibration_line(trials: int, steps: int) -> str:
-    """What a calibration may cost, before it begins."""
-    allowed = steps_allowed(trials, steps)
-    return (
-        f"calibrate at most {allowed:,} steps first, beside the trials' {trials * steps:,}: a recipe that reroutes at "
-        "three seeds (--no-calibrate leaves it out)"
-    )
-
-
-def _handed_over(settings: PlanSettings, budget: Budget) -> str:
-    """That the Gaussian process does not search to the end of a long sweep, where it does not."""
-    if settings.sampler != "gp" or budget.ablation + budget.search <= MAX_MODELLED:
-        return ""
-    return f" for {MAX_MODELLED} trials beside the baseline, then TPE: the cost of the former grows with their cube"
-
-
-def _stopped_early(budget: Budget) -> str:
-    if budget.search == 0:
-        return "nothing: only search trials are stopped early, and the plan has none"
-    return "search trials early whose held-out rerouting stays over the limit"
-
-
 def noise_lines(rows: Sequence[Row], tolerance: float, settings: PlanSettings) -> list[str]:
     """What the spread between the baseline's seeds asks for, where it is large for the limit; else nothing.
 
@@ -110,6 +62,8 @@ def noise_lines(rows: Sequence[Row], tolerance: float, settings: PlanSettings) -
     sigma = excessive_spread(losses, tolerance)
     if sigma is None:
         return []
+    if unfinished := unconverged_sentence(pd.DataFrame(completed)):
+        return wrapped(f"baseline  {unfinished}")
     seeds = seeds_needed(sigma, tolerance)
     samples = samples_for(seeds)
     more = f" (--num-samples {samples})" if samples > settings.num_samples else ""

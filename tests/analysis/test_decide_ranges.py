@@ -9,7 +9,7 @@ from synthetic import BASELINE_LOSS, MakeRun, Surface, make_trials
 from analysis.decide import decide
 from analysis.pick_beta import main, write_report
 from analysis.report import figures, report
-from analysis.search_space import SearchSpace
+from analysis.surrogate.search_space import SearchSpace
 
 SETTINGS = {"num_samples": 18, "reroute_tolerance": 0.05, "confidence": 0.95}
 HARMLESS = Surface(threshold=40.0)

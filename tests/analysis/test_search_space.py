@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from analysis.search_space import DEFAULT_SPACE, RangeEnd, SearchSpace
 from analysis.surrogate.kernel import coordinates
+from analysis.surrogate.search_space import DEFAULT_SPACE, RangeEnd, SearchSpace
 
 AT_TWO = SearchSpace(kl_temperature=(2.0, 2.0))
 

@@ -13,7 +13,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 import sweeps.plan.plan
-from analysis.search_space import SearchSpace
+from analysis.surrogate.search_space import SearchSpace
 from sweeps.plan.budget import PlanSettings
 from sweeps.plan.journal import TrialOutcome, TrialSpec
 from sweeps.plan.plan import SweepPlan

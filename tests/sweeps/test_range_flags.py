@@ -10,7 +10,7 @@ import pytest
 from commands import world as data_flags
 
 from analysis.report.commands import wider_command
-from analysis.search_space import SearchSpace
+from analysis.surrogate.search_space import SearchSpace
 from cbtrain.config import InputError, cli
 from cbtrain.model.auto import derived
 from sweeps import kl_ablation

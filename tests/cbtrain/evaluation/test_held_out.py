@@ -90,6 +90,7 @@ def test_every_metric_has_its_value_written_out(small_config):
     for layer, distance in distances.items():
         shares = sum(distance) / sum(values[f"base_norm_layer_{layer}"])
         values["eval_loss_retain_relative"].append(shares)
+        values[f"eval_distance_layer_{layer}"].append(shares)
     assert found.keys() == values.keys()
     assert min(values["eval_cosine_layer_1"]) < 0 < max(values["eval_cosine_layer_1"]), "no negative cosine to tell by"
     for name, expected in values.items():

@@ -11,7 +11,8 @@ from analysis.decide import decide
 from sweeps.execution.driver import SweepDriver
 from sweeps.plan.budget import PlanSettings
 from sweeps.plan.journal import TrialOutcome
-from sweeps.reporting.console import EventLines, noise_lines, plan_lines, summary_lines
+from sweeps.reporting.console import EventLines, noise_lines, summary_lines
+from sweeps.reporting.plan_lines import plan_lines
 from sweeps.storage.run_directory import RunDirectory
 
 TIMES = {"train_s": 3.0, "eval_s": 0.5, "wall_s": 4.0, "ended_at": 5.0, "process": "host:1"}
@@ -253,7 +254,7 @@ def test_a_baseline_that_never_rerouted_is_told_with_the_knobs_and_without_its_n
     (tmp_path / "run").mkdir()
     driver = SweepDriver(RunDirectory(tmp_path / "run"), plan_of(20, baseline_seeds=3).settings, 1)
     for seed in range(3):
-        outcome = completed(0.8 + 0.1 * seed, train_s=3.0, eval_s=0.5, wall_s=4.0, ended_at=5.0, process="host:1")
+        outcome = completed(0.79 + 0.1 * seed, train_s=3.0, eval_s=0.5, wall_s=4.0, ended_at=5.0, process="host:1")
         driver._plan.tell(next_trial(driver._plan).trial_id, outcome)
     driver._tell_noise()
     assert capsys.readouterr().out == ""
