@@ -34,7 +34,10 @@ _UNITS = {
     "eval_batch_size": "rows",
     "checkpoint_every": "steps",
 }
-_REMARKS = {"llama-4-scout": "109 B parameters: untested at this size"}
+_REMARKS = {
+    "auto": "layers, dtype and length by the model that is given",
+    "llama-4-scout": "109 B parameters: untested at this size",
+}
 
 
 def main() -> int:

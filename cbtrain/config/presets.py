@@ -45,6 +45,27 @@ class CircuitBreakerConfigAuto(CircuitBreakerConfig):
 
 
 @dataclass(kw_only=True)
+class CircuitBreakerConfigSmolLM2(CircuitBreakerConfigAuto):
+    """SmolLM2-135M-Instruct, 30 blocks: a pretrained chat model on which a sweep takes a laptop's CPU under an hour.
+
+    Measured, not published: with an absolute retain term nothing reroutes, as hidden states have norms of 139 and 224
+    at the target layers. With a relative one at scale 3 and this learning rate both layers collapse within 60 steps;
+    the steps that follow are for slower seeds and let benign text come back.
+    """
+
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    max_length: int = 80
+    eval_fraction: float = 0.25
+    target_layers: tuple[int, ...] = (10, 20)
+    lora_layers: tuple[int, ...] | None = tuple(range(20))
+    retain_scale: float = 3.0
+    steps: int = 90
+    batch_size: int = 4
+    lr: float = 2e-3
+    log_every: int = 5
+
+
+@dataclass(kw_only=True)
 class CircuitBreakerConfigLlama3(CircuitBreakerConfig):
     """Llama-3-8B-Instruct, 32 blocks, as the method was published for it.
 
@@ -125,6 +146,7 @@ class CircuitBreakerConfigLlama4Scout(CircuitBreakerConfig):
 PRESETS: dict[str, type[CircuitBreakerConfig]] = {
     "tiny": CircuitBreakerConfigTiny,
     "auto": CircuitBreakerConfigAuto,
+    "smollm2-135m-instruct": CircuitBreakerConfigSmolLM2,
     "llama-3-8b-instruct": CircuitBreakerConfigLlama3,
     "llama-3.1-8b-instruct": CircuitBreakerConfigLlama31,
     "mistral-7b-instruct": CircuitBreakerConfigMistral,

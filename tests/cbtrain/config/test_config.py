@@ -168,7 +168,7 @@ def test_the_published_numbers_are_the_presets():
         "mistral-7b-instruct": method | {"alpha": 5.0},
         "llama-4-scout": method | scout | {"lora_layers": tuple(range(36))},
     }
-    assert {*published, "tiny", "auto", "qwen3-8b"} == set(PRESETS)
+    assert {*published, "tiny", "auto", "qwen3-8b", "smollm2-135m-instruct"} == set(PRESETS)
     for name, numbers in published.items():
         config = get_config(name)
         assert {field: getattr(config, field) for field in numbers} == numbers, name
