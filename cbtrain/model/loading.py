@@ -48,7 +48,8 @@ def weightless_model(config: CircuitBreakerConfig) -> PreTrainedModel:
 def _weightless(name: str, _stamps: tuple) -> PreTrainedModel:
     structure = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(structure)
+        # In a dtype that experts can be traced in without weights.
+        return AutoModelForCausalLM.from_config(structure, dtype=torch.bfloat16)
 
 
 @contextmanager
