@@ -70,7 +70,8 @@ def _load_base(name: str, dtype: str, _stamps: tuple) -> PreTrainedModel:
     model, report = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
     lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if lacking:  # the library would fill them with random numbers, others in each process
-        raise InputError(f"--model {name}: no weights of the right shape for {lacking[0]} ({len(lacking)} in all)")
+        first = f"{type(model).__name__} finds no weights of the right shape for {lacking[0]}"
+        raise InputError(f"--model {name}: {first} ({len(lacking)} in all)")
     return model.requires_grad_(False).eval()
 
 

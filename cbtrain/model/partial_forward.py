@@ -131,7 +131,7 @@ class Decoder:
         for index in range(start, top):
             args, kwargs = entry.calls[index]
             output = self._blocks[index](states[index], *args, **kwargs)
-            states[index + 1] = output[0] if isinstance(output, tuple) else output
+            states[index + 1] = output[0] if isinstance(output, (tuple, list)) else output
             if index not in keep:
                 del states[index]
         if start < top == self.layers:
@@ -228,7 +228,7 @@ def _values_beside(decoder: nn.Module, blocks: Sequence[nn.Module], sample: dict
     found: list[int | None] = []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        found.append(len(output) - 1 if isinstance(output, tuple) else None)
+        found.append(len(output) - 1 if isinstance(output, (tuple, list)) else None)
 
     handles = [block.register_forward_hook(keep) for block in blocks[:1]]
     decoder(**sample)

@@ -47,8 +47,10 @@ def check_states(model: PreTrainedModel, states: Collection[Tensor], ids: Tensor
     """
     blocks, name = blocks_of(model), type(model).__name__
     if len(states) != blocks + 1:
-        raise InputError(f"--model: {name} gives {len(states)} hidden states, not one more than its {blocks} blocks")
+        raise InputError(
+            f"--model: {name} gives not one hidden state more than it has blocks ({len(states)}, {blocks})"
+        )
     for state in states:
         if state.ndim != 3 or state.shape[:2] != ids.shape:
             shape = "×".join(map(str, state.shape))
-            raise InputError(f"--model: {name} passes hidden states of {shape} between blocks, not [B, S, H]")
+            raise InputError(f"--model: {name} passes several streams from block to block, not [B, S, H] ({shape})")

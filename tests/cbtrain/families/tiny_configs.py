@@ -22,13 +22,12 @@ _SIZES = {
     "index_n_heads encoder_layers linear_num_key_heads linear_num_value_heads moe_top_k hc_mult eos_token_id",
     48: "intermediate_size d_inner ffn_hidden_size n_inner decoder_ffn_dim encoder_ffn_dim d_ff dim_ff ffn_dim dff "
     "moe_intermediate_size shared_expert_intermediate_size intermediate_size_mlp ext_pw_out_channel "
-    "depthwise_separable_out_channel shared_intermediate_size "
-    "expert_ffn_hidden_size",
+    "depthwise_separable_out_channel shared_intermediate_size expert_ffn_hidden_size",
     VOCABULARY: "vocab_size vocab_size_per_layer_input",
     128: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions max_source_positions seq_length",
     8: "head_dim kv_channels qk_rope_head_dim qk_nope_head_dim v_head_dim rotary_dim mamba_d_state state_size "
     "ssm_state_size linear_key_head_dim linear_value_head_dim global_head_dim attention_head_dim chunk_size "
-    "laurel_rank",
+    "laurel_rank sliding_window attention_window_size attention_chunk_size window_size index_topk",
     16: "q_lora_rank kv_lora_rank o_lora_rank mamba_d_head mamba_head_dim index_head_dim router_hidden_size "
     "adapter_rank mamba_chunk_size moe_latent_size",
     1: "n_group topk_group n_groups mamba_n_groups n_shared_experts first_k_dense_replace num_dense_layers "
@@ -51,46 +50,47 @@ _INDEXER = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }
-_HYBRID = ["mamba", "attention", "mamba", "attention"]
+_ATTENTION_64 = {
+    "num_hidden_layers": 6,
+    "layers_block_type": ["mamba", "hybrid"] * 3,
+    "attention_hidden_size": 64,
+    "attention_head_dim": 16,
+}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3"),
-        _LATENT,
+        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), _LATENT
     ),
-    **dict.fromkeys(("longcat_flash", "youtu"), _LATENT),
+    **dict.fromkeys(("longcat_flash", "minicpm3", "youtu"), _LATENT),
+    "bailing_hybrid": {"layer_group_size": 2, **_LATENT},
     "bamba": _MAMBA | {"attn_layer_indices": [1, 3]},
-    "falcon_h1": _MAMBA | {"mamba_d_ssm": 64},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 4},
     "blt": {part: {"hidden_size_global": 32} for part in ("encoder_config", "decoder_config")}
     | {"encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_size": [2]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "dots3_note": {"text_config": _NO_WINDOWS, "vision_config": {"mlp_layer_types": ["dense"] * 4}},
+    "dots3_note_text": _NO_WINDOWS,
     "emu3": {"vocabulary_map": {}},
+    "falcon_h1": _MAMBA | {"mamba_d_ssm": 64},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "granitemoehybrid": _MAMBA | {"layer_types": _HYBRID},
+    "granitemoehybrid": _MAMBA | {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        **_LATENT,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "phi4_multimodal": {"audio_config": {"nemo_conv_channels": 8}},
-    "dots3_note": {"text_config": _NO_WINDOWS, "vision_config": {"mlp_layer_types": ["dense"] * 4}},
-    "dots3_note_text": _NO_WINDOWS,
-    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4} | _LATENT,
-    "qwen4_exp_text": _INDEXER,
     "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "reformer": {"axial_pos_embds_dim": (8, 24), "axial_pos_shape": (8, 16)},
     "roc_bert": {"shape_vocab_size": 8, "pronunciation_vocab_size": 8},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {
-        "num_hidden_layers": 6,
-        "layers_block_type": ["mamba", "hybrid"] * 3,
-        "attention_hidden_size": 64,
-        "attention_head_dim": 16,
-    },
-    "zamba2": {
-        "num_hidden_layers": 6,
-        "layers_block_type": ["mamba", "hybrid"] * 3,
-        "attention_hidden_size": 64,
-        "attention_head_dim": 16,
-    },
+    "zamba": _ATTENTION_64,
+    "zamba2": _ATTENTION_64,
     "zaya": {"num_experts_per_tok": 1},
 }
 """What a family's configuration must have beside its sizes."""

@@ -166,7 +166,7 @@ def test_what_peft_refuses_is_left_out_unless_it_is_named():
 def test_a_model_of_several_streams_is_refused_before_its_weights_are_loaded(saved):
     shape = GEMMA | {"vocab_size_per_layer_input": 100, "laurel_rank": 4, "num_kv_shared_layers": 0}
     config = saved(Gemma3nForCausalLM(Gemma3nTextConfig(**shape, layer_types=["full_attention"] * 4)))
-    with pytest.raises(InputError, match="Gemma3nForCausalLM passes hidden states of 4×1×4×32 between blocks, not"):
+    with pytest.raises(InputError, match="Gemma3nForCausalLM passes several streams from block to block, not"):
         check_fit(config)
 
 
