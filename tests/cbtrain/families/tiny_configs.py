@@ -19,7 +19,7 @@ _SIZES = {
     "n_heads num_heads decoder_attention_heads encoder_attention_heads num_decoder_attention_heads num_experts "
     "num_local_experts n_routed_experts moe_num_experts n_mamba_heads mamba_num_heads depth",
     2: "num_key_value_heads num_kv_heads num_experts_per_tok moe_topk top_k_experts num_selected_experts "
-    "index_n_heads encoder_layers linear_num_key_heads linear_num_value_heads moe_top_k hc_mult eos_token_id",
+    "encoder_layers linear_num_key_heads linear_num_value_heads moe_top_k hc_mult eos_token_id",
     48: "intermediate_size d_inner ffn_hidden_size n_inner decoder_ffn_dim encoder_ffn_dim d_ff dim_ff ffn_dim dff "
     "moe_intermediate_size shared_expert_intermediate_size intermediate_size_mlp ext_pw_out_channel "
     "depthwise_separable_out_channel shared_intermediate_size expert_ffn_hidden_size",
@@ -28,8 +28,8 @@ _SIZES = {
     8: "head_dim kv_channels qk_rope_head_dim qk_nope_head_dim v_head_dim rotary_dim mamba_d_state state_size "
     "ssm_state_size linear_key_head_dim linear_value_head_dim global_head_dim attention_head_dim chunk_size "
     "laurel_rank sliding_window attention_window_size attention_chunk_size window_size index_topk",
-    16: "q_lora_rank kv_lora_rank o_lora_rank mamba_d_head mamba_head_dim index_head_dim router_hidden_size "
-    "adapter_rank mamba_chunk_size moe_latent_size",
+    16: "q_lora_rank kv_lora_rank o_lora_rank mamba_d_head mamba_head_dim index_head_dim index_n_heads "
+    "router_hidden_size adapter_rank mamba_chunk_size moe_latent_size",
     1: "n_group topk_group n_groups mamba_n_groups n_shared_experts first_k_dense_replace num_dense_layers "
     "bos_token_id first_k_dense o_groups num_nextn_predict_layers",
     0: "pad_token_id num_mtp_layers zero_expert_num",
@@ -115,7 +115,7 @@ def _fields(kind: type[PretrainedConfig]) -> dict[str, Any]:
         value = usual.get(own or name)
         if isinstance(value, PretrainedConfig):
             small[name] = {**_fields(type(value)), "model_type": value.model_type}
-        elif name in _OF_FIELD and not isinstance(value, (list, tuple, dict)):
+        elif name in _OF_FIELD and (name == "eos_token_id" or not isinstance(value, (list, tuple, dict))):
             small[name] = _OF_FIELD[name]
     return small
 
