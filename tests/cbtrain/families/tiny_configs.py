@@ -69,7 +69,7 @@ OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "dots3_note": {"text_config": _NO_WINDOWS, "vision_config": {"mlp_layer_types": ["dense"] * 4}},
     "dots3_note_text": _NO_WINDOWS,
-    "emu3": {"vocabulary_map": {}},
+    "emu3": {"vocabulary_map": {}, "vq_config": {"base_channels": 32}},
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
