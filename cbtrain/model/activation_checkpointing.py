@@ -46,7 +46,7 @@ def _recomputed(forward: Callable, *args: Any, **kwargs: Any) -> Tensor | tuple:
 
     def run(*args: Any, **kwargs: Any) -> Tensor | tuple:
         output = forward(*args, **kwargs)
-        return (_Last.apply(output[0]), *output[1:]) if isinstance(output, tuple) else _Last.apply(output)
+        return (_Last.apply(output[0]), *output[1:]) if isinstance(output, (tuple, list)) else _Last.apply(output)
 
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)

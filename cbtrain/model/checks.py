@@ -3,7 +3,9 @@
 import functools
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
 from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.data.batches import pad_token_id
@@ -11,6 +13,7 @@ from cbtrain.data.dataset import CircuitBreakerData
 from cbtrain.data.loading import load_data
 from cbtrain.model.loading import load_tokenizer, told_as_input_errors, weightless_model
 from cbtrain.model.lora import beyond_lora, lora_targets
+from cbtrain.model.refusal import blocks_of, check_states, refused_by_name
 from cbtrain.utils.environment import say_once
 
 
@@ -23,7 +26,7 @@ def check_rows(config: CircuitBreakerConfig, longest: int, largest_id: int) -> N
     """
     text = weightless_model(config).config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
-    if positions and longest > positions:
+    if positions and 0 < positions < longest:  # below 0 where a family has no such limit
         raise InputError(f"--max-length {config.max_length}: the model has {positions} positions")
     if largest_id >= text.vocab_size:
         raise InputError(
@@ -48,12 +51,31 @@ def check_fit(config: CircuitBreakerConfig) -> int:
         for file in sorted(Path(config.model).glob("*.safetensors")):
             with safe_open(file, framework="pt"):
                 pass  # reading the header tells a file that was cut short
-    count = model.config.get_text_config().num_hidden_layers
-    check_layers(config, count)
-    lora_targets(model, config)
-    if line := beyond_lora(model):
-        say_once(line)
+    with refused_by_name(model):
+        count = blocks_of(model)
+        check_layers(config, count)
+        lora_targets(model, config)
+        _check_traced_states(model)
+        if line := beyond_lora(model):
+            say_once(line)
     return count
+
+
+@functools.lru_cache(maxsize=1)
+def _check_traced_states(model: PreTrainedModel) -> None:
+    """`check_states` without weights; a model that cannot be traced so is tried when it has them."""
+    try:
+        with torch.device("meta"), torch.no_grad():
+            ids, mask = torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 1, 4, 4, dtype=torch.bool)
+            inputs = {
+                "input_ids": ids,
+                "attention_mask": mask,
+            }  # a mask as the library makes it reads the values of ours
+            states = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+    except Exception:  # values of tensors were asked for, or another build's whatever
+        return
+    if states is not None:
+        check_states(model, states, ids)
 
 
 def check_layers(config: CircuitBreakerConfig, layers: int) -> None:

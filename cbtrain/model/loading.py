@@ -48,7 +48,8 @@ def weightless_model(config: CircuitBreakerConfig) -> PreTrainedModel:
 def _weightless(name: str, _stamps: tuple) -> PreTrainedModel:
     structure = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(structure)
+        # In a dtype that experts can be traced in without weights.
+        return AutoModelForCausalLM.from_config(structure, dtype=torch.bfloat16)
 
 
 @contextmanager
@@ -69,7 +70,8 @@ def _load_base(name: str, dtype: str, _stamps: tuple) -> PreTrainedModel:
     model, report = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
     lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if lacking:  # the library would fill them with random numbers, others in each process
-        raise InputError(f"--model {name}: no weights of the right shape for {lacking[0]} ({len(lacking)} in all)")
+        first = f"{type(model).__name__} finds no weights of the right shape for {lacking[0]}"
+        raise InputError(f"--model {name}: {first} ({len(lacking)} in all)")
     return model.requires_grad_(False).eval()
 
 

@@ -10,22 +10,25 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from cbtrain.config import CircuitBreakerConfig, InputError
+from cbtrain.model.linear_modules import is_linear, takes_lora
+from cbtrain.model.refusal import blocks_of
 from cbtrain.utils.errors import first_line
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
     """The name of the list of decoder blocks within the model, and the list; None where there is no such list."""
-    count = model.config.get_text_config().num_hidden_layers
+    count = blocks_of(model)
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
-    # Those of the decoder first: an encoder of images may have as many blocks.
+    # Those of the decoder first, and not those deep in a part of it: an encoder of images may have as many blocks.
     inside = set(model.get_decoder().modules())
-    return min(lists, key=lambda found: found[1] not in inside, default=None)
+    return min(lists, key=lambda found: (found[1] not in inside, found[0].count(".")), default=None)
 
 
 def lora_targets(model: PreTrainedModel, config: CircuitBreakerConfig) -> list[str]:
@@ -38,23 +41,20 @@ def lora_targets(model: PreTrainedModel, config: CircuitBreakerConfig) -> list[s
     if found is None and config.lora_layers is not None:
         raise InputError(f"--lora-layers: found no list of decoder blocks in {type(model).__name__}; leave it out")
     blocks = found[1] if found else model.get_decoder()
-    linear = sorted({_last(name) for name, module in blocks.named_modules() if _is_linear(module)})
-    if not linear:
+    linear = {_last(name) for name, module in blocks.named_modules() if is_linear(module)}
+    reached = {_last(name) for name, module in blocks.named_modules() if takes_lora(model, name, module)}
+    if not reached:
         kinds = sorted({type(module).__name__ for module in blocks.modules() if _has_matrix(module)})
         raise InputError(
-            f"--model {config.model}: the blocks' weights sit in {', '.join(kinds)}, and LoRA goes on torch.nn.Linear"
+            f"--model {config.model}: the blocks' weights sit in {', '.join(kinds)}, and LoRA goes on Linear and Conv1D"
         )
     if isinstance(config.lora_targets, str):
-        return linear
+        return sorted(reached)
     for name in config.lora_targets:
         if name not in linear:
-            raise InputError(f"--lora-targets {name}: not a linear module of the blocks; they have {', '.join(linear)}")
+            known = ", ".join(sorted(linear))
+            raise InputError(f"--lora-targets {name}: not a linear module of the blocks; they have {known}")
     return list(config.lora_targets)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """A router of experts may be a linear module that gives more than its product."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -76,11 +76,13 @@ def beyond_lora(model: PreTrainedModel) -> str | None:
     reached = total = 0
     for block in blocks:
         for path, module in block.named_modules():
+            takes = takes_lora(model, path, module)
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim > 1:
                     total += parameter.numel()
-                    reached += parameter.numel() if _is_linear(module) else 0
-                    if not _is_linear(module):
+                    if takes:
+                        reached += parameter.numel()
+                    else:
                         beyond.add(f"{path}.{name}".removesuffix(".weight"))
     if not beyond:
         return None
@@ -103,6 +105,7 @@ def add_adapter(base: PreTrainedModel, config: CircuitBreakerConfig) -> PeftMode
         exclude_modules=_namesakes(base, targets, found[0] + "." if found else "") or None,
         layers_to_transform=None if config.lora_layers is None else list(config.lora_layers),
         layers_pattern=found[0].rsplit(".", 1)[-1] if found and config.lora_layers is not None else None,
+        fan_in_fan_out=_transposed(base, targets),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -118,12 +121,17 @@ def add_adapter(base: PreTrainedModel, config: CircuitBreakerConfig) -> PeftMode
     return student_mode(model)
 
 
+def _transposed(base: PreTrainedModel, targets: list[str]) -> bool:
+    """Whether the targets hold their weights as [in, out]; PEFT finds that out itself, with a warning."""
+    return any(isinstance(module, Conv1D) for name, module in base.named_modules() if _last(name) in targets)
+
+
 def _namesakes(base: PreTrainedModel, targets: list[str], prefix: str) -> list[str]:
     """Modules called like a target that are none: in an encoder of images, or no linear map."""
     return [
         name
         for name, module in base.named_modules()
-        if _last(name) in targets and not (_is_linear(module) and name.startswith(prefix))
+        if _last(name) in targets and not (is_linear(module) and name.startswith(prefix))
     ]
 
 

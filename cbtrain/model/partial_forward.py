@@ -19,6 +19,7 @@ from cbtrain.config import InputError
 from cbtrain.data.batches import TeacherStates, TokenBatch
 from cbtrain.model.lm_head import Head
 from cbtrain.model.lora import decoder_blocks, teacher_view
+from cbtrain.model.refusal import blocks_of, check_states, refused_by_name
 from cbtrain.utils.environment import say_once
 
 
@@ -39,25 +40,37 @@ class Decoder:
         hidden_states: `output_hidden_states` has every pass run whole.
 
     Raises:
-        InputError: it is no causal decoder, or its logits are not what a linear head makes of its last hidden state.
+        InputError: it is no causal decoder, its logits are not what a linear head makes of its last hidden state, its
+            hidden states are not [B, S, H], or trying it fails.
     """
 
     def __init__(self, model: PeftModel, hidden_states: Literal["early_exit", "output_hidden_states"]) -> None:
         self.model = model
         self._base = model.get_base_model()
-        path, blocks = decoder_blocks(self._base) or ("", nn.ModuleList())
-        self._decoder = _decoder_of(self._base, path, blocks)
-        self._blocks = list(blocks)
-        adapted = [any(p.requires_grad for p in block.parameters()) for block in self._blocks]
-        self._first_adapted = adapted.index(True) if any(adapted) else len(adapted)
-        self.layers: int = self._base.config.get_text_config().num_hidden_layers
-        """Number N of decoder blocks."""
-        sample = _sample(self._base.device)
-        with teacher_view(model):
-            _check_causal(self._base, sample)
-            self.head = Head.of(self._base, self._decoder, sample)
-            self._norm = _final_norm(self._decoder, sample)
-            self.early_exit = hidden_states == "early_exit" and self._can_run_by_blocks(sample)
+        with refused_by_name(self._base):
+            path, blocks = decoder_blocks(self._base) or ("", nn.ModuleList())
+            self._decoder = _decoder_of(self._base, path, blocks)
+            self._blocks = list(blocks)
+            adapted = [any(p.requires_grad for p in block.parameters()) for block in self._blocks]
+            self._first_adapted = adapted.index(True) if any(adapted) else len(adapted)
+            self.layers: int = blocks_of(self._base)
+            """Number N of decoder blocks."""
+            sample = _sample(self._base.device)
+            with teacher_view(model):
+                _check_causal(self._base, sample)
+                check_states(self._base, self._run_whole(sample).values(), sample["input_ids"])
+                self.head = Head.of(self._base, self._decoder, sample)
+                self._norm = _final_norm(self._decoder, sample)
+                self._beside = _values_beside(self._decoder, self._blocks, sample)
+                self.early_exit = hidden_states == "early_exit" and self._can_run_by_blocks(sample)
+            self._check_gradient(sample)
+
+    def _check_gradient(self, sample: dict[str, Any]) -> None:
+        """Refuse a model whose last hidden state gives adapted weights no gradient, as one with its own backward."""
+        trained = any(parameter.requires_grad for parameter in self._base.parameters())
+        with torch.enable_grad():
+            if trained and not self._run_whole(sample)[self.layers].requires_grad:
+                raise InputError(f"--model: {type(self._base).__name__} passes no gradient to an adapter on its blocks")
 
     def states(
         self, batch: TokenBatch, layers: Sequence[int], *, final: bool, final_gradient: bool = True
@@ -103,10 +116,10 @@ class Decoder:
         hidden: list[Tensor] = []
         calls: list[tuple[tuple, dict[str, Any]]] = []
 
-        def note(state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def note(state: Tensor, *args: Any, **kwargs: Any) -> Any:
             hidden.append(state)
             calls.append((args, kwargs))
-            return state
+            return state if self._beside is None else (state, *[None] * self._beside)
 
         with torch.no_grad(), _replaced_forward(self._blocks, note):
             self._decoder(**inputs)
@@ -118,7 +131,7 @@ class Decoder:
         for index in range(start, top):
             args, kwargs = entry.calls[index]
             output = self._blocks[index](states[index], *args, **kwargs)
-            states[index + 1] = output[0] if isinstance(output, tuple) else output
+            states[index + 1] = output[0] if isinstance(output, (tuple, list)) else output
             if index not in keep:
                 del states[index]
         if start < top == self.layers:
@@ -191,7 +204,10 @@ def _at(hidden: Tensor, positions: Tensor) -> Tensor:
 
 
 def _final_norm(decoder: nn.Module, sample: dict[str, Any]) -> nn.Module:
-    """The child of the decoder whose output is the last hidden state; the identity where there is none."""
+    """The child of the decoder whose output is the last hidden state; the identity where there is none.
+
+    By its numbers, as some families reshape what their norm gives.
+    """
     outputs: list[tuple[nn.Module, Any]] = []
 
     def keep(module: nn.Module, _args: Any, output: Any) -> None:
@@ -201,11 +217,28 @@ def _final_norm(decoder: nn.Module, sample: dict[str, Any]) -> nn.Module:
     last = decoder(**sample).last_hidden_state
     for handle in handles:
         handle.remove()
-    return next((module for module, output in outputs if output is last), nn.Identity())
+    return next(
+        (module for module, output in outputs if isinstance(output, Tensor) and torch.equal(output, last)),
+        nn.Identity(),
+    )
+
+
+def _values_beside(decoder: nn.Module, blocks: Sequence[nn.Module], sample: dict[str, Any]) -> int | None:
+    """How many values a block gives beside its hidden state; None where it gives the bare state."""
+    found: list[int | None] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        found.append(len(output) - 1 if isinstance(output, (tuple, list)) else None)
+
+    handles = [block.register_forward_hook(keep) for block in blocks[:1]]
+    decoder(**sample)
+    for handle in handles:
+        handle.remove()
+    return found[0] if found else None
 
 
 @contextmanager
-def _replaced_forward(modules: Sequence[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+def _replaced_forward(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Another `forward` for each module within the body."""
     own = [module.__dict__.get("forward") for module in modules]
     for module in modules:

@@ -24,6 +24,7 @@ from cbtrain.evaluation.held_out import CHUNK_BYTES
 from cbtrain.losses.head_products import BLOCK_BYTES, CPU_BYTES, CPU_ROWS, CUDA_BYTES, TILE_BYTES, rows_per_chunk
 from cbtrain.model.checks import retained_layers
 from cbtrain.model.lora import add_adapter, decoder_blocks
+from cbtrain.utils.errors import named
 
 TRACED_TOKENS = 32
 """What blocks keep grows with the tokens, so few are traced."""
@@ -142,7 +143,7 @@ def predict_run(
     """`predict` for a run on these rows, taking the longest of each side for a micro-step.
 
     Raises:
-        ValueError: no decoder blocks were found in the model.
+        ValueError: the model cannot be traced without its weights; says why.
     """
 
     def longest(rows: Sequence[TokenRow], count: int) -> Rows:
@@ -151,15 +152,13 @@ def predict_run(
 
     count = check_batch(config, world_size)
     held_out = [longest(side.held_out, config.eval_batch_size) for side in (data.harmful, data.benign)]
-    return predict(
-        config,
-        structure(config, AutoConfig.from_pretrained(config.model)),
-        longest(data.harmful.train, count),
-        longest(data.benign.train, count),
-        max(held_out, key=lambda rows: rows.tokens),
-        world_size=world_size,
-        cuda=cuda,
-    )
+    sides = longest(data.harmful.train, count), longest(data.benign.train, count)
+    largest = max(held_out, key=lambda rows: rows.tokens)
+    try:
+        adapted = structure(config, AutoConfig.from_pretrained(config.model))
+        return predict(config, adapted, *sides, largest, world_size=world_size, cuda=cuda)
+    except Exception as error:  # of experts that are chosen by value, or whatever another build makes of it
+        raise ValueError(f"the model cannot be traced without its weights ({named(error)})") from error
 
 
 def _weights(config: CircuitBreakerConfig, adapted: PeftModel, world_size: int) -> int:
@@ -251,12 +250,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query.transpose(1, 2))
+        output = value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32))
         return output
 
 
-def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **_: Any
+) -> tuple[Tensor, None]:
     """What the model library calls; with a mask it hands the kernel keys and values repeated for each query head."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:

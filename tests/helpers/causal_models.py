@@ -4,14 +4,20 @@ from collections.abc import Callable
 
 import torch
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GraniteConfig,
@@ -74,6 +80,15 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "recurrent-gemma": lambda: RecurrentGemmaForCausalLM(
         RecurrentGemmaConfig(**SHAPE, head_dim=8, attention_window_size=4, logits_soft_cap=2.0)
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=64, vocab_size=100, bos_token_id=1, eos_token_id=2)
+    ),
+    "falcon": lambda: FalconForCausalLM(
+        FalconConfig(**{k: v for k, v in SHAPE.items() if k not in ("num_key_value_heads", "intermediate_size")})
+    ),
+    "bamba": lambda: BambaForCausalLM(
+        BambaConfig(**SHAPE, attn_layer_indices=[1, 3], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8)
     ),
     "phi": lambda: PhiForCausalLM(PhiConfig(**SHAPE)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SHAPE)),

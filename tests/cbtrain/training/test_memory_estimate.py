@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from causal_models import model_of
-from transformers import AutoConfig
+from causal_models import SHAPE, model_of, with_large_weights
+from transformers import AutoConfig, DbrxConfig, DbrxForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from cbtrain.config import CircuitBreakerConfig, get_config
 from cbtrain.model.checks import prepare
@@ -41,6 +41,40 @@ def test_what_blocks_keep_is_predicted_without_weights():
     adapted = add_adapter(model_of("llama"), CONFIG)
     predicted = _kept_by_token(structure(CONFIG, adapted.get_base_model().config))[1] * 64
     assert kept_for_real(adapted) == pytest.approx(predicted, rel=0.1)
+
+
+def test_latent_attention_keeps_values_of_another_width_than_its_queries():
+    shape = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 8}
+    sizes = SHAPE | {"num_key_value_heads": 4, "first_k_dense_replace": 4}
+    model = DeepseekV3Config(**sizes, **shape, n_routed_experts=2, n_group=1, topk_group=1, num_experts_per_tok=1)
+    adapted = add_adapter(with_large_weights(DeepseekV3ForCausalLM(model)), CONFIG)
+    assert kept_for_real(adapted) == pytest.approx(_kept_by_token(structure(CONFIG, model))[1] * 64, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "falcon"])
+def test_the_adapter_that_is_predicted_is_the_one_that_is_trained(name):
+    """On linear maps of a family's own classes too."""
+    base = model_of(name)
+    predicted = predict(CONFIG, structure(CONFIG, base.config), ROWS, ROWS, ROWS).adapter
+    assert predicted == 4 * sum(p.numel() for p in add_adapter(base, CONFIG).parameters() if p.requires_grad)
+
+
+def test_a_model_that_cannot_be_traced_without_weights_is_told_in_words(small_config, tmp_path):
+    shape = {"hidden_size": 32, "ffn_hidden_size": 48}
+    base = DbrxForCausalLM(
+        DbrxConfig(
+            d_model=32,
+            n_heads=4,
+            n_layers=3,
+            max_seq_len=512,
+            vocab_size=256,
+            attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+            ffn_config={**shape, "moe_num_experts": 2},
+        )
+    )
+    base.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^the model cannot be traced without its weights \(NotImplementedError: "):
+        predict_run(replace(small_config, model=str(tmp_path)), prepare(small_config)[0])
 
 
 def test_every_setting_moves_the_term_that_it_should():
