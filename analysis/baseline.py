@@ -92,7 +92,7 @@ def never_rerouted(baselines: pd.DataFrame, trained: Mapping[str, Any]) -> tuple
     reroute, retain, cosine = (float(baselines[name].astype(float).mean()) for name in names)
     layers = sorted({layer for _, row in baselines.iterrows() for layer in _held_layers(row)})
     norms = {layer: mean_of(baselines, f"base_norm_layer_{layer}") for layer in layers}
-    long = " and ".join(f"{number(norm, 2)} at layer {layer}" for layer, norm in norms.items() if norm is not None)
+    long = " and ".join(f"{norm:.0f} at layer {layer}" for layer, norm in norms.items() if norm is not None)
     pulls = f"gradient norms {number(retain, 2)} against {number(reroute, 2)}, cosine {cosine:.2f}"
     if cosine > OPPOSED or retain < reroute / 10:
         lr = float(f"{3 * float(trained.get('lr', 1e-4)):.2g}")

@@ -81,12 +81,10 @@ def decide(
         return replace(decision, reason="No trial with beta_kl > 0 completed.")
     settings = _assess(candidates, model, baseline, decision)
     decision = replace(decision, settings=settings, reason=_why_insufficient(settings, needed, tolerance, confidence))
-    decision = _between_settings(decision, baseline, model, usable)
-    if decision.verdict == "insufficient_evidence" and unfinished and is_noisy(needed.sigma, tolerance):
-        others = tuple(warning for warning in decision.warnings if warning != unfinished)
+    if unfinished and is_noisy(needed.sigma, tolerance):  # nothing compared with such a baseline can be trusted
         mend = {"steps": baseline_trials.steps_needed(baselines)}
-        return replace(decision, reason=unfinished, warnings=others, needed=None, mend=mend)
-    return decision
+        return replace(decision, reason=unfinished, warnings=decision.warnings[:-1], needed=None, mend=mend)
+    return _between_settings(decision, baseline, model, usable)
 
 
 def _between_settings(decision: Decision, baseline: Baseline, model: Surrogate, usable: pd.DataFrame) -> Decision:
