@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.benchmarks.kl_contestants import Case, Contestant, ours, peers, seed_formula
+from tests.benchmarks.peers.kl_contestants import Case, Contestant, ours, peers, seed_formula
 
 FLOOR, OURS, SEED = "three products", "fused_linear_kl", "seed formula"
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}

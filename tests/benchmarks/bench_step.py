@@ -48,7 +48,16 @@ from cbtrain.data.batches import PairedBatch
 from cbtrain.teacher_cache.store import TeacherCache
 from cbtrain.training.step import CircuitBreakerStep
 from cbtrain.utils.environment import quiet_libraries
-from tests.benchmarks.step_contestants import PLAIN, SHAPES, Contestant, Setting, Shape, contestants, fill, settings
+from tests.benchmarks.peers.step_contestants import (
+    PLAIN,
+    SHAPES,
+    Contestant,
+    Setting,
+    Shape,
+    contestants,
+    fill,
+    settings,
+)
 
 TOLERANCES = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.1, 0.25)}
 """Of losses and of gradients, relative; in bfloat16 the public pattern's own rounding is that large."""

@@ -19,7 +19,7 @@ from cbtrain.teacher_cache.store import TeacherCache
 from cbtrain.teacher_cache.wanted_states import WantedStates
 from cbtrain.training.step import CircuitBreakerStep
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))  # which pytest puts there itself
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))  # which pytest puts there itself
 from plain_step import plain_step
 
 PLAIN, LIVE, CACHED = "public pattern", "live teacher", "cached teacher"
