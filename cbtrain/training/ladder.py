@@ -71,7 +71,7 @@ def calibrate(
     settings: dict[str, float] = {}
     reason = _why_none(ladder.runs, spent, max_steps)
     if winners:
-        steps, last = config.steps, max(_last_collapse(run) for run in winners)
+        steps, last = config.steps, max(last_collapse(run) for run in winners)
         if "steps" not in fixed:
             steps = max(steps, -(-MARGIN * last // 10) * 10)
         settings = {"lr": winners[0].lr, "retain_scale": winners[0].retain_scale, "steps": steps}
@@ -109,22 +109,28 @@ class _Ladder:
                     break
             else:
                 return seeds
-            rung = self._next(rung, seeds[-1].outcome, tried, fixed)
+            rung = self._next(rung, seeds[-1], tried, fixed)
         return []
 
     def _next(
-        self, rung: tuple[int, int], outcome: Outcome, tried: set[tuple[int, int]], fixed: Collection[str]
+        self, rung: tuple[int, int], run: Run, tried: set[tuple[int, int]], fixed: Collection[str]
     ) -> tuple[int, int] | None:
-        """The rung to try after one that ended so; None where there is none."""
+        """The rung to try after a run; None where there is none.
+
+        Benign text that turned with harmful text asks for smaller steps where all collapsed at once, else for a
+        stronger hold. A layer that waits asks for a weaker hold, and where that lost the benign text, for another lr.
+        """
         lr, scale = rung
         faster, slower, looser, tighter = (lr + 1, scale), (lr - 1, scale), (lr, scale - 1), (lr, scale + 1)
+        lost = any(earlier.outcome == "inseparable" for earlier in self.runs)
+        at_once = run.outcome == "inseparable" and last_collapse(run) <= 2 * self._config.eval_every
         order: Mapping[Outcome, Sequence[tuple[int, int]]] = {
             "unmoved": (faster, looser),
-            "unsettled": (looser, faster, slower),
-            "inseparable": (tighter, slower),
+            "unsettled": (looser, slower, faster) if lost else (looser, faster, slower),
+            "inseparable": (slower, tighter) if at_once else (tighter, slower),
             "diverged": (slower, tighter),
         }
-        for other in order.get(outcome, ()):
+        for other in order.get(run.outcome, ()):
             held = ("lr" in fixed and other[0] != 0) or (
                 other[1] != 0 and ("retain_scale" in fixed or self._config.retain_norm == "absolute")
             )
@@ -193,7 +199,7 @@ def _half_decades(exponent: int) -> float:
     return 10.0 ** (exponent // 2) * (3 if exponent % 2 else 1)
 
 
-def _last_collapse(run: Run) -> int:
+def last_collapse(run: Run) -> int:
     return max(step for step in run.collapse_step.values() if step is not None)
 
 
