@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from analysis.formatting import count
@@ -95,6 +95,12 @@ def told(found: "Calibration", trials: int, at_a_time: int) -> list[str]:
         minutes = predicted_s(found, trials, at_a_time) / 60
         lines += wrapped(f"time      {count(trials, 'trial')} will take about {minutes:.0f} min")
     return lines
+
+
+def spent(calibration: Mapping[str, Any]) -> list[str]:
+    """What the summary says of a calibration that sweep.json keeps."""
+    runs, steps = count(calibration["runs"], "run"), count(calibration["steps_spent"], "step")
+    return wrapped(f"calibrate {runs}, {steps}, {calibration['wall_s'] / 60:.1f} min before the trials, not among them")
 
 
 def predicted_s(found: "Calibration", trials: int, at_a_time: int) -> float:

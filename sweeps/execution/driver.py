@@ -23,7 +23,7 @@ from analysis.report.commands import wider_command
 from cbtrain.teacher_cache.plan import LIVE, CachePlan, CacheUnavailableError
 from cbtrain.training.calibration import steps_allowed
 from sweeps.execution.behaviour import behaviour_sentences, file_of, measure_all, subjects
-from sweeps.execution.calibration import calibrate_before, summary, told, with_recipe
+from sweeps.execution.calibration import calibrate_before, spent, summary, told, with_recipe
 from sweeps.execution.searcher import PlanSearcher
 from sweeps.execution.teacher_cache import norms_are_missing, run_teacher
 from sweeps.execution.trial import TrialContext, run_trial
@@ -121,6 +121,8 @@ class SweepDriver:
         lines = summary_lines(
             rows, decision, wall_s, self.concurrency, self.run.shown, spared, self.ended_before, behaviour, wider
         )
+        if calibration := self.run.record.get("calibration"):
+            lines += spent(calibration)
         print("\n".join(lines))
         return EXIT_STATUS.get(decision.verdict, 0)
 

@@ -39,7 +39,10 @@ def plain_step(
     harmful, benign = whole(batch.harmful), whole(batch.benign)
     harmful_teacher, benign_teacher, harmful_student, benign_student = four_forwards(model, harmful, benign)
     layers = config.target_layers
-    retained = layers if config.retain_layers == "target" else range(len(benign_student.hidden_states))
+    states = len(benign_student.hidden_states)
+    retained = {"target": layers, "through_target": range(max(layers) + 1), "all": range(states)}[config.retain_layers]
+    relative = config.retain_norm == "relative"
+    scales = [config.retain_scale / norm for norm in config.retain_norms or ()] if relative else [1.0] * states
     mask = token_mask(harmful)
     cosines = [
         F.cosine_similarity(harmful_student.hidden_states[k], harmful_teacher.hidden_states[k], dim=-1)[mask]
@@ -47,7 +50,8 @@ def plain_step(
     ]
     mask = token_mask(benign)
     distances = [
-        (benign_student.hidden_states[k] - benign_teacher.hidden_states[k])[mask].norm(dim=-1) for k in retained
+        scale * (benign_student.hidden_states[k] - benign_teacher.hidden_states[k])[mask].norm(dim=-1)
+        for k, scale in zip(retained, scales, strict=relative)
     ]
     reroute, retain = F.relu(torch.cat(cosines)).mean(), torch.cat(distances).mean()
     kl = seed_kl(benign_student.logits, benign_teacher.logits, prediction_mask(benign), config.kl_temperature)

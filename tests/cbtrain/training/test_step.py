@@ -84,8 +84,13 @@ def gradients_of(step: CircuitBreakerStep, loss: torch.Tensor) -> dict[str, torc
 @pytest.mark.parametrize("hidden_states", ["early_exit", "output_hidden_states"])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"lora_layers": (1,), "target_layers": (2,)}, {"retain_layers": "all", "kl_temperature": 2.0}],
-    ids=["all blocks", "block 1", "all layers retained"],
+    [
+        {},
+        {"lora_layers": (1,), "target_layers": (2,)},
+        {"retain_layers": "all", "kl_temperature": 2.0},
+        {"retain_layers": "through_target", "retain_norm": "relative", "retain_norms": (3.0, 1.5, 2.0)},
+    ],
+    ids=["all blocks", "block 1", "all layers retained", "relative, through the target"],
 )
 def test_every_way_to_compute_a_step_gives_the_plain_ones_losses_and_gradients(
     small_config, tmp_path, monkeypatch, pass_tokens, dtype, cached, hidden_states, fields
