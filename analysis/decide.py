@@ -47,10 +47,7 @@ def decide(
         ValueError: a column that is needed is missing, or an argument is out of its range.
     """
     _check(trials, reroute_tolerance, confidence)
-    usable, warnings = finite_trials(trials)
-    if len(usable) > MAX_MODELLED:
-        rests_on = f"The decision rests on {MAX_MODELLED} of {len(usable)} trials, and is between their settings"
-        warnings.append(f"{rests_on}: the model's cost grows cubically.")
+    usable, warnings = _usable(trials)
     baselines, candidates = usable[usable["beta_kl"] == 0], modelled(usable).query("beta_kl > 0")
     decision = Decision(
         verdict="baseline_failed",
@@ -75,16 +72,34 @@ def decide(
     model = Surrogate.of(trials, reroute_tolerance, draws, searched)
     needed = _needed(model, baseline, tolerance, len(trials))
     decision = replace(decision, verdict="insufficient_evidence", needed=needed)
-    if unfinished := baseline_trials.unconverged_sentence(baselines):
-        decision = replace(decision, warnings=(*decision.warnings, unfinished))
     if candidates.empty:
         return replace(decision, reason="No trial with beta_kl > 0 completed.")
     settings = _assess(candidates, model, baseline, decision)
     decision = replace(decision, settings=settings, reason=_why_insufficient(settings, needed, tolerance, confidence))
-    if unfinished and is_noisy(needed.sigma, tolerance):  # nothing compared with such a baseline can be trusted
-        mend = {"steps": baseline_trials.steps_needed(baselines)}
-        return replace(decision, reason=unfinished, warnings=decision.warnings[:-1], needed=None, mend=mend)
+    if untrusted := _not_to_be_trusted(decision, baselines):
+        return untrusted
+    if unfinished := baseline_trials.unconverged_sentence(baselines):
+        decision = replace(decision, warnings=(*decision.warnings, unfinished))
     return _between_settings(decision, baseline, model, usable)
+
+
+def _usable(trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The trials that can be reckoned with, and what to say of the others."""
+    usable, warnings = finite_trials(trials)
+    if len(usable) > MAX_MODELLED:
+        rests_on = f"The decision rests on {MAX_MODELLED} of {len(usable)} trials, and is between their settings"
+        warnings.append(f"{rests_on}: the model's cost grows cubically.")
+    return usable, warnings
+
+
+def _not_to_be_trusted(decision: Decision, baselines: pd.DataFrame) -> Decision | None:
+    """The decision where baseline seeds differ for not having converged: nothing compared with them can be trusted."""
+    unfinished = baseline_trials.unconverged_sentence(baselines)
+    assert decision.needed is not None
+    if not unfinished or not is_noisy(decision.needed.sigma, decision.tolerance or 0):
+        return None
+    mend = {"steps": baseline_trials.steps_needed(baselines)}
+    return replace(decision, reason=unfinished, needed=None, mend=mend)
 
 
 def _between_settings(decision: Decision, baseline: Baseline, model: Surrogate, usable: pd.DataFrame) -> Decision:
