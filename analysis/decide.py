@@ -65,9 +65,7 @@ def decide(
     tolerance = absolute_tolerance(baselines["eval_loss_reroute"], reroute_tolerance)
     decision = replace(decision, baseline=baseline, tolerance=tolerance)
     if not baseline_rerouted(baselines["eval_loss_reroute"]):
-        reason = f"Without KL only {percent(baseline.achieved)} of the rerouting was achieved: nothing to compare with."
-        held_by, mend = baseline_trials.never_rerouted(baselines, trained)
-        reason = " ".join(filter(None, [reason, held_by]))
+        reason, mend = baseline_trials.never_rerouted(baselines, trained)
         return replace(decision, verdict="baseline_never_rerouted", reason=reason, mend=mend)
     model = Surrogate.of(trials, reroute_tolerance, draws, searched)
     needed = _needed(model, baseline, tolerance, len(trials))

@@ -35,6 +35,7 @@ class _Sweep:
     versions: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     config_overrides: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
 
 
 def load_trials(run_dir: str | Path) -> pd.DataFrame:
