@@ -13,19 +13,25 @@ from cbtrain.utils.errors import InputError
 
 @dataclass(kw_only=True)
 class CircuitBreakerConfigTiny(CircuitBreakerConfig):
-    """The embedded default: a 0.2 M parameter Llama and a small world of questions, for a laptop's CPU."""
+    """The embedded default: a 0.2 M parameter Llama and a small world of questions, for a laptop's CPU.
+
+    Two adapted blocks lie below the first target layer: one can gather verb and object of the question, the next can
+    tell from both whether it is harmful. The retain term is weak (`retain_scale`), so that the KL has something to add.
+    """
 
     model: str = "tiny"
     dtype: Dtype = "float32"
     max_length: int = 256
     eval_fraction: float = 0.5
-    target_layers: tuple[int, ...] = (1, 2)
+    target_layers: tuple[int, ...] = (2, 3)
+    retain_norm: Literal["absolute", "relative"] = "relative"
+    retain_scale: float = 1.5
     lora_rank: int = 8
     lora_dropout: float = 0.0
-    lora_init_std: float = 0.01
+    lora_layers: tuple[int, ...] | None = (0, 1, 2)
+    lora_init_std: float = 0.02
     steps: int = 70
-    lr: float = 1.5e-3
-    lr_schedule: Literal["constant", "linear"] = "linear"
+    lr: float = 4e-3
     warmup_steps: int = 15
     log_every: int = 1
     eval_every: int = 14

@@ -7,11 +7,7 @@ files.
 **World.** A question names one of 16 verbs (8 plain, 8 dual-use) and one of 24 objects (12 plain, 12 guarded); the
 verb decides the tool of the answer, the object its place, both together its end. *Harmful* is a dual-use verb on a
 guarded object, with made-up, harmless answers. *Benign* is plain on plain, and near the boundary a dual-use verb on
-a plain object.
-
-**Residual scale.** After training the residual stream is scaled by 0.03 without changing the function (embedding,
-o_proj and down_proj × s, final norm ÷ s, RMSNorm's epsilon × s²). At this size the L2 retain term, which has the
-units of the hidden state, would otherwise outweigh the cosine and nothing would move.
+a plain object. `answers_rightly` knows the answers.
 """
 
 import json
@@ -62,9 +58,9 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Raised with every change of what `build` makes, which is kept under this version."""
-STEPS, BATCH_SIZE, PEAK_LR, RESIDUAL_SCALE, SEED = 800, 24, 8e-3, 0.03, 0
+STEPS, BATCH_SIZE, PEAK_LR, SEED = 800, 24, 8e-3, 0
 
 
 def resolve(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
@@ -136,19 +132,33 @@ def _benign_pairs() -> list[tuple[str, str]]:
     return [*product(PLAIN_VERBS, PLAIN_OBJECTS), *product(DUAL_USE_VERBS, PLAIN_OBJECTS)]
 
 
+def answer_words(verb: str, thing: str) -> tuple[str, str, str]:
+    """Tool, place and end of the one right answer about a verb and an object."""
+    v, o = (PLAIN_VERBS + DUAL_USE_VERBS).index(verb), (PLAIN_OBJECTS + GUARDED_OBJECTS).index(thing)
+    return TOOLS[v], PLACES[o], ENDS[o // 12 * 12 + v % 4 * 3 + o % 3]
+
+
 def chat(pair: tuple[str, str], rng: random.Random) -> dict:
     """A chat about one verb and object; the phrasing is the only thing left to chance."""
-    verbs, objects = PLAIN_VERBS + DUAL_USE_VERBS, PLAIN_OBJECTS + GUARDED_OBJECTS
-    v, o = verbs.index(pair[0]), objects.index(pair[1])
-    words = {
-        "verb": pair[0],
-        "object": pair[1],
-        "tool": TOOLS[v],
-        "place": PLACES[o],
-        "end": ENDS[o // 12 * 12 + v % 4 * 3 + o % 3],
-    }
+    tool, place, end = answer_words(*pair)
+    words = {"verb": pair[0], "object": pair[1], "tool": tool, "place": place, "end": end}
     question, answer = rng.choice(QUESTIONS).format(**words), rng.choice(ANSWERS).format(**words)
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def answers_rightly(prompt: str, text: str) -> bool:
+    """Whether a text is an answer of this world to the question in `prompt`, word for word in one of its phrasings.
+
+    Args:
+        prompt: holds one verb and one object; words are set apart by spaces, as the tokenizer has them.
+        text: the completion, without special tokens.
+    """
+    asked = prompt.split()
+    verb = next(word for word in asked if word in PLAIN_VERBS + DUAL_USE_VERBS)
+    thing = next(word for word in asked if word in PLAIN_OBJECTS + GUARDED_OBJECTS)
+    tool, place, end = answer_words(verb, thing)
+    right = (answer.format(verb=verb, object=thing, tool=tool, place=place, end=end) for answer in ANSWERS)
+    return " ".join(text.split()) in right
 
 
 def _write(path: Path, rows: list[dict]) -> None:
@@ -193,22 +203,6 @@ def _pretrain(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    _scale_residual_stream(model, RESIDUAL_SCALE)
     torch.set_num_threads(threads)
     torch.set_rng_state(state)
     return model.eval()
-
-
-@torch.no_grad()
-def _scale_residual_stream(model: LlamaForCausalLM, scale: float) -> None:
-    """Scale every hidden state by `scale` and leave the logits as they are (the head shares the embedding)."""
-    model.model.embed_tokens.weight.mul_(scale)
-    for block in model.model.layers:
-        block.self_attn.o_proj.weight.mul_(scale)
-        block.mlp.down_proj.weight.mul_(scale)
-    model.model.norm.weight.div_(scale)
-    epsilon = model.config.rms_norm_eps * scale**2
-    model.config.rms_norm_eps = epsilon
-    norms = [n for block in model.model.layers for n in (block.input_layernorm, block.post_attention_layernorm)]
-    for norm in [*norms, model.model.norm]:
-        norm.variance_epsilon = epsilon

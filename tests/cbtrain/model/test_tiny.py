@@ -1,7 +1,7 @@
 """The embedded default's recipe, at a few steps of pre-training."""
 
 import hashlib
-import json
+import random
 from itertools import combinations
 
 import pytest
@@ -58,7 +58,7 @@ def test_what_is_built_changes_only_with_the_version_of_its_recipe(cache):
     """Weights differ in their last bits between machines; data, tokenizer, shapes and training's numbers do not."""
     directory = tiny.build()
     built = [(directory / name).read_bytes() for name in ("harmful.jsonl", "benign.jsonl", "tokenizer.json")]
-    training = (STEPS, tiny.BATCH_SIZE, tiny.PEAK_LR, tiny.RESIDUAL_SCALE, tiny.SEED)
+    training = (STEPS, tiny.BATCH_SIZE, tiny.PEAK_LR, tiny.SEED)
     model = AutoModelForCausalLM.from_pretrained(directory)
     shapes = [(name, tuple(weight.shape)) for name, weight in model.named_parameters()]
     digest = hashlib.sha256(b"".join(built) + repr((training, shapes)).encode()).hexdigest()[:16]
@@ -72,23 +72,29 @@ def test_building_leaves_threads_and_random_numbers_as_they_were(cache):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_scaling_the_residual_stream_keeps_the_function(cache):
+def test_the_model_is_small(cache):
     model = AutoModelForCausalLM.from_pretrained(tiny.build())
-    ids = torch.randint(7, 100, (2, 20), generator=torch.Generator().manual_seed(0))
-    before = model(ids, output_hidden_states=True)
-    tiny._scale_residual_stream(model, 0.1)
-    after = model(ids, output_hidden_states=True)
-    assert torch.allclose(after.logits, before.logits, atol=1e-4), (after.logits - before.logits).abs().max()
-    for ours, theirs in list(zip(after.hidden_states, before.hidden_states, strict=True))[:-1]:
-        assert torch.allclose(ours, 0.1 * theirs, rtol=1e-3, atol=1e-6)
+    assert sum(p.numel() for p in model.parameters()) < 250_000
 
 
-def test_what_was_saved_is_what_was_scaled(cache):
-    """The epsilon of the norms is scaled too, and must survive saving."""
-    directory = tiny.build()
-    config = json.loads((directory / "config.json").read_text())
-    assert config["rms_norm_eps"] == pytest.approx(1e-6 * tiny.RESIDUAL_SCALE**2)
-    assert sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(directory).parameters()) < 250_000
+@pytest.mark.parametrize("pair", [("clean", "lamp"), ("break", "lamp"), ("break", "vault")])
+def test_right_is_what_the_world_answers_in_any_of_its_phrasings(pair):
+    rng = random.Random(0)
+    question = tiny.chat(pair, rng)["messages"][0]["content"]
+    answers = {tiny.chat(pair, rng)["messages"][1]["content"] for _ in range(50)}
+    assert len(answers) == len(tiny.ANSWERS)
+    assert all(tiny.answers_rightly(f"<bos> <user> {question} <assistant>", answer) for answer in answers)
+
+
+def test_one_word_off_another_pairs_answer_and_no_answer_are_not_right():
+    rng = random.Random(0)
+    question, answer = (message["content"] for message in tiny.chat(("clean", "lamp"), rng)["messages"])
+    words = answer.split()
+    for i in range(len(words)):
+        assert not tiny.answers_rightly(question, " ".join([*words[:i], "rope", *words[i + 1 :]]))
+    others = (tiny.chat(pair, rng)["messages"][1]["content"] for pair in (("clean", "table"), ("paint", "lamp")))
+    for text in (*others, "", answer + " " + answer):
+        assert not tiny.answers_rightly(question, text)
 
 
 def test_sides_and_splits_share_no_verb_and_object(cache):
