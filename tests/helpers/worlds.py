@@ -7,7 +7,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from cbtrain.config import CircuitBreakerConfig, get_config
 
-SMALL = {"steps": 4, "batch_size": 8, "target_layers": (1, 2), "lora_layers": None, "retain_norm": "absolute"}
+SMALL = {
+    **{"steps": 4, "batch_size": 8, "lr": 1.5e-3, "lr_schedule": "linear"},
+    **{"target_layers": (1, 2), "lora_layers": None, "lora_init_std": 0.01, "retain_norm": "absolute"},
+}
 """What the tiny preset's numbers become on three blocks; of the relative norm only its own tests need more."""
 
 
