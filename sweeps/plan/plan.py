@@ -58,7 +58,7 @@ class SweepPlan:
         if self._interrupted:
             return self._interrupted.pop(0)
         asked = Counter(entry.spec.phase for entry in self._entries.values())
-        if asked["baseline"] < self.budget.baseline and not self.stopped_because:
+        if asked["baseline"] < self.budget.baseline:
             return self._journal.add("baseline", 0.0, 1.0, self.settings.seed + asked["baseline"])
         if self.stopped_because:
             return None
@@ -104,12 +104,9 @@ class SweepPlan:
     @property
     def stopped_because(self) -> StopReason:
         """Why the sweep ends before its budget is spent; empty while it does not."""
-        losses = self._baseline_losses()
-        first = losses.get(self.settings.seed)
-        if first is not None and not baseline_rerouted([first]):
-            return "baseline_never_rerouted"  # the others would be paid for in vain
         if not self._baseline_in():
             return ""
+        losses = self._baseline_losses()
         if not losses:
             return "baseline_failed"
         return "" if baseline_rerouted(losses.values()) else "baseline_never_rerouted"

@@ -117,6 +117,7 @@ def cluster() -> Iterator[Cluster]:
 def test_a_submitted_job_sweeps_on_two_nodes_of_a_cluster_that_wants_a_token(tmp_path, cluster):
     tiny.build()
     settings = ["--num-samples", "6", "--steps", "20", "--eval-every", "0", "--behaviour-prompts", "0"]
+    settings += ["--retain-scale", "0.3", "--lora-init-std", "0.05", "--lr", "0.01"]
     sweep = ["python", "sweeps/kl_ablation.py", *settings]
     stranger = cluster.submit(*sweep, RAY_AUTH_TOKEN=secrets.token_hex(16))
     assert stranger.returncode != 0

@@ -39,6 +39,7 @@ def test_a_sweep_from_command_to_report_by_packages_that_were_installed_elsewher
         tmp_path,
         *("--num-samples", "15", "--baseline-seeds", "3", "--run-dir", "elsewhere/a"),
         *("--steps", "20", "--warmup-steps", "5", "--eval-every", "10", "--behaviour-prompts", "4"),
+        *("--retain-scale", "0.3", "--lora-init-std", "0.05", "--lr", "0.01"),
         installed=installed,
     )
     status, output, errors = sweep.wait()
