@@ -117,4 +117,5 @@ def world(directory: Path, cwd: Path) -> list[str]:
         *("--harmful", str(directory / "harmful.jsonl")),
         *("--benign", str(directory / "benign.jsonl")),
         *TINY,
+        "--no-calibrate",
     ]

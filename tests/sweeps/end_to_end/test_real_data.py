@@ -33,7 +33,7 @@ def random_llama(directory: Path, vocabulary: int | None = None) -> Path:
 
 def sweep_and_report(tmp_path: Path, *arguments: str) -> pd.DataFrame:
     """The sweep's trials, when both commands have ended well and the report is there."""
-    sweep = Sweep(tmp_path, *arguments, *TRAINING, "--run-dir", "run", "--behaviour-prompts", "2")
+    sweep = Sweep(tmp_path, *arguments, *TRAINING, "--run-dir", "run", "--no-calibrate", "--behaviour-prompts", "2")
     status, output, errors = sweep.wait()
     assert status == 0, output + errors
     report = [sys.executable, str(ROOT / "analysis" / "pick_beta.py"), "run"]
