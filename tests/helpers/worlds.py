@@ -9,7 +9,8 @@ from cbtrain.config import CircuitBreakerConfig, get_config
 
 SMALL = {
     **{"steps": 4, "batch_size": 8, "lr": 1.5e-3, "lr_schedule": "linear"},
-    **{"target_layers": (1, 2), "lora_layers": None, "lora_init_std": 0.01, "retain_norm": "absolute"},
+    **{"retain_norm": "absolute", "retain_scale": 10.0},
+    **{"target_layers": (1, 2), "lora_layers": None, "lora_init_std": 0.01},
 }
 """What the tiny preset's numbers become on three blocks; of the relative norm only its own tests need more."""
 
