@@ -39,7 +39,7 @@ def lora_targets(model: PreTrainedModel, config: CircuitBreakerConfig) -> list[s
     """
     found = decoder_blocks(model)
     if found is None and config.lora_layers is not None:
-        raise InputError(f"--lora-layers: found no list of decoder blocks in {type(model).__name__}; leave it out")
+        raise InputError(f"--lora-layers: found no list of decoder blocks in {type(model).__name__}; give None")
     blocks = found[1] if found else model.get_decoder()
     linear = {_last(name) for name, module in blocks.named_modules() if is_linear(module)}
     reached = {_last(name) for name, module in blocks.named_modules() if takes_lora(model, name, module)}

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
+from analysis.surrogate.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE
 from cbtrain.config import CircuitBreakerConfig, InputError, flag
 from cbtrain.config.validation import from_json, misfit
 from cbtrain.utils.errors import named
@@ -29,6 +30,10 @@ ALLOWED = (
 """What may be given beside `--resume`: how far the sweep goes, what belongs to the machine, and where results go."""
 KEPT_ELSEWHERE = ("preset", "config", "run_dir", "resume", "dry_run", "storage_path", "calibration")
 """Fields of the sweep's settings that `flags` of sweep.json does not hold."""
+ADDED = {"retain_norm": "absolute", "retain_scale": 10.0, "retain_norms": None}
+"""Configuration that sweeps of older versions do not name, as those versions trained."""
+ADDED_SETTINGS = {"beta_kl_range": BETA_KL_RANGE, "kl_temperature_range": KL_TEMPERATURE_RANGE}
+"""Settings that they do not name, as those versions searched."""
 Fields = TypeVar("Fields", bound=Any)
 
 
@@ -71,10 +76,9 @@ def recorded(run: RunDirectory, settings: Fields, argv: Sequence[str]) -> tuple[
         record = from_json(json.dumps(run.record), _Record)
     except InputError as error:
         raise InputError(f"{where}: {error}: not a sweep that can be continued") from None
-    # A field that an older version did not have takes its default, which is what that version did.
-    config = _rebuilt(CircuitBreakerConfig, record.config, f"{where}: config", complete=False)
+    config = _rebuilt(CircuitBreakerConfig, ADDED | dict(record.config), f"{where}: config")
     # The number of baselines follows from the first budget: a larger one must not ask for more of them.
-    fields = record.settings | {"baseline_seeds": record.plan.get("baseline")}
+    fields = ADDED_SETTINGS | record.settings | {"baseline_seeds": record.plan.get("baseline")}
     plan = _rebuilt(PlanSettings, fields, f"{where}: settings")
     if "num_samples" in given:
         if settings.num_samples < plan.num_samples:
@@ -88,9 +92,9 @@ def recorded(run: RunDirectory, settings: Fields, argv: Sequence[str]) -> tuple[
     return dataclasses.replace(settings, **kept), plan
 
 
-def _rebuilt(cls: type[Fields], given: Mapping[str, Any], where: str, *, complete: bool = True) -> Fields:
+def _rebuilt(cls: type[Fields], given: Mapping[str, Any], where: str) -> Fields:
     """The dataclass that was written as `given`, which JSON has turned its tuples into lists in."""
-    _require_fields(cls, given, where, complete=complete)
+    _require_fields(cls, given, where, complete=True)
     try:
         return cls(**{name: _with_tuples(value) for name, value in given.items()})
     except ValueError as error:  # an InputError, or a range of more than two numbers

@@ -8,7 +8,7 @@ import io
 import json
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -125,6 +125,7 @@ def saved(model_type: str, directory: Path) -> CircuitBreakerConfig:
         harmful=(str(directory / "harmful.jsonl"),),
         benign=(str(directory / "benign.jsonl"),),
         target_layers=(1, 3),
+        lora_layers=None,
         lora_init_std=0.1,
         kl_temperature=2.0,
         steps=2,
@@ -143,6 +144,7 @@ def _against_plain_forwards(config: CircuitBreakerConfig) -> float:
         harmful, benign = (collate(side.train[:3], pad) for side in (data.harmful, data.benign))
         pair = PairedBatch((harmful,), (benign,))
         counts = ScoredCounts(len(harmful.scored_tokens), len(benign.scored_tokens), len(benign.scored_predictions), 0)
+        config = replace(config, retain_norms=(2.0, 4.0))  # of the two target layers, as if measured
         step = CircuitBreakerStep(model, config)
         found = step(pair, counts, WEIGHTS)
         loss, expected = plain_step(model, pair, config, WEIGHTS)

@@ -31,7 +31,7 @@ from cbtrain.training.engine import save_adapter
 from cbtrain.training.step import CircuitBreakerStep
 from cbtrain.utils.environment import say_once
 
-CONFIG = get_config("tiny", lora_init_std=0.1, target_layers=(1, 3), kl_temperature=2.0)
+CONFIG = get_config("tiny", lora_init_std=0.1, target_layers=(1, 3), retain_norms=(2.0, 4.0), kl_temperature=2.0)
 HOW: tuple[Literal["early_exit", "output_hidden_states"], ...] = ("early_exit", "output_hidden_states")
 WEIGHTS = Coefficients(1.0, 1.0, 1.0)
 BATCH = token_batch()

@@ -18,7 +18,7 @@ from cbtrain.model.lora import add_adapter
 from cbtrain.model.partial_forward import Decoder
 from cbtrain.utils.environment import say_once
 
-CONFIG = get_config("tiny", lora_init_std=0.1)
+CONFIG = get_config("tiny", lora_init_std=0.1, lora_layers=None)
 UPPER = replace(CONFIG, lora_layers=(2,), target_layers=(3,))
 
 

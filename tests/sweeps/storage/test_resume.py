@@ -219,9 +219,14 @@ def test_data_that_are_not_what_they_were_are_refused(killed, monkeypatch, capsy
     assert (status, error) == (0, "")
 
 
-def test_a_sweep_from_before_checksums_is_accepted(killed, monkeypatch, capsys):
+def test_a_sweep_of_an_older_version_is_accepted(killed, monkeypatch, capsys):
+    """From before checksums, relative norms and ranges of one's own."""
     record = json.loads((killed.path / "sweep.json").read_text())
     del record["inputs"], record["flags"]
+    for name in ("retain_norm", "retain_scale", "retain_norms"):
+        del record["config"][name]
+    for name in ("beta_kl_range", "kl_temperature_range"):
+        del record["settings"][name]
     (killed.path / "sweep.json").write_text(json.dumps(record))
     assert command(monkeypatch, capsys, "--resume", "run", "--dry-run")[0] == 0
 
