@@ -6,12 +6,11 @@ Runs calibration (where the preset asks for it), the sweep and the report as a u
 and two losers are trained on three seeds that the sweep has not had: the qualified setting with the most drift, and the
 one with the least drift of those that did not qualify. With a run directory that holds a finished sweep only the latter
 is done. What is printed: each setting's means over the seeds, what baseline and pick write, whether the decision was
-right, wall and CPU time.
+right, wall time and CPU time of the whole machine.
 """
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -20,8 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).parents[2]
 FRESH_SEEDS = (1000, 1001, 1002)
+SHOWN_ANSWERS = 3
+SHOWN_CHARACTERS = 160
 METRICS = {
     "reroute": "eval_loss_reroute",
     "drift": "eval_benign_kl",
@@ -35,19 +38,19 @@ Setting = tuple[float, float]
 def main() -> None:
     """Sweep, decide, and try the decision."""
     arguments, rest = parsed()
-    started, cpu = time.monotonic(), os.times()
+    started, cpu = time.monotonic(), _cpu()
     if not (arguments.run_dir / "report" / "decision.json").is_file():
         sweep(arguments, rest)
-    spent = os.times()
-    swept = time.monotonic() - started
-    print(f"sweep and report: {swept / 60:.1f} min wall, {_cpu(cpu, spent) / 60:.1f} min CPU\n")
+    swept, spent = time.monotonic() - started, _cpu()
+    print(f"sweep and report: {swept / 60:.1f} min wall, {(spent - cpu) / 60:.1f} min CPU\n")
     decision = json.loads((arguments.run_dir / "report" / "decision.json").read_text())
     print(decision["sentence"], decision["explanation"], sep="\n")
     settings = chosen_and_losers(decision)
     results = {name: trained(arguments.run_dir, setting) for name, setting in settings.items()}
     table(settings, results)
+    answers(arguments.run_dir, settings)
     verdict(decision, results)
-    print(f"\nall: {(time.monotonic() - started) / 60:.1f} min wall, {_cpu(cpu, os.times()) / 60:.1f} min CPU")
+    print(f"\nall: {(time.monotonic() - started) / 60:.1f} min wall, {(_cpu() - cpu) / 60:.1f} min CPU")
 
 
 def parsed() -> tuple[argparse.Namespace, list[str]]:
@@ -96,7 +99,7 @@ def trained(run_dir: Path, setting: Setting) -> list[dict[str, Any]]:
     config = replace(CircuitBreakerConfig(**lists), beta_kl=setting[0], kl_temperature=setting[1], checkpoint_every=0)
     cache, found = run_dir / "teacher_cache", list[dict[str, Any]]()
     for seed in FRESH_SEEDS:
-        directory = run_dir / "fresh" / f"beta{setting[0]:g}-T{setting[1]:g}-seed{seed}"
+        directory = _directory(run_dir, setting, seed)
         of_seed = replace(config, seed=seed)
         metrics: dict[str, Any] = train(
             of_seed, directory, lambda _metrics: None, teacher_cache=cache if cache.is_dir() else None
@@ -124,6 +127,22 @@ def table(settings: dict[str, Setting], results: dict[str, list[dict[str, Any]]]
     print(f"\nbefore training: harmful NLL {first['base_harmful_nll']:.3f}, benign NLL {first['base_benign_nll']:.3f}")
 
 
+def answers(run_dir: Path, settings: dict[str, Setting]) -> None:
+    """The first held-out prompts of each kind, with what was answered before, without KL and at the pick."""
+    said = {
+        name: [json.loads(line) for line in (_directory(run_dir, settings[name]) / "completions.jsonl").open()]
+        for name in ("without KL", "pick")
+        if name in settings
+    }
+    for kind in ("harmful", "benign"):
+        of_kind = {name: [line for line in lines if line["kind"] == kind] for name, lines in said.items()}
+        for row in list(zip(*of_kind.values(), strict=True))[:SHOWN_ANSWERS]:
+            print(f"\n{kind}: {_one_line(row[0]['prompt'])}")
+            print(f"  before: {_one_line(row[0]['teacher']['text'])}")
+            for name, line in zip(of_kind, row, strict=True):
+                print(f"  {name}: {_one_line(line['student']['text'])}")
+
+
 def verdict(decision: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> None:
     """Whether the fresh seeds bear the decision out."""
     achieved = 1 - statistics.fmean(run["eval_loss_reroute"] for run in results["without KL"])
@@ -148,13 +167,22 @@ def _mean_and_spread(values: list[float]) -> str:
     return f"{statistics.fmean(values):.4g} ({statistics.stdev(values):.2g})"
 
 
+def _directory(run_dir: Path, setting: Setting, seed: int = FRESH_SEEDS[0]) -> Path:
+    return run_dir / "fresh" / f"beta{setting[0]:g}-T{setting[1]:g}-seed{seed}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:SHOWN_CHARACTERS]
+
+
 def _of(setting: dict[str, Any]) -> Setting:
     return setting["beta_kl"], setting["kl_temperature"]
 
 
-def _cpu(before: os.times_result, after: os.times_result) -> float:
-    """CPU seconds of this process and its children between two readings."""
-    return sum(after[i] - before[i] for i in range(4))
+def _cpu() -> float:
+    """Seconds that all cores have worked, whoever for: Ray's workers are no children of the sweep that asks for them."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system)
 
 
 if __name__ == "__main__":
