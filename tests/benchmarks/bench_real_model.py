@@ -180,7 +180,7 @@ def _of(setting: dict[str, Any]) -> Setting:
 
 
 def _cpu() -> float:
-    """Seconds that all cores have worked, whoever for: Ray's workers are no children of the sweep that asks for them."""
+    """Seconds that all cores have worked: Ray's workers are no children of the sweep that asks for them."""
     times = psutil.cpu_times()
     return float(times.user + times.nice + times.system)
 
