@@ -27,6 +27,7 @@ from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.config.validation import from_json
 from cbtrain.utils.environment import quiet_libraries
 from cbtrain.utils.errors import named
+from sweeps.execution.first_baseline import wait_for_first_baseline
 from sweeps.execution.placement import Workers
 from sweeps.plan.early_stopping import StoppedEarly, StopRule, held_out_curve, judge
 from sweeps.plan.journal import TrialSpec, trial_config
@@ -113,7 +114,7 @@ def train_loop(spec: TrialSpec, context: TrialContext, rule: StopRule | None = N
     """What each worker runs.
 
     Returns:
-        The loop's last metrics, and why `rule` stopped it there; the reason is empty where the trial was completed.
+        The loop's last metrics, and why `rule` stopped it there or it never began; empty where it was completed.
         No exception says so, since Ray would take the worker that raises it for lost.
     """
     quiet_libraries()
@@ -142,6 +143,10 @@ def train_loop(spec: TrialSpec, context: TrialContext, rule: StopRule | None = N
         if rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(held(directory / "lock", wait_s=LEFT_RUNNING_S))
+        from cbtrain.training import loop  # noqa: F401  while the first baseline trains
+
+        if reason := wait_for_first_baseline(context.run_dir, spec.trial_id):
+            return {}, reason
         try:
             return _begin_or_go_on(config, directory, report_evaluations, context.teacher_cache), ""
         except StoppedEarly as stop:
@@ -222,7 +227,9 @@ def _run_teacher(directory: Path | None, context: TrialContext) -> "TeacherPass"
 
 
 def _columns(metrics: dict[str, float]) -> dict[str, float]:
-    """The columns of trials.csv among the loop's metrics."""
+    """The columns of trials.csv among the loop's metrics; none of a trial that did not begin."""
+    if not metrics:
+        return {}
     others = {name: value for name, value in metrics.items() if name.startswith(PREFIXES)}
     return {"steps": metrics["step"], **{name: metrics[name] for name in REPORTED}, **others}
 

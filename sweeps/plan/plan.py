@@ -26,6 +26,8 @@ from sweeps.plan.sampler import DRAWS_OF_MANY, search_space, suggest
 
 StopReason = Literal["", "baseline_never_rerouted", "baseline_failed"]
 
+LEADERS = 2
+"""So many baselines go ahead of the other trials: the second runs before them where the first has not rerouted."""
 RUNNING_SHARE = 0.5
 """A search trial starts when none runs, or fewer than this share of those still to be asked for: a short search learns
 from every result, and its last trials rest on nearly all of them."""
@@ -58,7 +60,7 @@ class SweepPlan:
         if self._interrupted:
             return self._interrupted.pop(0)
         asked = Counter(entry.spec.phase for entry in self._entries.values())
-        if asked["baseline"] < self.budget.baseline:
+        if asked["baseline"] < self.budget.baseline and not self.stopped_because:
             return self._journal.add("baseline", 0.0, 1.0, self.settings.seed + asked["baseline"])
         if self.stopped_because:
             return None
@@ -104,9 +106,13 @@ class SweepPlan:
     @property
     def stopped_because(self) -> StopReason:
         """Why the sweep ends before its budget is spent; empty while it does not."""
+        losses = self._baseline_losses()
+        seeds = [entry.spec.seed for entry in self._baselines()[:LEADERS]]
+        ahead = [losses[seed] for seed in seeds if seed in losses]
+        if len(ahead) == min(LEADERS, self.budget.baseline) and not any(baseline_rerouted([loss]) for loss in ahead):
+            return "baseline_never_rerouted"  # the others would be paid for in vain
         if not self._baseline_in():
             return ""
-        losses = self._baseline_losses()
         if not losses:
             return "baseline_failed"
         return "" if baseline_rerouted(losses.values()) else "baseline_never_rerouted"

@@ -15,6 +15,7 @@ from simulated import file_storage, measured, next_trial, plan_of
 from cbtrain.config import cli
 from cbtrain.model import tiny
 from sweeps import kl_ablation
+from sweeps.plan.plan import LEADERS
 
 
 def test_a_sweep_killed_with_all_its_processes_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
@@ -154,7 +155,7 @@ def test_a_sweep_whose_baseline_never_rerouted_ends_there_and_says_which_knob_to
     said = " ".join(output.split())
     assert "verdict baseline_never_rerouted" in said
     assert "more --steps, a higher --lr" in said
-    assert pd.read_csv(killed.path / "trials.csv").phase.tolist() == ["baseline"] * 3
+    assert pd.read_csv(killed.path / "trials.csv").phase.tolist() == ["baseline"] * LEADERS
 
 
 @pytest.mark.parametrize(
