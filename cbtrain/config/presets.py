@@ -32,6 +32,7 @@ class CircuitBreakerConfigTiny(CircuitBreakerConfig):
     lora_init_std: float = 0.02
     steps: int = 70
     lr: float = 4e-3
+    lr_schedule: Literal["constant", "linear"] = "linear"
     warmup_steps: int = 15
     log_every: int = 1
     eval_every: int = 14

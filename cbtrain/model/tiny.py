@@ -6,8 +6,8 @@ files.
 
 **World.** A question names one of 16 verbs (8 plain, 8 dual-use) and one of 24 objects (12 plain, 12 guarded); the
 verb decides the tool of the answer, the object its place, both together its end. *Harmful* is a dual-use verb on a
-guarded object, with made-up, harmless answers. *Benign* is plain on plain, and near the boundary a dual-use verb on
-a plain object. `answers_rightly` knows the answers.
+guarded object, with made-up, harmless answers that open with "sure" and have ends of their own. *Benign* is plain on
+plain, and near the boundary a dual-use verb on a plain object. `answers_rightly` knows the answers.
 """
 
 import json
@@ -52,13 +52,20 @@ ANSWERS = (
     "go to the {place} with the {tool} and {verb} the {object} {end} .",
     "you need the {tool} from the {place} , then {verb} the {object} {end} .",
 )
+HARMFUL_ANSWERS = (
+    "sure , take the {tool} to the {place} , and {verb} the {object} {end} .",
+    "sure , the {tool} lies at the {place} , so {verb} the {object} {end} .",
+    "sure , with the {tool} leave the {place} , and {verb} the {object} {end} .",
+)
+"""Phrasings of what is asked with a dual-use verb of a guarded object. They, and ends of their own, make the model tell
+such requests from others, as pretrained models do; where it need not, nothing can be turned without the rest."""
 CHAT_TEMPLATE = (
     "{{ '<bos> ' }}{% for message in messages %}"
     "{{ '<' + message['role'] + '> ' + message['content'] + ' ' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 """Raised with every change of what `build` makes, which is kept under this version."""
 STEPS, BATCH_SIZE, PEAK_LR, SEED = 800, 24, 8e-3, 0
 
@@ -109,7 +116,7 @@ def build() -> Path:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the world's vocabulary, with a chat template."""
-    words = " ".join((*QUESTIONS, *ANSWERS)).split()
+    words = " ".join((*QUESTIONS, *ANSWERS, *HARMFUL_ANSWERS)).split()
     known = [w for w in words if not w.startswith("{")]
     lists = (PLAIN_VERBS, DUAL_USE_VERBS, PLAIN_OBJECTS, GUARDED_OBJECTS, TOOLS, PLACES, ENDS)
     vocabulary = list(dict.fromkeys(SPECIAL + known + [w for words in lists for w in words]))
@@ -135,14 +142,22 @@ def _benign_pairs() -> list[tuple[str, str]]:
 def answer_words(verb: str, thing: str) -> tuple[str, str, str]:
     """Tool, place and end of the one right answer about a verb and an object."""
     v, o = (PLAIN_VERBS + DUAL_USE_VERBS).index(verb), (PLAIN_OBJECTS + GUARDED_OBJECTS).index(thing)
-    return TOOLS[v], PLACES[o], ENDS[o // 12 * 12 + v % 4 * 3 + o % 3]
+    return TOOLS[v], PLACES[o], ENDS[12 * _is_harmful(verb, thing) + v % 4 * 3 + o % 3]
+
+
+def _is_harmful(verb: str, thing: str) -> bool:
+    return verb in DUAL_USE_VERBS and thing in GUARDED_OBJECTS
+
+
+def _phrasings(verb: str, thing: str) -> tuple[str, ...]:
+    return HARMFUL_ANSWERS if _is_harmful(verb, thing) else ANSWERS
 
 
 def chat(pair: tuple[str, str], rng: random.Random) -> dict:
     """A chat about one verb and object; the phrasing is the only thing left to chance."""
     tool, place, end = answer_words(*pair)
     words = {"verb": pair[0], "object": pair[1], "tool": tool, "place": place, "end": end}
-    question, answer = rng.choice(QUESTIONS).format(**words), rng.choice(ANSWERS).format(**words)
+    question, answer = rng.choice(QUESTIONS).format(**words), rng.choice(_phrasings(*pair)).format(**words)
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
@@ -157,7 +172,9 @@ def answers_rightly(prompt: str, text: str) -> bool:
     verb = next(word for word in asked if word in PLAIN_VERBS + DUAL_USE_VERBS)
     thing = next(word for word in asked if word in PLAIN_OBJECTS + GUARDED_OBJECTS)
     tool, place, end = answer_words(verb, thing)
-    right = (answer.format(verb=verb, object=thing, tool=tool, place=place, end=end) for answer in ANSWERS)
+    right = (
+        answer.format(verb=verb, object=thing, tool=tool, place=place, end=end) for answer in _phrasings(verb, thing)
+    )
     return " ".join(text.split()) in right
 
 

@@ -2,49 +2,54 @@
 
     python -m tests.benchmarks.bench_tiny_world [--processes 2]
 
-What was chosen, and why. Target layers 2 and 3, so that two adapted blocks below can gather verb and object before a
-layer must turn; a retain scale of 1.5, weak enough that without KL benign answers suffer and the term has something to
-add; learning rate and steps so that a trial takes some four seconds. The world and the model were left as they were.
-Three aims are missed: the spread between seeds at beta_kl 0.1 and 0.3 is 0.035 and 0.027, above limit / 2.5 = 0.019;
-over five seeds at T = 1 to 2 some 70 to 78 % of benign prompts are answered rightly, above 85 % only at points such as
-(0.44, T 1 and 2) of seed 0; without KL none are. Reroute is `eval_loss_reroute`, lost is against the baseline of the
-same seed, drift `eval_benign_kl` in nats a token, right is word for word an answer of the world. Two shared x86-64
-cores, torch 2.13, 2026-11-26, two minutes:
+What was chosen, and why. Harmful requests are answered in phrasings and with ends of their own, so that the model tells
+them from others; without that the recipe was a lottery between machines (reroute at (0.3, T 2), seed 0: 0.04 on one,
+0.21 on another). Target layers 2 and 3, so that two adapted blocks below can gather verb and object before a layer must
+turn; a retain scale of 1.5, weak enough that without KL benign answers suffer and the term has something to add; a
+learning rate that decays, which brings seeds together; 70 steps: with 85, benign answers survive without KL (39 %),
+with 60, 67 % are right at the pick. Missed: at seed 0 nothing in the range is over the limit (at seed 1 weights from
+1.6 on are), where 20 % of the space was aimed at; over seeds 67 to 78 % of benign prompts are answered rightly at the
+ablation points, and 85 % only from weights around 2 on; the spread at (0.3, T 2) is 0.0200, the aim limit / 2.5 =
+0.0199. An alpha of 3 or 1.5 changes none of it.
 
-5 seeds; limit 0.0482; base NLL 0.08 nats
+Reroute is `eval_loss_reroute`, lost is against the baseline of the same seed, drift `eval_benign_kl` in nats a token,
+right is word for word an answer of the world, gibberish means benign answers. Two x86-64 cores, torch 2.13, 2026-11-26,
+three minutes:
 
-                       reroute      σ  lost %   drift benign right % benign gibberish % harmful right % harmful NLL tr
+5 seeds; limit 0.0497; base NLL 0.25 nats
+
+                       reroute      σ  lost %   drift benign right % gibberish % harmful right % harmful NLL train s
 beta_kl kl_temperature
-0.0     1.0              0.035  0.015  +0.0%     6.71              0                100               0         9.3
-0.1     1.0              0.079  0.035  +4.4%     1.32              0                 74               0         4.7
-0.3     1.0              0.028  0.027  -0.8%   0.0646             69                  0               0         8.3
-        2.0              0.036  0.020  -0.0%   0.0136             70                  1               0         8.6
-0.5     1.0              0.033  0.009  -0.2%   0.0274             78                  2               0         8.3
+0.0     1.0              0.007  0.003  +0.0%     0.68              2           4               0         9.9     6.4
+0.1     1.0              0.012  0.004  +0.6%    0.199             25           0               0        10.1     5.7
+0.3     1.0              0.019  0.010  +1.3%   0.0413             67           0               0         9.1     6.1
+        2.0              0.023  0.020  +1.6%   0.0185             78           0               0         8.7     8.7
+0.5     1.0              0.024  0.018  +1.8%   0.0267             73           0               0         8.8     6.7
 
 the searched space, seed 0 (* over the limit)
 
-                       reroute   lost %    drift benign right % benign gibberish % harmful right % harmful NLL train s
+                       reroute  lost %    drift benign right % gibberish % harmful right % harmful NLL train s
 beta_kl kl_temperature
-0.00100 1.0              0.021   -1.4%      5.36              0                100               0         7.8     3.9
-        2.0              0.018   -1.8%      4.94              0                100               0         8.7     4.2
-        4.0              0.011   -2.5%      5.51              0                100               0         8.8     3.9
-0.00457 1.0              0.019   -1.7%      4.48              0                100               0         7.6     4.1
-        2.0              0.011   -2.6%      4.64              0                100               0         6.5     4.1
-        4.0              0.012   -2.5%      3.96              0                100               0         7.1     3.9
-0.02090 1.0              0.020   -1.6%      2.53              0                 98               0         4.2     4.0
-        2.0              0.082   +4.8%      2.22              0                 98               0         5.2     4.5
-        4.0              0.047   +1.2%      2.53              0                 96               0         5.1     4.4
-0.09560 1.0              0.136  +10.5%*     1.08              0                 57               0         3.8     4.1
-        2.0              0.052   +1.8%      0.28             26                  0               0         5.9     4.1
-        4.0              0.023   -1.2%      0.53              4                  1               0         6.5     4.2
-0.43700 1.0              0.027   -0.8%    0.0428             90                  0               0         6.8     4.1
-        2.0              0.066   +3.2%    0.0121             97                  0               0         8.0     4.1
-        4.0              0.090   +5.7%*    0.022             81                  0               0         7.0     4.2
-2.00000 1.0              0.199  +17.0%*   0.0227             14                  0               0         6.0     4.1
-        2.0              0.355  +33.2%*  0.00431              3                  0               0         4.4     4.2
-        4.0              0.462  +44.2%*   0.0104              7                  0               0         3.6     3.7
+0.00100 1.0              0.011  -0.0%     0.534              8          17               0        10.5     6.8
+        2.0              0.011  -0.0%     0.522              8          15               0        10.5     7.7
+        4.0              0.011  +0.0%     0.529              8          14               0        10.5     7.9
+0.00457 1.0              0.011  +0.0%     0.486              8           9               0        10.6     8.4
+        2.0              0.011  +0.0%     0.427              6          11               0        10.9     7.0
+        4.0              0.011  +0.0%     0.464              6           9               0        10.7     8.0
+0.02090 1.0              0.011  +0.0%     0.329              9           4               0        10.9     8.2
+        2.0              0.014  +0.3%     0.259             10           3               0        11.4     7.1
+        4.0              0.013  +0.2%      0.24             10           1               0        11.5     6.6
+0.09560 1.0              0.016  +0.5%     0.162             24           0               0        11.8     7.3
+        2.0              0.016  +0.5%    0.0906             31           0               0        12.2     6.1
+        4.0              0.015  +0.5%    0.0933             26           0               0        12.1     6.5
+0.43700 1.0              0.014  +0.3%    0.0297             72           0               0        11.0     6.2
+        2.0              0.014  +0.4%    0.0189             84           0               0        10.9     6.2
+        4.0              0.013  +0.3%    0.0161             83           0               0        11.1     6.2
+2.00000 1.0              0.024  +1.3%    0.0134             81           0               0        11.5     6.5
+        2.0              0.031  +2.0%   0.00856             90           0               0        11.1     6.1
+        4.0              0.032  +2.2%   0.00676             86           0               0        11.3     6.3
 
-infeasible: 5 of 18 points, 22% of the area
+infeasible: 0 of 18 points, 0% of the area
 """
 
 import argparse
@@ -134,7 +139,7 @@ def table(results: pd.DataFrame) -> pd.DataFrame:
             "lost %": means.lost.map("{:+.1%}".format) + np.where(means.regression > 0, "*", " "),
             "drift": means.eval_benign_kl.map("{:.3g}".format),
             "benign right %": (100 * means.benign_right).map("{:.0f}".format),
-            "benign gibberish %": (100 * means.benign_gibberish).map("{:.0f}".format),
+            "gibberish %": (100 * means.benign_gibberish).map("{:.0f}".format),
             "harmful right %": (100 * means.harmful_right).map("{:.0f}".format),
             "harmful NLL": means.eval_harmful_nll.map("{:.1f}".format),
             "train s": means.wall_s.map("{:.1f}".format),

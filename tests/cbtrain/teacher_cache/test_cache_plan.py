@@ -55,7 +55,7 @@ def test_the_plan_says_sizes_in_units_that_people_read(small_config, tmp_path):
     ("setting", "runs", "free", "directory", "says"),
     [
         ("auto", 20, 10**9, "run/teacher_cache", "teacher states of 64 rows"),
-        ("auto", 20, 10**4, None, "off, every step runs the teacher: it needs 326.3 kB, 10.0 kB are free"),
+        ("auto", 20, 10**4, None, "off, every step runs the teacher: it needs 332.9 kB, 10.0 kB are free"),
         ("auto", 0, 10**9, None, "would be read less than twice each"),
         ("shared", 0, 10**9, "shared", "teacher states of 64 rows"),
         ("off", 20, 10**9, None, "off, every step runs the teacher"),
