@@ -5,14 +5,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from cbtrain.config import CircuitBreakerConfig, InputError, flag
-from cbtrain.data.chat_template import ChatTemplate, Rendering
 from cbtrain.data.dataset import CircuitBreakerData, SideCounts, SideData
 from cbtrain.data.formats.pretokenized import TokenisedRow
 from cbtrain.data.formats.rows import Row, Side, SideRows, load_rows
 from cbtrain.data.split import held_out_prompts, normalized_prompt, tokenised_prompt
+from cbtrain.data.templates.chat_template import ChatTemplate, Rendering
+from cbtrain.data.templates.turns import Turns, find_turns
 from cbtrain.data.tokenization import TokenRow, tokenize, turns_in_tokens
 from cbtrain.data.truncation import Lost, truncate
-from cbtrain.data.turns import Turns, find_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

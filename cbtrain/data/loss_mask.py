@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cbtrain.config import MaskPolicy
 from cbtrain.data.formats.rows import Message
-from cbtrain.data.template_fallbacks import CALLS_AS_TEXT
+from cbtrain.data.templates.template_fallbacks import CALLS_AS_TEXT
 
 
 def scored_turns(messages: Sequence[Message], policy: MaskPolicy) -> list[int]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from cbtrain.data.chat_template import Rendering
-from cbtrain.data.turns import Turns
+from cbtrain.data.templates.chat_template import Rendering
+from cbtrain.data.templates.turns import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,7 +21,7 @@ all other tokens are those of the row.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cbtrain.data.turns import Turns
+from cbtrain.data.templates.turns import Turns
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from cbtrain.config import InputError
-from cbtrain.data.chat_template import ChatTemplate
 from cbtrain.data.formats.labels import is_unsafe
 from cbtrain.data.formats.readers import read_rows
 from cbtrain.data.loading import normalized_prompt
+from cbtrain.data.templates.chat_template import ChatTemplate
 from cbtrain.data.tokenization import TokenRow
 
 

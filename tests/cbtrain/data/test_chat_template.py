@@ -4,8 +4,8 @@ import pytest
 from chat_tokenizers import CHATML, END_OF_TURN, GEMMA, LLAMA3, MARKED, TEMPLATES, bpe_tokenizer
 
 from cbtrain.config import InputError
-from cbtrain.data.chat_template import EARLIER, THOUGHTS, ChatTemplate, Rendering
 from cbtrain.data.formats.rows import Row
+from cbtrain.data.templates.chat_template import EARLIER, THOUGHTS, ChatTemplate, Rendering
 
 SYSTEM = {"role": "system", "content": "be kind"}
 ASK = {"role": "user", "content": "pay the bill"}

@@ -14,8 +14,8 @@ from chat_tokenizers import (
     bpe_tokenizer,
 )
 
-from cbtrain.data.chat_template import ChatTemplate
 from cbtrain.data.formats.rows import Row
+from cbtrain.data.templates.chat_template import ChatTemplate
 from cbtrain.data.tokenization import tokenize
 
 CHAT = (

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cbtrain.data.templates.turns import Turns
 from cbtrain.data.truncation import Lost, truncate
-from cbtrain.data.turns import Turns
 
 START_OF_TEXT = 100
 

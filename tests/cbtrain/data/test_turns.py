@@ -9,11 +9,11 @@ from chat_tokenizers import CHATML, GEMMA, LLAMA3, LLAMA31, MARKED, PHI, QWEN3, 
 from transformers import PreTrainedTokenizerFast
 
 from cbtrain.config import MaskPolicy
-from cbtrain.data.chat_template import ChatTemplate
 from cbtrain.data.formats.rows import Message, Row
+from cbtrain.data.templates.chat_template import ChatTemplate
+from cbtrain.data.templates.turns import Turns, find_turns
 from cbtrain.data.tokenization import tokenize, turns_in_tokens
 from cbtrain.data.truncation import truncate
-from cbtrain.data.turns import Turns, find_turns
 
 TEMPLATES = {
     "chatml": CHATML, "llama3": LLAMA3, "llama31": LLAMA31, "gemma": GEMMA, "qwen25": QWEN25, "qwen3": QWEN3,

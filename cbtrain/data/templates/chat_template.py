@@ -19,7 +19,7 @@ import jinja2
 from cbtrain.config import InputError, MaskPolicy
 from cbtrain.data.formats.rows import Message, Row
 from cbtrain.data.loss_mask import ends_on_nothing, scored_turns
-from cbtrain.data.template_fallbacks import CALLS_AS_TEXT, FORMS, TOOL_RESULT
+from cbtrain.data.templates.template_fallbacks import CALLS_AS_TEXT, FORMS, TOOL_RESULT
 from cbtrain.utils.errors import first_line
 
 if TYPE_CHECKING:
