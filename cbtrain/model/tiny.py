@@ -149,15 +149,16 @@ def _is_harmful(verb: str, thing: str) -> bool:
     return verb in DUAL_USE_VERBS and thing in GUARDED_OBJECTS
 
 
-def _phrasings(verb: str, thing: str) -> tuple[str, ...]:
-    return HARMFUL_ANSWERS if _is_harmful(verb, thing) else ANSWERS
+def _answers(verb: str, thing: str) -> list[str]:
+    """The right answer in each of its phrasings."""
+    tool, place, end = answer_words(verb, thing)
+    words = {"verb": verb, "object": thing, "tool": tool, "place": place, "end": end}
+    return [answer.format(**words) for answer in (HARMFUL_ANSWERS if _is_harmful(verb, thing) else ANSWERS)]
 
 
 def chat(pair: tuple[str, str], rng: random.Random) -> dict:
     """A chat about one verb and object; the phrasing is the only thing left to chance."""
-    tool, place, end = answer_words(*pair)
-    words = {"verb": pair[0], "object": pair[1], "tool": tool, "place": place, "end": end}
-    question, answer = rng.choice(QUESTIONS).format(**words), rng.choice(_phrasings(*pair)).format(**words)
+    question, answer = rng.choice(QUESTIONS).format(verb=pair[0], object=pair[1]), rng.choice(_answers(*pair))
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
@@ -171,11 +172,7 @@ def answers_rightly(prompt: str, text: str) -> bool:
     asked = prompt.split()
     verb = next(word for word in asked if word in PLAIN_VERBS + DUAL_USE_VERBS)
     thing = next(word for word in asked if word in PLAIN_OBJECTS + GUARDED_OBJECTS)
-    tool, place, end = answer_words(verb, thing)
-    right = (
-        answer.format(verb=verb, object=thing, tool=tool, place=place, end=end) for answer in _phrasings(verb, thing)
-    )
-    return " ".join(text.split()) in right
+    return " ".join(text.split()) in _answers(verb, thing)
 
 
 def _write(path: Path, rows: list[dict]) -> None:

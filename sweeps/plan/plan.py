@@ -59,11 +59,11 @@ class SweepPlan:
         """The next trial to run, or None when nothing can start before a running trial ends (or ever)."""
         if self._interrupted:
             return self._interrupted.pop(0)
-        asked = Counter(entry.spec.phase for entry in self._entries.values())
-        if asked["baseline"] < self.budget.baseline and not self.stopped_because:
-            return self._journal.add("baseline", 0.0, 1.0, self.settings.seed + asked["baseline"])
         if self.stopped_because:
             return None
+        asked = Counter(entry.spec.phase for entry in self._entries.values())
+        if asked["baseline"] < self.budget.baseline:
+            return self._journal.add("baseline", 0.0, 1.0, self.settings.seed + asked["baseline"])
         if asked["ablation"] < self.budget.ablation:
             return self._journal.add("ablation", *self.settings.ablation_points[asked["ablation"]], self.settings.seed)
         if not self._fixed_part_in() or len(self._entries) >= self.budget.total:
