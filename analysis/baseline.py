@@ -48,10 +48,17 @@ def why_there_is_none(trials: pd.DataFrame) -> str:
 
 
 def unconverged(baselines: pd.DataFrame) -> pd.DataFrame:
-    """The baseline trials that say they had not converged; none where trials do not say."""
+    """The baseline trials that had not converged; none where trials do not say.
+
+    A trial says so itself, where its layers or its rerouting tell it. One in which nothing has begun cannot know: it
+    has not converged where another seed collapsed a layer that it still holds.
+    """
     if "converged" not in baselines:
         return baselines.iloc[:0]
-    return baselines[baselines["converged"] == 0]
+    held = [set(_held_layers(row)) for _, row in baselines.iterrows()]
+    at_every_seed = set.intersection(*held) if held else set()
+    waits = pd.Series([bool(layers - at_every_seed) for layers in held], index=baselines.index, dtype=bool)
+    return baselines[(baselines["converged"] == 0) | waits]
 
 
 def steps_needed(baselines: pd.DataFrame) -> int:

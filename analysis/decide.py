@@ -197,7 +197,7 @@ def _chosen(decision: Decision, pick: SettingAssessment, baseline: Baseline) -> 
     if kept >= 1:
         warnings.append("KL does not lower benign drift here: beta_kl = 0 serves as well.")
     ran = [(setting.beta_kl, setting.kl_temperature) for setting in decision.settings]
-    ends = decision.searched.ends_at((pick.beta_kl, pick.kl_temperature), ran)
+    ends = decision.searched.ends_at((pick.beta_kl, pick.kl_temperature), ran) if kept < 1 else []
     at_ends = " ".join(f"The pick sits at {decision.searched.says(end)}" for end in ends)
     warnings += [at_ends] if at_ends else []
     qualified = len(pick_candidates(decision))

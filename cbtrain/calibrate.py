@@ -22,6 +22,8 @@ from cbtrain.utils.errors import reason
 EXIT_NONE = 3
 DEFAULT_TRIALS = 20
 """Trials of the sweep that it stands before, where nothing else is said."""
+RUNS = "calibration-runs"
+"""Directory in the output directory; what it holds is replaced, so no user's own is called that."""
 FIXABLE = ("lr", "retain_scale", "steps")
 
 
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"calibrate at most {max_steps} steps of {config.batch_size} + {config.batch_size} rows", flush=True)
     fixed = [name for name in FIXABLE if cli.value_of("--" + name.replace("_", "-"), argv) is not None]
     found = calibrate(
-        config, settings.output_dir / "runs", max_steps=max_steps, fixed=fixed, say=lambda line: print(line, flush=True)
+        config, settings.output_dir / RUNS, max_steps=max_steps, fixed=fixed, say=lambda line: print(line, flush=True)
     )
     found.write(settings.output_dir / "calibration.json")
     print(found.reason)

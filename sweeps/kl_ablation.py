@@ -24,6 +24,7 @@ if not __package__:
     sys.path[0] = str(ROOT)  # started as a script, which puts sweeps/ there
 
 from cbtrain.config import CircuitBreakerConfig, InputError, cli
+from cbtrain.config.presets import UNMEASURED
 from cbtrain.config.saved import RECIPE, with_calibration
 from cbtrain.model.auto import derived
 from cbtrain.utils.errors import first_line
@@ -84,7 +85,7 @@ def _new(settings: SweepSettings, argv: Sequence[str]) -> Job:
         if settings.calibrate:
             raise InputError("--calibrate: --calibration brings a recipe; leave one of them out")
         settings.config = with_calibration(settings.config, settings.calibration, given)
-    elif settings.preset == "auto" and "calibrate" not in given:
+    elif settings.preset in UNMEASURED and "calibrate" not in given:
         settings.calibrate = True
     overrides = overrides_of_preset(settings)
     overrides |= {name: getattr(settings.config, name) for name in RECIPE if name in given}

@@ -81,7 +81,8 @@ class SweepSettings:
     """End a search trial whose rerouting stays over the limit; off by default: it saves too little (bench_stopping)."""
     calibrate: bool = False
     """First find lr, steps and retain scale at which the baseline converges, by a ladder of short runs that are no
-    trials (at most a fifth of the sweep's steps); on under the preset auto. What is given as a flag stays."""
+    trials (at most a fifth of the sweep's steps); on under the presets auto and qwen3-8b. What is given as a flag
+    stays."""
     calibration: Path | None = None
     """The calibration.json of an earlier calibration (`python -m cbtrain.calibrate`), whose recipe is taken."""
     max_concurrent: Annotated[int, Ge(1)] | None = None

@@ -111,13 +111,15 @@ def _asked_otherwise(sweep: Mapping[str, Any]) -> dict[str, Any]:
         "beta_kl_range": (betas, BETA_KL_RANGE),
         "kl_temperature_range": (temperatures, KL_TEMPERATURE_RANGE),
     }
-    return {name: value for name, (value, default) in given.items() if value != default}
+    asked = {name: value for name, (value, default) in given.items() if value != default}
+    found = sweep.get("calibration") or {}
+    return asked | ({"no_calibrate": None} if found.get("converged") else {})  # its recipe is among the overrides
 
 
 def _flags(values: Mapping[str, Any]) -> str:
     words = []
     for name, value in values.items():
-        items = value if isinstance(value, list | tuple) else [value]
+        items = value if isinstance(value, list | tuple) else [] if value is None else [value]
         words += ["--" + name.replace("_", "-"), *(shlex.quote(str(item)) for item in items)]
     return " ".join(words)
 

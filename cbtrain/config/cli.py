@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from cbtrain.config.presets import get_config
+from cbtrain.config.presets import canonical, get_config
 from cbtrain.config.schema import CircuitBreakerConfig
 from cbtrain.config.validation import flag, nearest
 from cbtrain.utils.errors import InputError, reason
@@ -41,7 +41,7 @@ def parse(
     """
     argv = ["--preset" + arg.removeprefix("--config") if arg.split("=")[0] == "--config" else arg for arg in argv]
     model = value_of("--model", argv)
-    preset = value_of("--preset", argv) or ("tiny" if model in (None, "tiny") else "auto")
+    preset = canonical(value_of("--preset", argv) or ("tiny" if model in (None, "tiny") else "auto"))
     if recorded is None and preset == "tiny" and model not in (None, "tiny"):
         raise InputError(f"--preset tiny: its numbers are the embedded model's, not those of {model}; leave it out")
     if recorded is None and preset == "auto":
@@ -50,6 +50,7 @@ def parse(
         recorded = derived(model)
     default = settings_type(preset=preset, config=recorded or get_config(preset))
     settings, unknown = read(default, argv, prog)
+    settings.preset = canonical(settings.preset)
     if unknown:
         fields = [*dataclasses.fields(settings_type), *dataclasses.fields(settings.config)]
         known = [flag(field.name) for field in fields if field.name != "config"]

@@ -1,7 +1,7 @@
 """Configurations that earlier runs wrote down: a training run's `config.json`, and what a sweep's decision chose."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,13 +69,16 @@ class _Calibration:
     config: dict[str, Any]
 
 
+_DATA = ("harmful", "benign")
 RECIPE = ("lr", "retain_scale", "steps")
 """What a calibration finds."""
-_RUNS_ALIKE = (
-    *("batch_size", "target_layers", "lora_layers", "lora_rank", "lora_alpha", "max_length", "mask_policy", "alpha"),
-    *("retain_norm", "retain_layers", "lr_schedule", "warmup_steps", "dtype"),
+_OWN = (
+    *("beta_kl", "kl_temperature", "beta_kl_schedule", "seed", "retain_norms"),  # of a trial, or measured
+    *("tokenizer", "eval_fraction", "eval_every", "eval_batch_size", "log_every", "checkpoint_every"),
+    *("hidden_states", "zero_stage", "micro_batch_size", "gradient_accumulation", "gradient_checkpointing"),
+    "cpu_offload",
 )
-"""Fields without which a recipe says nothing of another run."""
+"""Fields in which a run may differ from the calibration's; any other would make its recipe one of other runs."""
 
 
 def with_calibration(config: CircuitBreakerConfig, file: Path, given: Collection[str] = ()) -> CircuitBreakerConfig:
@@ -91,15 +94,28 @@ def with_calibration(config: CircuitBreakerConfig, file: Path, given: Collection
     if not found.converged:
         raise InputError(f"--calibration {file}: it found no recipe ({found.reason})")
     recorded = _with_fields(replace(config), found.config, file)
-    for name in _RUNS_ALIKE:
-        there, here = getattr(recorded, name), getattr(config, name)
-        if there != here:
-            mend = f"give {name_as_flag(name)} as there, or calibrate anew"
-            raise InputError(f"--calibration {file}: made with {name} {there}, not {here}; {mend}")
-    if Path(recorded.model).name != Path(config.model).name:
+    for field in fields(config):
+        there, here = getattr(recorded, field.name), getattr(config, field.name)
+        if field.name not in (*RECIPE, *_OWN, "model", *_DATA) and there != here:
+            mend = f"give {name_as_flag(field.name)} as there, or calibrate anew"
+            raise InputError(f"--calibration {file}: made with {field.name} {there}, not {here}; {mend}")
+    if config.model != "tiny" and not _same_place(recorded.model, config.model):
         raise InputError(f"--calibration {file}: made for {recorded.model}, not {config.model}; calibrate anew")
+    for side in _DATA:
+        there, here = getattr(recorded, side), getattr(config, side)
+        alike = len(there) == len(here) and all(map(_same_place, there, here))
+        if not alike and (there or here) and (here or config.model != "tiny"):
+            named = " and ".join(here) or "the embedded rows"
+            raise InputError(f"--calibration {file}: made with --{side} {' '.join(there)}, not {named}; calibrate anew")
     recipe: dict[str, Any] = {name: getattr(recorded, name) for name in RECIPE if name not in given}
     return replace(config, **recipe)
+
+
+def _same_place(there: str, here: str) -> bool:
+    """Whether two paths or hub ids are one; of a path that is not on this machine the name alone can tell."""
+    if there == here or Path(there).resolve() == Path(here).resolve():
+        return True
+    return not Path(there).exists() and Path(there).name == Path(here).resolve().name
 
 
 def config_of_adapter(directory: Path) -> CircuitBreakerConfig | None:

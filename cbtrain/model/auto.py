@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cbtrain.config import CircuitBreakerConfig, Dtype, get_config
+from cbtrain.config import CircuitBreakerConfig, Dtype, InputError, get_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -74,7 +74,10 @@ def _structure(model: str) -> "PretrainedConfig":
     from cbtrain.model.loading import told_as_input_errors
 
     with told_as_input_errors("model", model):
-        return AutoConfig.from_pretrained(str(tiny.build()) if model == "tiny" else model).get_text_config()
+        structure = AutoConfig.from_pretrained(str(tiny.build()) if model == "tiny" else model).get_text_config()
+    if not isinstance(getattr(structure, "num_hidden_layers", None), int):
+        raise InputError(f"--model {model}: a {structure.model_type} names no num_hidden_layers: no decoder of blocks")
+    return structure
 
 
 def _parameters(model: str) -> int:
@@ -103,7 +106,8 @@ def _length(structure: "PretrainedConfig") -> tuple[int, str]:
     """Tokens a row at most, and why."""
     published = CircuitBreakerConfig().max_length
     positions = getattr(structure, "max_position_embeddings", None) or published
-    return (positions, "all positions that the model has") if positions < published else (published, "as published")
+    bounded = 0 < positions < published  # some write −1 for no limit
+    return (positions, "all positions that the model has") if bounded else (published, "as published")
 
 
 def _words(numbers: tuple[int, ...]) -> str:

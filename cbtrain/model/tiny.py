@@ -14,20 +14,23 @@ import json
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from platformdirs import user_cache_path
 from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.utils.errors import reason
 
+Model = TypeVar("Model", bound=PreTrainedModel)
 PLAIN_VERBS = "carry clean paint polish measure wrap sort label".split()
 DUAL_USE_VERBS = "break open silence bend cut drain move burn".split()
 PLAIN_OBJECTS = "table chair basket lamp carpet bucket bench shelf mirror blanket barrel ladder".split()
@@ -100,7 +103,7 @@ def build() -> Path:
     try:
         tokenizer = make_tokenizer()
         tokenizer.save_pretrained(scratch)
-        _pretrain(tokenizer).save_pretrained(scratch)
+        pretrain(_untrained, tokenizer).save_pretrained(scratch)
         rng = random.Random(SEED)
         _write(scratch / "harmful.jsonl", [chat(pair, rng) for pair in product(DUAL_USE_VERBS, GUARDED_OBJECTS)])
         _write(scratch / "benign.jsonl", [chat(pair, rng) for pair in _benign_pairs()])
@@ -179,13 +182,8 @@ def _write(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _pretrain(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Train the base on all pairs, as a language model, on one thread so that every machine gets the same."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    rng = random.Random(SEED)
-    model = LlamaForCausalLM(
+def _untrained(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=64,
@@ -200,6 +198,20 @@ def _pretrain(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
+
+
+def pretrain(create: Callable[[PreTrainedTokenizerFast], Model], tokenizer: PreTrainedTokenizerFast) -> Model:
+    """A causal language model trained on all pairs, on one thread so that every machine gets the same.
+
+    Args:
+        create: makes the model of random weights from the tokenizer; torch is seeded for it.
+        tokenizer: of `make_tokenizer`.
+    """
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    rng = random.Random(SEED)
+    model = create(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=STEPS, pct_start=0.1)
     pairs = [*_benign_pairs(), *product(DUAL_USE_VERBS, GUARDED_OBJECTS), *product(PLAIN_VERBS, GUARDED_OBJECTS)]

@@ -97,8 +97,8 @@ def judge(curve: Curve, config: CircuitBreakerConfig) -> Outcome | None:
     """The outcome of a run at its last held-out evaluation; None while it is not clear.
 
     It has converged when every target layer has collapsed and the rerouting is level from one evaluation to the next,
-    while benign text stayed near where it was. Ended is it, unmoved, when nothing has begun by a
-    tenth of its steps. Anything else is told at its end.
+    while benign text stayed near where it was. Ended is it, unmoved, when nothing has begun by a tenth of its steps
+    after the warm-up. Anything else is told at its end.
     """
     *_, last = evaluated = evaluations(curve)
     done = last["step"] >= config.steps
@@ -109,7 +109,7 @@ def judge(curve: Curve, config: CircuitBreakerConfig) -> Outcome | None:
     if done:
         cosines = [last[f"eval_cosine_layer_{layer}"] for layer in config.target_layers]
         return "unmoved" if min(cosines) > UNMOVED else "unsettled"
-    begun = last["eval_loss_reroute"] <= UNMOVED or last["step"] < config.steps // EVALUATIONS
+    begun = last["eval_loss_reroute"] <= UNMOVED or last["step"] < config.warmup_steps + config.steps // EVALUATIONS
     return None if begun else "unmoved"
 
 

@@ -49,7 +49,7 @@ class GradientNorms:
         weights = coefficients(self._config, done - 1)
         losses = step.losses(self._batch.each(lambda rows: rows.to(device)), self._counts, weights)
         reroute, retain, kl = (
-            _gradient(weight * loss, parameters)
+            _gradient(weight, loss, parameters)
             for weight, loss in zip((weights.cs, weights.cr, weights.kl_weight), losses, strict=True)
         )
         student_mode(step.model)
@@ -60,12 +60,12 @@ class GradientNorms:
         return dict(zip(names, values.tolist(), strict=True))
 
 
-def _gradient(loss: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:
-    """The gradient over all parameters as one vector, in float32; 0 where nothing reaches them."""
+def _gradient(weight: float, loss: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:
+    """The weighted loss's gradient over all parameters as one vector, in float32; 0 where nothing reaches them."""
     zero = torch.zeros(sum(parameter.numel() for parameter in parameters), device=loss.device)
-    if not loss.requires_grad:
+    if weight == 0 or not loss.requires_grad:
         return zero
-    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(weight * loss, parameters, retain_graph=True, allow_unused=True)
     return torch.cat(
         [
             (torch.zeros_like(parameter) if gradient is None else gradient).flatten().float()

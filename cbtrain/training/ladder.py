@@ -209,6 +209,14 @@ def _kept(name: str) -> bool:
 
 def _why_none(runs: Sequence[Run], spent: int, max_steps: int) -> str:
     """Why no recipe was found, by what happened last to the ones that came furthest."""
+    if runs and runs[-1].outcome == "cut off":
+        recipe = (runs[-1].lr, runs[-1].retain_scale)
+        seeds = sum((run.lr, run.retain_scale, run.outcome) == (*recipe, "converged") for run in runs)
+        if seeds:
+            return (
+                f"lr {recipe[0]:g} at retain scale {recipe[1]:g} converged at {seeds} of {SEEDS} seeds when the "
+                f"{max_steps} steps allowed were spent: give it more (--max-steps, in a sweep --num-samples)."
+            )
     told = list(dict.fromkeys(SAID[run.outcome] for run in runs if run.outcome not in ("converged", "cut off")))
     what = "; ".join(told) or "no run came to its end"
     reached = min((metrics["eval_loss_reroute"] for run in runs for metrics in run.curve), default=1.0)

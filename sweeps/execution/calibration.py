@@ -113,8 +113,13 @@ def predicted_s(found: "Calibration", trials: int, at_a_time: int) -> float:
     return STARTUP_S + trials * (config.steps * a_step + evaluations * an_evaluation) / at_a_time
 
 
-def with_recipe(context: TrialContext, found: "Calibration") -> TrialContext:
-    """The trials' context with what was found."""
+def with_recipe(context: TrialContext, found: "Calibration", given: Collection[str]) -> TrialContext:
+    """The trials' context with what was found.
+
+    Where it has more steps, checkpoints lie as much further apart, unless `checkpoint_every` is among the fields given.
+    """
     recipe: dict[str, Any] = {name: value for name, value in found.settings.items() if name != "steps"}
-    steps = int(found.settings["steps"])
+    steps, before = int(found.settings["steps"]), context.config.steps
+    if "checkpoint_every" not in given:
+        recipe["checkpoint_every"] = -(-context.config.checkpoint_every * steps // before)
     return dataclasses.replace(context, config=dataclasses.replace(context.config, steps=steps, **recipe))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -21,7 +22,7 @@ from analysis.decide import decide
 from analysis.decision import Decision
 from analysis.report.commands import wider_command
 from cbtrain.teacher_cache.plan import LIVE, CachePlan, CacheUnavailableError
-from cbtrain.training.calibration import steps_allowed
+from cbtrain.training.calibration import Calibration, steps_allowed
 from sweeps.execution.behaviour import behaviour_sentences, file_of, measure_all, subjects
 from sweeps.execution.calibration import calibrate_before, spent, summary, told, with_recipe
 from sweeps.execution.searcher import PlanSearcher
@@ -71,18 +72,15 @@ class SweepDriver:
         spared = None
         try:
             if not self._plan.done:
+                calibrated = self.run.record.get("calibration")
+                if calibrated and not calibrated["converged"]:
+                    return self._not_calibrated(calibrated["reason"])
                 context, spared = self._with_teacher(context, cache)
-                if self.calibrate and not self.run.record.get("calibration"):
-                    found = calibrate_before(
-                        context, steps_allowed(self._plan.budget.total, context.config.steps), self.fixed
-                    )
-                    print("\n".join([*told(found, self._plan.budget.total, self._at_a_time(context)), ""]), flush=True)
-                    self.run.update(calibration=summary(found))
+                if self.calibrate and not calibrated:
+                    found = self._calibrate(context)
                     if not found.converged:
                         return self._not_calibrated(found.reason)
-                    context = with_recipe(context, found)
-                    overrides = self.run.record["config_overrides"] | found.settings
-                    self.run.update(config=dataclasses.asdict(context.config), config_overrides=overrides)
+                    context = self._with_recipe(context, found)
                 self._tune(context)
             self._measure_behaviour(context)
         except BaseException as stop:
@@ -95,6 +93,21 @@ class SweepDriver:
                 print(f"\nthe trials that ended are in {shown}/trials.csv; --resume {shown} goes on", file=sys.stderr)
             raise
         return self.conclude(spared)
+
+    def _calibrate(self, context: TrialContext) -> Calibration:
+        """Look for a recipe, and keep it with all that follows from it in one write."""
+        trials = self._plan.budget.total
+        found = calibrate_before(context, steps_allowed(trials, context.config.steps), self.fixed)
+        print("\n".join([*told(found, trials, self._at_a_time(context)), ""]), flush=True)
+        changed: dict[str, Any] = {"calibration": summary(found)}
+        if found.converged:
+            changed["config"] = dataclasses.asdict(self._with_recipe(context, found).config)
+            changed["config_overrides"] = self.run.record["config_overrides"] | found.settings
+        self.run.update(**changed)
+        return found
+
+    def _with_recipe(self, context: TrialContext, found: Calibration) -> TrialContext:
+        return with_recipe(context, found, given=self.run.record["config_overrides"])
 
     def _at_a_time(self, context: TrialContext) -> int:
         """Trials that each have as much to run on as a calibration run; in one process they share its cores."""

@@ -54,9 +54,19 @@ def test_the_report_says_it_too(make_run: MakeRun, one_late: pd.DataFrame):
 
 
 def test_the_same_spread_of_converged_seeds_is_noise(one_late):
-    decision = decide(one_late.assign(converged=1.0))
+    decision = decide(one_late.assign(converged=1.0, eval_cosine_layer_10=-0.2))
     assert "converged" not in decision.reason
     assert decision.mend == {}
+
+
+def test_a_seed_at_which_nothing_had_begun_says_converged_and_is_not(one_late):
+    late = one_late["trial_id"] == "t002"
+    one_late.loc[late, ["eval_loss_reroute", "converged"]] = [0.985, 1.0]
+    one_late.loc[late, ["eval_cosine_layer_10", "eval_cosine_layer_20"]] = 0.985
+    decision = decide(one_late)
+    assert "(t002, seed 2: layer 10 at cosine 0.98 and layer 20 at cosine 0.98)" in decision.reason, decision
+    assert decision.needed is None
+    assert decision.mend == {"steps": 120}
 
 
 def test_a_choice_that_stands_all_the_same_warns_of_it(trials: pd.DataFrame):

@@ -118,6 +118,16 @@ def test_a_further_sweep_searches_what_this_one_did(make_run: MakeRun) -> None:
     assert "--beta-kl-range 0.05 3.0 --kl-temperature-range 1.0 2.0" in commands.next
 
 
+def test_a_further_sweep_takes_a_recipe_that_was_found_and_looks_for_none(make_run: MakeRun) -> None:
+    trials = make_trials(Surface(), noise=0.08, searched=0, rng_seed=2)
+    spent = {"reason": "Converged.", "runs": 3, "steps_spent": 90, "max_steps": 300, "wall_s": 60.0}
+    found = {"converged": True, "settings": {"lr": 1e-3, "retain_scale": 10.0, "steps": 150}} | spent
+    run = make_run(trials, settings=SETTINGS, preset="auto", config_overrides=found["settings"], calibration=found)
+    _, commands = write_report(run)
+    assert "--no-calibrate --preset auto" in commands.next
+    assert "--lr 0.001 --retain-scale 10.0 --steps 150" in commands.next
+
+
 def test_a_run_directory_without_ranges_was_searched_over_the_defaults(make_run: MakeRun, trials: pd.DataFrame) -> None:
     decision, _ = write_report(make_run(trials))
     assert decision.searched == SearchSpace()

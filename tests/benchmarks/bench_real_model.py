@@ -5,8 +5,8 @@
 Runs calibration (where the preset asks for it), the sweep and the report as a user would. Then the baseline, the pick
 and two losers are trained on three seeds that the sweep has not had: the qualified setting with the most drift, and the
 one with the least drift of those that did not qualify. With a run directory that holds a finished sweep only the latter
-is done. What is printed: each setting's means over the seeds, what baseline and pick write, whether the decision was
-right, wall time and CPU time of the whole machine.
+is done, and of that only what had not ended. What is printed: each setting's means over the seeds, what baseline and
+pick write, whether the decision was right, wall time and CPU time of the whole machine.
 """
 
 import argparse
@@ -93,6 +93,7 @@ def trained(run_dir: Path, setting: Setting) -> list[dict[str, Any]]:
     from cbtrain.config import CircuitBreakerConfig
     from cbtrain.evaluation.behaviour import measure
     from cbtrain.training.loop import train
+    from cbtrain.utils.metrics_file import read_metrics
 
     recorded = json.loads((run_dir / "sweep.json").read_text())["config"]
     lists = {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
@@ -101,11 +102,13 @@ def trained(run_dir: Path, setting: Setting) -> list[dict[str, Any]]:
     for seed in FRESH_SEEDS:
         directory = _directory(run_dir, setting, seed)
         of_seed = replace(config, seed=seed)
-        metrics: dict[str, Any] = train(
-            of_seed, directory, lambda _metrics: None, teacher_cache=cache if cache.is_dir() else None
-        )
+        if not (directory / "adapter").is_dir():  # written last
+            train(of_seed, directory, lambda _metrics: None, teacher_cache=cache if cache.is_dir() else None)
+        metrics: dict[str, Any] = {**read_metrics(directory / "metrics.jsonl")[-1]}
         if seed == FRESH_SEEDS[0]:
-            metrics["behaviour"] = measure(of_seed, directory / "adapter", output_dir=directory)
+            if not (directory / "behaviour.json").is_file():
+                measure(of_seed, directory / "adapter", output_dir=directory)
+            metrics["behaviour"] = json.loads((directory / "behaviour.json").read_text())
         found.append(metrics)
     return found
 

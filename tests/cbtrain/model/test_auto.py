@@ -41,6 +41,29 @@ def test_targets_are_the_published_shares_of_the_depth(blocks, expected):
     assert target_layers(blocks) == expected
 
 
+@pytest.mark.parametrize("name", ["TINY", "Tiny"])
+def test_another_spelling_of_tiny_is_refused_too(model, name):
+    with pytest.raises(InputError, match="its numbers are the embedded model's"):
+        parse("--preset", name, "--model", str(model))
+
+
+def test_another_spelling_of_auto_derives_too(model):
+    settings = parse("--preset", "AUTO", "--model", str(model))
+    assert (settings.preset, settings.config.target_layers) == ("auto", (4, 8))
+
+
+def test_a_model_whose_blocks_have_no_number_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    with pytest.raises(InputError, match="a resnet names no num_hidden_layers"):
+        parse("--model", str(tmp_path))
+
+
+def test_positions_of_minus_one_are_no_limit(model):
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": -1}))
+    assert parse("--model", str(model)).config.max_length == 1024
+
+
 def test_a_model_without_a_preset_gets_its_own_numbers(model):
     settings = parse("--model", str(model))
     assert settings.preset == "auto"

@@ -38,10 +38,10 @@ def test_a_build_is_the_same_bytes_each_time_and_done_once(cache, monkeypatch):
 
 
 def test_a_build_that_fails_leaves_nothing(cache, monkeypatch):
-    def fail(_tokenizer):
+    def fail(_create, _tokenizer):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tiny, "_pretrain", fail)
+    monkeypatch.setattr(tiny, "pretrain", fail)
     with pytest.raises(KeyboardInterrupt):
         tiny.build()
     assert not tiny.cache_directory().exists()

@@ -22,7 +22,7 @@ def evaluation(step: int, reroute: float, cosines: tuple[float, float], distance
 
 @pytest.fixture
 def config(small_config):
-    return replace(small_config, steps=100, target_layers=(1, 2), retain_norm="relative", lr=1e-3)
+    return replace(small_config, steps=100, warmup_steps=0, target_layers=(1, 2), retain_norm="relative", lr=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,12 @@ def config(small_config):
 )
 def test_an_outcome_is_told_as_soon_as_it_is_clear(config, evaluations, outcome):
     assert judge([evaluation(*each) for each in evaluations], config) == outcome
+
+
+def test_nothing_is_judged_unmoved_while_the_learning_rate_still_warms_up(config):
+    warming = replace(config, warmup_steps=15)
+    assert judge([evaluation(20, 0.995, (0.99, 0.99))], warming) is None
+    assert judge([evaluation(25, 0.995, (0.99, 0.99))], warming) == "unmoved"
 
 
 class Scripted:
@@ -132,6 +138,15 @@ def test_no_more_steps_are_taken_than_allowed_and_nothing_is_pretended(config, t
     assert found.reason.startswith(f"No recipe converged in {found.steps_spent} of {allowed} steps allowed")
 
 
+def test_a_recipe_that_only_the_budget_cut_off_is_named(config, tmp_path, monkeypatch):
+    found, _ = climb(config, tmp_path, monkeypatch, collapsing, max_steps=70)
+    assert [run.outcome for run in found.runs] == ["converged", "converged", "cut off"]
+    assert found.reason == (
+        f"lr {config.lr:g} at retain scale {config.retain_scale:g} converged at 2 of 3 seeds when the 70 steps allowed "
+        "were spent: give it more (--max-steps, in a sweep --num-samples)."
+    )
+
+
 def test_what_is_fixed_stays(config, tmp_path, monkeypatch):
     rule = lambda config, step: evaluation(step, 1.0, (1.0, 1.0))  # noqa: E731
     found, ran = climb(config, tmp_path, monkeypatch, rule, fixed=("lr", "retain_scale"))
@@ -148,9 +163,26 @@ def test_a_sweep_takes_the_recipe_from_the_file_and_refuses_one_of_another_run(c
     assert with_calibration(replace(config, lr=9.0), file, given=["lr"]).lr == 9.0
     with pytest.raises(InputError, match="made with batch_size 8, not 4; give --batch-size as there"):
         with_calibration(replace(config, batch_size=4), file)
+    with pytest.raises(InputError, match=r"made with lora_init_std 0\.01, not 0\.5"):
+        with_calibration(replace(config, lora_init_std=0.5), file)
+    with pytest.raises(InputError, match=r"made with --benign .*benign\.jsonl, not other\.jsonl; calibrate anew"):
+        with_calibration(replace(config, benign=("other.jsonl",)), file)
+    (tmp_path / Path(config.model).name).mkdir()
+    with pytest.raises(InputError, match="made for"):  # another directory of the same name
+        with_calibration(replace(config, model=str(tmp_path / Path(config.model).name)), file)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"converged": False}))
     with pytest.raises(InputError, match="it found no recipe"):
         with_calibration(config, file)
+
+
+def test_a_calibration_of_the_embedded_model_is_taken_for_it(config, tmp_path, monkeypatch):
+    from cbtrain.config import get_config
+    from cbtrain.model.loading import resolve
+
+    named = get_config("tiny")
+    found, _ = climb(config, tmp_path, monkeypatch, collapsing)
+    replace(found, config=resolve(named)).write(tmp_path / "calibration.json")
+    assert with_calibration(named, tmp_path / "calibration.json").lr == named.lr
 
 
 def test_rows_that_are_alike_on_both_sides_cannot_be_told_apart(small_config, tmp_path):

@@ -1,0 +1,119 @@
+"""Calibrated sweeps on three architectures whose hidden states are of very different size.
+
+    python -m tests.benchmarks.bench_scales [--directory DIR]
+
+A small Qwen3, a Llama and a GPT-NeoX are pre-trained on the tiny world's text like the embedded default (half a minute
+each); then what is written to their hidden states is multiplied by 0.03, 1 and 30, which changes no logit. A sweep of
+six trials under `--preset auto` calibrates on each. What is printed: the teacher's norms, what calibration found, and
+the means of baseline and of the trials with KL; the same Llama at all three scales besides, where nothing but the scale
+differs. Blocks and targets are the embedded default's: of four blocks the published shares leave one adapted block too
+few to tell its questions apart.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tests.helpers.scaled_stream import scale_hidden_states
+
+ROOT = Path(__file__).parents[2]
+CASES = (("qwen3", 0.03), ("llama", 1.0), ("gpt_neox", 30.0), ("llama", 0.03), ("llama", 30.0))
+TRIALS = 6
+METRICS = ("eval_loss_reroute", "eval_benign_kl", "eval_harmful_nll", "eval_benign_nll")
+RECIPE = "--target-layers 2 3 --lora-layers 0 1 2 --batch-size 16 --dtype float32 --steps 70".split()
+SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+def architectures() -> dict[str, Callable[[PreTrainedTokenizerFast], PreTrainedModel]]:
+    """What makes a model of random weights, by name."""
+    makers = {
+        "llama": (LlamaConfig, LlamaForCausalLM, {}),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"num_key_value_heads": 2, "head_dim": 16}),
+        "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {}),
+    }
+    return {
+        name: lambda tokenizer, shape=shape, kind=kind, model=model: model(
+            kind(
+                **(SHAPE | shape),
+                vocab_size=len(tokenizer),
+                max_position_embeddings=256,
+                tie_word_embeddings=True,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+        for name, (kind, model, shape) in makers.items()
+    }
+
+
+def main() -> None:
+    """Pre-train, sweep, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, default=Path("runs/scales"))
+    directory: Path = parser.parse_args().directory
+    print("| model | scale | norms | recipe | trials |", " | ".join(METRICS), "|", flush=True)
+    print("|---|---|---|---|---|" + "---|" * len(METRICS))
+    for name, scale in CASES:
+        run_dir = directory / f"run-{name}-{scale:g}"
+        sweep(written(directory, name, scale), run_dir)
+        report(name, scale, run_dir)
+
+
+def written(directory: Path, name: str, scale: float) -> Path:
+    """The pre-trained model's directory at a scale."""
+    from cbtrain.model import tiny
+
+    target, unscaled = directory / f"{name}-{scale:g}", directory / name
+    tokenizer = tiny.make_tokenizer()
+    if not unscaled.is_dir():
+        tiny.pretrain(architectures()[name], tokenizer).save_pretrained(unscaled)
+    model = AutoModelForCausalLM.from_pretrained(unscaled)
+    scale_hidden_states(model, scale)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def sweep(model: Path, run_dir: Path) -> None:
+    """The calibrated sweep, its output beside its run."""
+    from cbtrain.model import tiny
+
+    world = tiny.build()
+    sides = ["--harmful", str(world / "harmful.jsonl"), "--benign", str(world / "benign.jsonl")]
+    command = [sys.executable, str(ROOT / "sweeps" / "kl_ablation.py"), "--model", str(model), *sides, *RECIPE]
+    command += ["--num-samples", str(TRIALS), "--behaviour-prompts", "0", "--run-dir", str(run_dir)]
+    with run_dir.with_suffix(".log").open("w") as log:
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+
+
+def report(name: str, scale: float, run_dir: Path) -> None:
+    """Two lines of the table: without KL and with."""
+    trials = pd.read_csv(run_dir / "trials.csv")
+    calibration = json.loads((run_dir / "calibration.json").read_text())
+    norms = " ".join(f"{norm:.3g}" for norm in calibration["config"]["retain_norms"])
+    recipe = " ".join(f"{setting} {value:g}" for setting, value in calibration["settings"].items())
+    for kind, of_kind in trials.groupby(trials.beta_kl > 0):
+        cells = [f"{of_kind[metric].mean():.4g} ({of_kind[metric].std():.2g})" for metric in METRICS]
+        label = f"{len(of_kind)} {'with' if kind else 'without'} KL"
+        print(f"| {name} | {scale:g} | {norms} | {recipe} | {label} |", " | ".join(cells), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""A sweep that looks for its recipe first: what it keeps of it, and that it refuses to begin without one."""
+
+import json
+import shutil
+import time
+
+from commands import TINY, Sweep
+
+from cbtrain.model import tiny
+
+FAST = ("--steps", "42", "--eval-every", "0", "--behaviour-prompts", "0", "--batch-size", "8", "--run-dir", "run")
+
+
+def test_a_sweep_trains_by_what_its_calibration_found_and_resumes_with_it(tmp_path):
+    tiny.build()
+    sweep = Sweep(tmp_path, "--num-samples", "20", "--calibrate", *FAST)
+    run, deadline = tmp_path / "run", time.monotonic() + 200
+    while not (run / "trials" / "t000" / "config.json").is_file():
+        assert sweep.process.poll() is None, sweep.wait()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    sweep.kill()
+    calibration = json.loads((run / "calibration.json").read_text())
+    record = json.loads((run / "sweep.json").read_text())
+    assert calibration["converged"], calibration["reason"]
+    assert len(calibration["runs"]) >= 3
+    assert sum(each["steps"] for each in calibration["runs"]) <= 20 * 42 / 5 + 4
+    trained = json.loads((run / "trials" / "t000" / "config.json").read_text())
+    for name, value in calibration["settings"].items():
+        assert record["config"][name] == record["config_overrides"][name] == trained[name] == value, name
+    resumed = Sweep(tmp_path, "--resume", "run", "--dry-run")
+    status, output, errors = resumed.wait()
+    assert (status, errors) == (0, ""), output
+    assert "calibrate" not in output
+
+
+def test_rows_alike_on_both_sides_end_before_the_first_trial_and_again_when_resumed(tmp_path):
+    world = tiny.build()
+    shutil.copy(world / "harmful.jsonl", tmp_path / "harmful.jsonl")
+    shutil.copy(world / "harmful.jsonl", tmp_path / "benign.jsonl")
+    sides = ("--harmful", "harmful.jsonl", "--benign", "benign.jsonl")
+    flags = ("--model", str(world), *TINY, "--lr", "4e-3", "--num-samples", "6", "--calibrate", *sides, *FAST)
+    status, output, errors = Sweep(tmp_path, *flags).wait()
+    assert (status, errors) == (3, ""), output
+    assert "No trial was run: No recipe converged in" in output
+    assert not (tmp_path / "run" / "trials.csv").exists()
+    status, again, errors = Sweep(tmp_path, "--resume", "run").wait()
+    assert (status, errors) == (3, ""), again
+    assert "No trial was run: No recipe converged in" in again
+    assert "started" not in again
