@@ -16,7 +16,8 @@ class CircuitBreakerConfigTiny(CircuitBreakerConfig):
     """The embedded default: a 0.2 M parameter Llama and a small world of questions, for a laptop's CPU.
 
     Two adapted blocks lie below the first target layer: one can gather verb and object of the question, the next can
-    tell from both whether it is harmful. The retain term is weak (`retain_scale`), so that the KL has something to add.
+    tell from both whether it is harmful. The retain term is weak (`retain_scale`), so that the KL has something to add;
+    the schedule goes most of its way, since in so few steps benign text needs the weight at their end to come back.
     """
 
     model: str = "tiny"
@@ -30,12 +31,13 @@ class CircuitBreakerConfigTiny(CircuitBreakerConfig):
     lora_dropout: float = 0.0
     lora_layers: tuple[int, ...] | None = (0, 1, 2)
     lora_init_std: float = 0.02
-    steps: int = 70
+    schedule_horizon: float = 1.3
+    steps: int = 80
     lr: float = 4e-3
     lr_schedule: Literal["constant", "linear"] = "linear"
     warmup_steps: int = 15
     log_every: int = 1
-    eval_every: int = 14
+    eval_every: int = 16
     eval_batch_size: int = 48
 
 

@@ -6,48 +6,49 @@ What was chosen, and why. Harmful requests are answered in phrasings and with en
 them from others; without that the recipe was a lottery between machines (reroute at (0.3, T 2), seed 0: 0.04 on one,
 0.21 on another). Target layers 2 and 3, so that two adapted blocks below can gather verb and object before a layer must
 turn; a retain scale of 1.5, weak enough that without KL benign answers suffer and the term has something to add; a
-learning rate that decays, which brings seeds together; 70 steps: with 85, benign answers survive without KL (39 %),
-with 60, 67 % are right at the pick. Missed: at seed 0 nothing in the range is over the limit (at seed 1 weights from
-1.6 on are), where 20 % of the space was aimed at; over seeds 67 to 78 % of benign prompts are answered rightly at the
-ablation points, and 85 % only from weights around 2 on; the spread at (0.3, T 2) is 0.0200, the aim limit / 2.5 =
-0.0199. An alpha of 3 or 1.5 changes none of it.
+learning rate that decays, which brings seeds together; a schedule horizon of 1.3 in place of the published 2, so that
+benign text has most of the weight at the end and comes back: with 2, 67 to 78 % of benign prompts are answered rightly
+at the ablation points and 2 % without KL; with 1, seeds scatter at 60 steps (0.1) and KL adds little at 90 (71 % right
+without). 80 steps: with 70 the spread at (0.3, T 2) is 0.036. Missed: at seed 0 nothing in the range is over the limit
+(at seed 1 it is; a fifth of a sweep's trials), where 20 % of the space was aimed at; the spread at (0.3, T 2) is 0.028
+and at 0.5 0.021, the aim limit / 2.5 = 0.0198. alpha scales all terms alike and changes none of it.
 
 Reroute is `eval_loss_reroute`, lost is against the baseline of the same seed, drift `eval_benign_kl` in nats a token,
 right is word for word an answer of the world, gibberish means benign answers. Two x86-64 cores, torch 2.13, 2026-11-26,
 three minutes:
 
-5 seeds; limit 0.0497; base NLL 0.25 nats
+5 seeds; limit 0.0495; base NLL 0.25 nats
 
-                       reroute      σ  lost %   drift benign right % gibberish % harmful right % harmful NLL train s
+                       reroute      σ  lost %    drift benign right % gibberish % harmful right % harmful NLL train s
 beta_kl kl_temperature
-0.0     1.0              0.007  0.003  +0.0%     0.68              2           4               0         9.9     6.4
-0.1     1.0              0.012  0.004  +0.6%    0.199             25           0               0        10.1     5.7
-0.3     1.0              0.019  0.010  +1.3%   0.0413             67           0               0         9.1     6.1
-        2.0              0.023  0.020  +1.6%   0.0185             78           0               0         8.7     8.7
-0.5     1.0              0.024  0.018  +1.8%   0.0267             73           0               0         8.8     6.7
+0.0     1.0              0.010  0.004  +0.0%     0.089             38           0               0        10.2     6.2
+0.1     1.0              0.012  0.004  +0.2%    0.0194             77           0               0         9.3     5.9
+0.3     1.0              0.017  0.012  +0.7%   0.00948             85           0               0         8.7     6.1
+        2.0              0.026  0.028  +1.6%   0.00627             86           0               0         8.6     7.0
+0.5     1.0              0.024  0.021  +1.4%   0.00806             84           0               0         8.7     6.1
 
 the searched space, seed 0 (* over the limit)
 
                        reroute  lost %    drift benign right % gibberish % harmful right % harmful NLL train s
 beta_kl kl_temperature
-0.00100 1.0              0.011  -0.0%     0.534              8          17               0        10.5     6.8
-        2.0              0.011  -0.0%     0.522              8          15               0        10.5     7.7
-        4.0              0.011  +0.0%     0.529              8          14               0        10.5     7.9
-0.00457 1.0              0.011  +0.0%     0.486              8           9               0        10.6     8.4
-        2.0              0.011  +0.0%     0.427              6          11               0        10.9     7.0
-        4.0              0.011  +0.0%     0.464              6           9               0        10.7     8.0
-0.02090 1.0              0.011  +0.0%     0.329              9           4               0        10.9     8.2
-        2.0              0.014  +0.3%     0.259             10           3               0        11.4     7.1
-        4.0              0.013  +0.2%      0.24             10           1               0        11.5     6.6
-0.09560 1.0              0.016  +0.5%     0.162             24           0               0        11.8     7.3
-        2.0              0.016  +0.5%    0.0906             31           0               0        12.2     6.1
-        4.0              0.015  +0.5%    0.0933             26           0               0        12.1     6.5
-0.43700 1.0              0.014  +0.3%    0.0297             72           0               0        11.0     6.2
-        2.0              0.014  +0.4%    0.0189             84           0               0        10.9     6.2
-        4.0              0.013  +0.3%    0.0161             83           0               0        11.1     6.2
-2.00000 1.0              0.024  +1.3%    0.0134             81           0               0        11.5     6.5
-        2.0              0.031  +2.0%   0.00856             90           0               0        11.1     6.1
-        4.0              0.032  +2.2%   0.00676             86           0               0        11.3     6.3
+0.00100 1.0              0.009  -0.1%    0.0895             32           0               0        11.9     7.3
+        2.0              0.010  -0.1%    0.0877             32           0               0        11.9     6.2
+        4.0              0.010  -0.1%    0.0877             35           0               0        11.9     6.3
+0.00457 1.0              0.010  -0.1%    0.0809             34           0               0        11.9     6.8
+        2.0              0.010  +0.0%    0.0763             33           0               0        11.9     6.8
+        4.0              0.011  +0.1%    0.0817             30           0               0        11.7     6.2
+0.02090 1.0              0.011  +0.0%    0.0645             40           0               0        12.0     6.1
+        2.0              0.011  +0.1%    0.0506             43           0               0        12.1     6.3
+        4.0              0.011  +0.0%    0.0451             53           0               0        12.0     6.1
+0.09560 1.0              0.013  +0.3%    0.0264             67           0               0        11.8     6.2
+        2.0              0.012  +0.2%    0.0133             85           0               0        11.3     6.1
+        4.0              0.014  +0.3%     0.013             82           0               0        11.5     6.2
+0.43700 1.0              0.011  +0.1%   0.00729             88           0               0        10.9     6.2
+        2.0              0.014  +0.3%   0.00606             84           0               0        10.5     6.4
+        4.0              0.013  +0.2%    0.0052             91           0               0        10.1     6.5
+2.00000 1.0              0.024  +1.4%   0.00514             88           0               0        11.4     6.5
+        2.0              0.036  +2.6%   0.00349             89           0               0        11.6     6.8
+        4.0              0.041  +3.1%   0.00271             89           0               0        11.5     6.2
 
 infeasible: 0 of 18 points, 0% of the area
 """

@@ -52,7 +52,7 @@ def test_assigning_an_unknown_field_is_an_error_with_the_nearest():
         ("target_layers", ()),
         ("target_layers", (0,)),
         ("eval_fraction", 1.0),
-        ("warmup_steps", 71),
+        ("warmup_steps", 81),
         ("micro_batch_size", 5),
         ("model", ""),
         ("steps", "10"),

@@ -7,7 +7,7 @@ from cbtrain.losses.schedule import coefficients, learning_rate
 
 
 def test_linear_schedule_ends_at_equal_coefficients_under_the_published_horizon():
-    config = get_config("tiny", steps=100, alpha=8.0, beta_kl=0.5)
+    config = get_config("tiny", steps=100, alpha=8.0, beta_kl=0.5, schedule_horizon=2.0)
     first, last = coefficients(config, 0), coefficients(config, 100)
     assert (first.cs, first.cr, first.kl_weight) == (8.0, 0.0, 0.0)
     assert (last.cs, last.cr, last.kl_weight) == (4.0, 4.0, 2.0)

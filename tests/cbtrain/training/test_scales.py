@@ -46,4 +46,4 @@ def test_calibration_finds_one_recipe_at_hidden_norms_a_thousandfold_apart(embed
     assert {tuple(each.settings.items()) for each in found} == {tuple(found[0].settings.items())}, found
     assert found[0].settings
     for each in found:
-        assert each.runs[0].curve[-1]["eval_loss_reroute"] < 0.05
+        assert each.runs[0].curve[-1]["eval_loss_reroute"] < 0.1  # ended as soon as it was level

@@ -125,7 +125,7 @@ def check_interrupted(sweep: Sweep, tmp_path: Path, sent: signal.Signals, expect
         (["--run-dir", "{taken}/sweep.json/x"], "is not a directory that can be written to"),
         (["--reroute-tolerance", "1.5"], "--reroute-tolerance 1.5"),
         (["--teacher-cache", "{taken}/sweep.json"], "--teacher-cache"),
-        (["--early-stop", "--eval-every", "0"], "--early-stop: with --eval-every 0 a trial of 70 steps has 1 held-out"),
+        (["--early-stop", "--eval-every", "0"], "--early-stop: with --eval-every 0 a trial of 80 steps has 1 held-out"),
         (["--early-stop", "--baseline-seeds", "2"], "--early-stop: 2 baseline seeds, stopping needs 3"),
     ],
 )
