@@ -18,6 +18,8 @@ HELD = 0.5
 """A mean cosine above which a layer has not been rerouted."""
 OPPOSED = -0.5
 """A cosine between gradients below which one term takes back what the other gives."""
+OUTWEIGHED = 10
+"""A gradient so many times the other decides alone, wherever they oppose each other at all."""
 
 
 def summary(baselines: pd.DataFrame, usable: pd.DataFrame) -> Baseline:
@@ -109,7 +111,8 @@ def _held_by(baselines: pd.DataFrame, trained: Mapping[str, Any]) -> tuple[str, 
     norms = {layer: mean_of(baselines, f"base_norm_layer_{layer}") for layer in layers}
     long = " and ".join(f"{norm:.0f} at layer {layer}" for layer, norm in norms.items() if norm is not None)
     pulls = f"gradient norms {number(retain, 2)} against {number(reroute, 2)}, cosine {cosine:.2f}"
-    if cosine > OPPOSED or retain < reroute / 10:
+    holds = cosine <= OPPOSED or (cosine < 0 and retain > OUTWEIGHED * reroute)
+    if not holds or retain < reroute / OUTWEIGHED:
         lr = float(f"{3 * float(trained.get('lr', 1e-4)):.2g}")
         return (
             f"Nothing holds the rerouting back ({pulls}): its steps are too small or too few. Try --lr {lr:g}.",

@@ -110,6 +110,9 @@ def write_report(
     """
     run_dir = Path(run_dir)
     sweep = load_settings(run_dir)
+    calibration = sweep["calibration"]
+    if calibration and not calibration["converged"] and not (run_dir / "trials.csv").is_file():
+        raise InputError(f"{run_dir}: its calibration ended the sweep before a trial: {calibration['reason']}")
     trials = load_trials(run_dir)
     curves, behaviour = load_curves(run_dir), load_behaviour(run_dir, trials)
     settings = sweep["settings"]

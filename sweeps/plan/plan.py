@@ -108,8 +108,8 @@ class SweepPlan:
         """Why the sweep ends before its budget is spent; empty while it does not."""
         losses = self._baseline_losses()
         seeds = [entry.spec.seed for entry in self._baselines()[:LEADERS]]
-        ahead = [losses[seed] for seed in seeds if seed in losses]
-        if len(ahead) == min(LEADERS, self.budget.baseline) and not any(baseline_rerouted([loss]) for loss in ahead):
+        ahead_ended = all(seed in losses for seed in seeds) and len(seeds) == min(LEADERS, self.budget.baseline)
+        if ahead_ended and not any(baseline_rerouted([loss]) for loss in losses.values()):
             return "baseline_never_rerouted"  # the others would be paid for in vain
         if not self._baseline_in():
             return ""

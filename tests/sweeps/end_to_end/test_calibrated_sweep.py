@@ -4,8 +4,11 @@ import json
 import shutil
 import time
 
+import pytest
 from commands import TINY, Sweep
 
+from analysis.pick_beta import write_report
+from cbtrain.config import InputError
 from cbtrain.model import tiny
 
 FAST = ("--steps", "42", "--eval-every", "0", "--behaviour-prompts", "0", "--batch-size", "8", "--run-dir", "run")
@@ -44,6 +47,8 @@ def test_rows_alike_on_both_sides_end_before_the_first_trial_and_again_when_resu
     assert (status, errors) == (3, ""), output
     assert "No trial was run: No recipe converged in" in output
     assert not (tmp_path / "run" / "trials.csv").exists()
+    with pytest.raises(InputError, match="its calibration ended the sweep before a trial: No recipe converged in"):
+        write_report(tmp_path / "run")
     status, again, errors = Sweep(tmp_path, "--resume", "run").wait()
     assert (status, errors) == (3, ""), again
     assert "No trial was run: No recipe converged in" in again

@@ -135,6 +135,16 @@ def test_a_useless_baseline_ends_the_sweep_once_running_trials_have_ended(loss: 
     assert (plan.tolerance is None) == (loss is None)
 
 
+@pytest.mark.usefixtures("quick")
+def test_two_seeds_ahead_that_failed_to_reroute_end_nothing_where_another_did_reroute() -> None:
+    plan = plan_of(20)
+    asked = [next_trial(plan) for _ in range(4)]
+    for spec, loss in zip(asked[::-1], (0.02, 0.01, 0.83, 0.82), strict=True):
+        plan.tell(spec.trial_id, completed(loss))
+    assert plan.stopped_because == ""
+    assert next_trial(plan).phase == "ablation"
+
+
 def bad(**changes: float | None) -> TrialOutcome:
     values: dict = {"eval_benign_kl": 1.0, "eval_loss_reroute": 0.1, "eval_harmful_nll": 1.0} | changes
     metrics = {name: values.pop(name) for name in list(values) if not name.startswith("eval_")}
