@@ -225,7 +225,11 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Ca
         _write_down(job, config, cache, {"concurrency": concurrency, "workers": dataclasses.asdict(workers)})
         print("\n".join([*indented(placement_line(nodes, workers, concurrency)), ""]), flush=True)
         context = TrialContext(
-            config=config, run_dir=run.path, workers=workers, session=len(run.record.get("resumed", []))
+            config=config,
+            run_dir=run.path,
+            workers=workers,
+            reroute_tolerance=job.plan.reroute_tolerance,
+            session=len(run.record.get("resumed", [])),
         )
         return _driver(job, concurrency, tell).sweep(context, cache)
 

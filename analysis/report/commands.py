@@ -113,14 +113,18 @@ def _asked_otherwise(sweep: Mapping[str, Any]) -> dict[str, Any]:
     }
     asked = {name: value for name, (value, default) in given.items() if value != default}
     found = sweep.get("calibration") or {}
-    return asked | ({"no_calibrate": None} if found.get("converged") else {})  # its recipe is among the overrides
+    return asked | ({"calibrate": False} if found.get("converged") else {})  # its recipe is among the overrides
 
 
 def _flags(values: Mapping[str, Any]) -> str:
     words = []
     for name, value in values.items():
-        items = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        words += ["--" + name.replace("_", "-"), *(shlex.quote(str(item)) for item in items)]
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            items = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{flag}", *(shlex.quote(str(item)) for item in items)]
     return " ".join(words)
 
 

@@ -18,6 +18,7 @@ class CircuitBreakerConfigTiny(CircuitBreakerConfig):
     Two adapted blocks lie below the first target layer: one can gather verb and object of the question, the next can
     tell from both whether it is harmful. The retain term is weak (`retain_scale`), so that the KL has something to add;
     the schedule goes most of its way, since in so few steps benign text needs the weight at their end to come back.
+    The rank is high for its size: with 8, what A draws at its start decides when a layer collapses, and seeds differ.
     """
 
     model: str = "tiny"
@@ -27,7 +28,7 @@ class CircuitBreakerConfigTiny(CircuitBreakerConfig):
     target_layers: tuple[int, ...] = (2, 3)
     retain_norm: Literal["absolute", "relative"] = "relative"
     retain_scale: float = 1.5
-    lora_rank: int = 8
+    lora_rank: int = 32
     lora_dropout: float = 0.0
     lora_layers: tuple[int, ...] | None = (0, 1, 2)
     lora_init_std: float = 0.02

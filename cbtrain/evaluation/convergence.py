@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 COLLAPSED = 0.5
 """A mean cosine between student and teacher below which a layer counts as rerouted: halfway of its fall."""
 STILL_FALLING = 0.05
-"""Share of the rerouting achieved that a settled run gains at most in its last fifth: a sweep's usual limit."""
+"""Share of the rerouting achieved that a settled run gains at most in its last fifth; a sweep has its own limit."""
 LAST = 0.2
 """Share of the steps over which a curve must have been level."""
 
@@ -36,12 +36,12 @@ def collapse_steps(curve: Curve, layers: Sequence[int]) -> dict[int, int | None]
     return found
 
 
-def unsettled(curve: Curve, layers: Sequence[int]) -> str:
-    """Why a run is not converged at the end of its curve, in a few words; empty where it is.
+def unsettled(curve: Curve, layers: Sequence[int], limit: float = STILL_FALLING) -> str | None:
+    """Why a run is not converged at the end of its curve, in a few words; empty where it is, None where nothing tells.
 
     It is not where some layers have collapsed and others have not, or where its rerouting still grew over its last
-    fifth by more than `STILL_FALLING` of what it achieved. Where held-out evaluations lie too far apart for that, the
-    training loss tells it, averaged over its last two tenths.
+    fifth by more than `limit` of what it achieved. Where held-out evaluations lie too far apart for that, the training
+    loss tells it, averaged over its last two tenths.
     """
     steps = collapse_steps(curve, layers)
     waiting = [layer for layer, step in steps.items() if step is None]
@@ -53,9 +53,9 @@ def unsettled(curve: Curve, layers: Sequence[int]) -> str:
         return f"{named} while others have collapsed"
     pair = _before_and_last(curve)
     if pair is None:
-        return ""
+        return None
     before, last = pair
-    if before - last > STILL_FALLING * (1 - last):
+    if before - last > limit * (1 - last):
         return f"reroute still fell from {before:.3f} to {last:.3f} over the last fifth"
     return ""
 
@@ -76,8 +76,9 @@ def _before_and_last(curve: Curve) -> tuple[float, float] | None:
     return (sum(before) / len(before), sum(last) / len(last)) if before and last else None
 
 
-def convergence_metrics(curve: Curve, layers: Sequence[int]) -> dict[str, float]:
-    """`converged` (1 or 0) and `collapse_step_layer_K`, without those of layers that never collapsed."""
+def convergence_metrics(curve: Curve, layers: Sequence[int], limit: float = STILL_FALLING) -> dict[str, float]:
+    """`converged` (1 or 0) and `collapse_step_layer_K`, without what the curve does not tell."""
     steps = {f"collapse_step_layer_{layer}": step for layer, step in collapse_steps(curve, layers).items()}
     collapsed = {name: float(step) for name, step in steps.items() if step is not None}
-    return {"converged": float(not unsettled(curve, layers)), **collapsed}
+    why = unsettled(curve, layers, limit)
+    return collapsed if why is None else {"converged": float(not why), **collapsed}

@@ -185,7 +185,7 @@ class _Ladder:
             train_s=curve[-1]["train_s"] if curve else 0.0,
             eval_s=curve[-1]["eval_s"] if curve else 0.0,
             curve=[{name: value for name, value in metrics.items() if _kept(name)} for metrics in evaluated],
-            why=unsettled(curve, config.target_layers) if found[0] == "unsettled" else "",
+            why=(found[0] == "unsettled" and unsettled(curve, config.target_layers)) or "",
         )
         self._left -= run.steps
         self.runs.append(run)

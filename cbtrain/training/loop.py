@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.data.dataset import CircuitBreakerData
-from cbtrain.evaluation.convergence import convergence_metrics
+from cbtrain.evaluation.convergence import STILL_FALLING, convergence_metrics
 from cbtrain.evaluation.held_out import evaluate, held_out
 from cbtrain.losses.schedule import coefficients, learning_rate
 from cbtrain.model.checks import prepare
@@ -50,6 +50,7 @@ def train(
     resume: bool = False,
     teacher_cache: Path | None = None,
     progress: Callable[[int], None] = lambda _step: None,
+    reroute_tolerance: float = STILL_FALLING,
 ) -> Metrics:
     """Train one adapter; every rank calls it.
 
@@ -60,6 +61,7 @@ def train(
         resume: continue from the newest checkpoint.
         teacher_cache: where the teacher's states are kept, and put where they are missing; None runs the teacher.
         progress: called on every rank after each update with the number done.
+        reroute_tolerance: share of its rerouting that a run which `converged` gains at most over its last fifth.
 
     Returns:
         The last line of metrics, with the held-out ones, whether it `converged`, and `train_s` and `eval_s` (seconds).
@@ -102,7 +104,7 @@ def train(
                 metrics |= {"eval_s": clock.seconds["eval"]}
                 curve.append(metrics)
                 if done == config.steps:
-                    metrics |= convergence_metrics(curve, config.target_layers)
+                    metrics |= convergence_metrics(curve, config.target_layers, reroute_tolerance)
                 log.write(metrics)
                 report(metrics)
             if saving:

@@ -23,6 +23,7 @@ from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from analysis.constraint import REROUTE_TOLERANCE
 from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.config.validation import from_json
 from cbtrain.utils.environment import quiet_libraries
@@ -50,6 +51,8 @@ class TrialContext:
     workers: Workers
     teacher_cache: Path | None = None
     """Where the frozen teacher's states are; None runs it at every step."""
+    reroute_tolerance: float = REROUTE_TOLERANCE
+    """The sweep's limit; a trial whose reroute loss still falls by more has not converged."""
     session: int = 0
     """How often the sweep was resumed. Ray's files of each session lie apart: it would restore what it finds."""
 
@@ -148,29 +151,37 @@ def train_loop(spec: TrialSpec, context: TrialContext, rule: StopRule | None = N
         if reason := wait_for_first_baseline(context.run_dir, spec.trial_id):
             return {}, reason
         try:
-            return _begin_or_go_on(config, directory, report_evaluations, context.teacher_cache), ""
+            return _begin_or_go_on(config, directory, report_evaluations, context), ""
         except StoppedEarly as stop:
             print(f"stopped: {stop}", flush=True)
             return stop.metrics, str(stop)
 
 
 def _begin_or_go_on(
-    config: CircuitBreakerConfig, directory: Path, report: Callable, teacher_cache: Path | None
+    config: CircuitBreakerConfig, directory: Path, report: Callable, context: TrialContext
 ) -> dict[str, float]:
     """Train from the checkpoint of an earlier session, where it left one that fits, else from the start."""
     from cbtrain.training import loop
     from cbtrain.training.checkpoint import CheckpointError
 
+    train = functools.partial(
+        loop.train,
+        config,
+        directory,
+        report,
+        teacher_cache=context.teacher_cache,
+        reroute_tolerance=context.reroute_tolerance,
+    )
     if (directory / "metrics.jsonl").exists():
         earlier = _checkpointed(directory)
         try:
-            return loop.train(config, directory, report, resume=True, teacher_cache=teacher_cache)
+            return train(resume=True)
         except StoppedEarly as stop:
             stop.metrics |= earlier
             raise
         except CheckpointError as error:
             print(f"begins anew: {error}", flush=True)
-    return loop.train(config, directory, report, teacher_cache=teacher_cache)
+    return train()
 
 
 def _checkpointed(directory: Path) -> dict[str, float]:

@@ -128,6 +128,14 @@ def test_a_further_sweep_takes_a_recipe_that_was_found_and_looks_for_none(make_r
     assert "--lr 0.001 --retain-scale 10.0 --steps 150" in commands.next
 
 
+@pytest.mark.parametrize(("value", "flag"), [(True, "--cpu-offload"), (False, "--no-cpu-offload")])
+def test_a_field_that_is_on_or_off_is_repeated_as_the_sweep_takes_it(make_run: MakeRun, value: bool, flag: str) -> None:
+    trials = make_trials(Surface(), noise=0.08, searched=0, rng_seed=2)
+    _, commands = write_report(make_run(trials, settings=SETTINGS, config_overrides={"cpu_offload": value}))
+    assert flag in str(commands.next).split()
+    assert str(value) not in str(commands.next)
+
+
 def test_a_run_directory_without_ranges_was_searched_over_the_defaults(make_run: MakeRun, trials: pd.DataFrame) -> None:
     decision, _ = write_report(make_run(trials))
     assert decision.searched == SearchSpace()

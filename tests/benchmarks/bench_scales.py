@@ -4,7 +4,7 @@
 
 A small Qwen3, a Llama and a GPT-NeoX are pre-trained on the tiny world's text like the embedded default (half a minute
 each); then what is written to their hidden states is multiplied by 0.03, 1 and 30, which changes no logit. A sweep of
-six trials under `--preset auto` calibrates on each. What is printed: the teacher's norms, what calibration found, and
+20 trials under `--preset auto` calibrates on each. What is printed: the teacher's norms, what calibration found, and
 the means of baseline and of the trials with KL; the same Llama at all three scales besides, where nothing but the scale
 differs. Blocks and targets are the embedded default's: of four blocks the published shares leave one adapted block too
 few to tell its questions apart.
@@ -34,7 +34,7 @@ from tests.helpers.scaled_stream import scale_hidden_states
 
 ROOT = Path(__file__).parents[2]
 CASES = (("qwen3", 0.03), ("llama", 1.0), ("gpt_neox", 30.0), ("llama", 0.03), ("llama", 30.0))
-TRIALS = 6
+TRIALS = 20
 METRICS = ("eval_loss_reroute", "eval_benign_kl", "eval_harmful_nll", "eval_benign_nll")
 RECIPE = "--target-layers 2 3 --lora-layers 0 1 2 --batch-size 16 --dtype float32 --steps 70".split()
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -99,14 +99,17 @@ def sweep(model: Path, run_dir: Path) -> None:
     sides = ["--harmful", str(world / "harmful.jsonl"), "--benign", str(world / "benign.jsonl")]
     command = [sys.executable, str(ROOT / "sweeps" / "kl_ablation.py"), "--model", str(model), *sides, *RECIPE]
     command += ["--num-samples", str(TRIALS), "--behaviour-prompts", "0", "--run-dir", str(run_dir)]
-    with run_dir.with_suffix(".log").open("w") as log:
+    with run_dir.with_name(f"{run_dir.name}.log").open("w") as log:
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
 
 
 def report(name: str, scale: float, run_dir: Path) -> None:
     """Two lines of the table: without KL and with."""
-    trials = pd.read_csv(run_dir / "trials.csv")
     calibration = json.loads((run_dir / "calibration.json").read_text())
+    if not calibration["converged"]:
+        print(f"| {name} | {scale:g} | {calibration['reason']} |", flush=True)
+        return
+    trials = pd.read_csv(run_dir / "trials.csv")
     norms = " ".join(f"{norm:.3g}" for norm in calibration["config"]["retain_norms"])
     recipe = " ".join(f"{setting} {value:g}" for setting, value in calibration["settings"].items())
     for kind, of_kind in trials.groupby(trials.beta_kl > 0):

@@ -33,8 +33,8 @@ def recipe(config: CircuitBreakerConfig) -> list[str]:
     return words
 
 
-OF_SMALL_WORLD = {"target_layers": (1, 2), "lora_layers": None, "lora_init_std": 0.01, "retain_norm": "absolute"}
-TINY = recipe(get_config("tiny", lr=1.5e-3, lr_schedule="linear", **OF_SMALL_WORLD))
+OF_SMALL_WORLD = {"target_layers": (1, 2), "lora_layers": None, "lora_rank": 8, "lora_init_std": 0.01}
+TINY = recipe(get_config("tiny", lr=1.5e-3, lr_schedule="linear", retain_norm="absolute", **OF_SMALL_WORLD))
 """Numbers for the random model of three blocks on which commands are tried."""
 QUICK = ("--warmup-steps", "2", "--batch-size", "8", "--eval-every", "0", "--behaviour-prompts", "0")
 

@@ -62,3 +62,17 @@ def test_without_evaluations_in_between_the_training_loss_tells():
     last = curve((100, 0.1, 0.1))
     assert "still fell" in unsettled([*falling, *last], LAYERS)
     assert unsettled([*level, *last], LAYERS) == ""
+
+
+@pytest.mark.parametrize(("limit", "why"), [(0.3, ""), (0.24, "reroute still fell from 0.400 to 0.200")])
+def test_the_limit_is_the_callers(limit, why):
+    found = unsettled(FALLING, LAYERS, limit)
+    assert found is not None
+    assert found.startswith(why)
+    assert convergence_metrics(FALLING, LAYERS, limit)["converged"] == (not why)
+
+
+def test_a_curve_too_sparse_to_tell_says_nothing():
+    end = curve((50, 0.2, 0.2))
+    assert unsettled(end, LAYERS) is None
+    assert convergence_metrics(end, LAYERS) == {"collapse_step_layer_10": 50.0, "collapse_step_layer_20": 50.0}

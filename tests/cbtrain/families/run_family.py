@@ -126,6 +126,7 @@ def saved(model_type: str, directory: Path) -> CircuitBreakerConfig:
         benign=(str(directory / "benign.jsonl"),),
         target_layers=(1, 3),
         lora_layers=None,
+        lora_rank=8,
         lora_init_std=0.1,
         kl_temperature=2.0,
         steps=2,

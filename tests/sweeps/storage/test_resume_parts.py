@@ -14,7 +14,8 @@ from simulated import file_storage, next_trial, plan_of, world
 from cbtrain.config import InputError
 from cbtrain.training.metrics import Metrics
 from sweeps import kl_ablation
-from sweeps.execution.trial import _begin_or_go_on
+from sweeps.execution.placement import Workers
+from sweeps.execution.trial import TrialContext, _begin_or_go_on
 from sweeps.reporting.console import resume_lines
 from sweeps.storage import inputs
 from sweeps.storage.lock import HeldError, held
@@ -87,6 +88,7 @@ def test_a_trial_that_is_still_trained_is_waited_for(killed, capsys, monkeypatch
 @pytest.mark.parametrize("damage", ["none", "flip", "gone"])
 def test_a_trial_without_a_good_checkpoint_begins_anew_and_says_so(small_config, tmp_path, capsys, damage):
     config = dataclasses.replace(small_config, checkpoint_every=2, eval_every=0)
+    context = TrialContext(config, tmp_path, Workers())
 
     class Killed(Exception):
         pass
@@ -96,14 +98,14 @@ def test_a_trial_without_a_good_checkpoint_begins_anew_and_says_so(small_config,
             raise Killed
 
     with pytest.raises(Killed):
-        _begin_or_go_on(config, tmp_path, die_at_3, None)
+        _begin_or_go_on(config, tmp_path, die_at_3, context)
     victim = next((tmp_path / "checkpoint").glob("step-2/*.pt"))
     if damage == "flip":
         victim.write_bytes(victim.read_bytes()[:-1] + b"?")
     if damage == "gone":
         (tmp_path / "checkpoint" / "manifest.json").unlink()
     steps: list[float] = []
-    final = _begin_or_go_on(config, tmp_path, lambda metrics: steps.append(metrics["step"]), None)
+    final = _begin_or_go_on(config, tmp_path, lambda metrics: steps.append(metrics["step"]), context)
     assert steps == ([3, 4] if damage == "none" else [1, 2, 3, 4])
     assert final.get("resumed_from", 0) == (2 if damage == "none" else 0)
     assert ("begins anew: " in capsys.readouterr().out) == (damage != "none")
