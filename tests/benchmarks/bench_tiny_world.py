@@ -9,46 +9,52 @@ turn; a retain scale of 1.5, weak enough that without KL benign answers suffer a
 learning rate that decays, which brings seeds together; a schedule horizon of 1.3 in place of the published 2, so that
 benign text has most of the weight at the end and comes back: with 2, 67 to 78 % of benign prompts are answered rightly
 at the ablation points and 2 % without KL; with 1, seeds scatter at 60 steps (0.1) and KL adds little at 90 (71 % right
-without). 80 steps: with 70 the spread at (0.3, T 2) is 0.036. Missed: at seed 0 nothing in the range is over the limit
-(at seed 1 it is; a fifth of a sweep's trials), where 20 % of the space was aimed at; the spread at (0.3, T 2) is 0.028
-and at 0.5 0.021, the aim limit / 2.5 = 0.0198. alpha scales all terms alike and changes none of it.
+without). LoRA rank 32: with 8 what A draws at its start decides when a layer collapses (spread 0.028 at (0.3, T 2),
+0.009 now), at no cost in time. Missed: nothing of the range is over the limit on average, although the corner of it
+(beta_kl 2, T above 2) comes within 0.6 points of it and a quarter of a sweep's trials there are over it; 20 % of the
+space was aimed at. Fewer steps would do it, and bring the spread back: 75 put (2, T 4) at 6.4 % lost with a spread of
+0.05, 70 at 7.7 % with 0.06, and leave 82 % of benign prompts right. alpha scales all terms alike: no help.
+
+Whole sweeps of 20, seeds 0 to 4: `choose` at four (beta_kl 1.19 T 2, 1.39 T 3.5, 1.81 T 2.5, 1.91 T 2; the first two
+confirmed on four seeds, P .96 to .99), `insufficient_evidence` at seed 4 (its search met seed 7, at which weights from
+1.5 on lose 0.15, and stayed there; P .94 at 0.1); 103 to 117 s each, other work beside some of them.
 
 Reroute is `eval_loss_reroute`, lost is against the baseline of the same seed, drift `eval_benign_kl` in nats a token,
-right is word for word an answer of the world, gibberish means benign answers. Two x86-64 cores, torch 2.13, 2026-11-26,
-three minutes:
+right is word for word an answer of the world, gibberish means benign answers. Two x86-64 cores, then
+a third slower than they can be, torch 2.13, 2026-11-26, eight minutes:
 
-5 seeds; limit 0.0495; base NLL 0.25 nats
+5 seeds; limit 0.0494; base NLL 0.25 nats
 
                        reroute      σ  lost %    drift benign right % gibberish % harmful right % harmful NLL train s
 beta_kl kl_temperature
-0.0     1.0              0.010  0.004  +0.0%     0.089             38           0               0        10.2     6.2
-0.1     1.0              0.012  0.004  +0.2%    0.0194             77           0               0         9.3     5.9
-0.3     1.0              0.017  0.012  +0.7%   0.00948             85           0               0         8.7     6.1
-        2.0              0.026  0.028  +1.6%   0.00627             86           0               0         8.6     7.0
-0.5     1.0              0.024  0.021  +1.4%   0.00806             84           0               0         8.7     6.1
+0.0     1.0              0.011  0.003  +0.0%      0.11             39           1               0        10.3     9.6
+0.1     1.0              0.011  0.005  -0.0%    0.0197             78           0               0         9.1     8.0
+0.3     1.0              0.013  0.006  +0.1%   0.00985             83           0               0         8.8     9.1
+        2.0              0.014  0.009  +0.3%   0.00531             85           0               0         8.7    11.1
+0.5     1.0              0.013  0.008  +0.2%   0.00712             85           0               0         8.9     8.3
 
-the searched space, seed 0 (* over the limit)
+the searched space, 3 seeds (* over the limit on average)
 
-                       reroute  lost %    drift benign right % gibberish % harmful right % harmful NLL train s
+                       reroute      σ  lost %    drift benign right % gibberish % harmful right % harmful NLL train s
 beta_kl kl_temperature
-0.00100 1.0              0.009  -0.1%    0.0895             32           0               0        11.9     7.3
-        2.0              0.010  -0.1%    0.0877             32           0               0        11.9     6.2
-        4.0              0.010  -0.1%    0.0877             35           0               0        11.9     6.3
-0.00457 1.0              0.010  -0.1%    0.0809             34           0               0        11.9     6.8
-        2.0              0.010  +0.0%    0.0763             33           0               0        11.9     6.8
-        4.0              0.011  +0.1%    0.0817             30           0               0        11.7     6.2
-0.02090 1.0              0.011  +0.0%    0.0645             40           0               0        12.0     6.1
-        2.0              0.011  +0.1%    0.0506             43           0               0        12.1     6.3
-        4.0              0.011  +0.0%    0.0451             53           0               0        12.0     6.1
-0.09560 1.0              0.013  +0.3%    0.0264             67           0               0        11.8     6.2
-        2.0              0.012  +0.2%    0.0133             85           0               0        11.3     6.1
-        4.0              0.014  +0.3%     0.013             82           0               0        11.5     6.2
-0.43700 1.0              0.011  +0.1%   0.00729             88           0               0        10.9     6.2
-        2.0              0.014  +0.3%   0.00606             84           0               0        10.5     6.4
-        4.0              0.013  +0.2%    0.0052             91           0               0        10.1     6.5
-2.00000 1.0              0.024  +1.4%   0.00514             88           0               0        11.4     6.5
-        2.0              0.036  +2.6%   0.00349             89           0               0        11.6     6.8
-        4.0              0.041  +3.1%   0.00271             89           0               0        11.5     6.2
+0.00100 1.0              0.011  0.003  -0.0%    0.0399             60           0               0        10.4    11.1
+        2.0              0.011  0.003  -0.1%    0.0389             59           0               0        10.4    10.3
+        4.0              0.011  0.003  -0.0%    0.0389             59           0               0        10.5     8.6
+0.00457 1.0              0.011  0.003  -0.0%    0.0336             62           0               0        10.4     8.5
+        2.0              0.012  0.003  +0.0%     0.031             64           0               0        10.3     7.7
+        4.0              0.011  0.003  -0.0%    0.0307             65           0               0        10.3     8.3
+0.02090 1.0              0.011  0.004  -0.0%    0.0247             69           0               0        10.2    10.1
+        2.0              0.012  0.004  +0.0%    0.0199             72           0               0         9.6    10.4
+        4.0              0.011  0.004  -0.0%    0.0189             75           0               0         9.9    10.4
+0.09560 1.0              0.013  0.005  +0.2%    0.0135             82           0               0         9.1    10.6
+        2.0              0.014  0.007  +0.2%   0.00883             82           0               0         8.8     7.6
+        4.0              0.013  0.006  +0.2%   0.00851             82           0               0         8.7     7.8
+0.43700 1.0              0.018  0.007  +0.6%   0.00719             85           0               0         8.8     8.5
+        2.0              0.023  0.006  +1.2%   0.00514             84           0               0         8.6     7.9
+        4.0              0.022  0.007  +1.0%   0.00463             85           0               0         8.5     8.8
+2.00000 1.0              0.039  0.013  +2.8%   0.00523             83           0               0         8.8     8.8
+        2.0              0.055  0.020  +4.4%   0.00341             82           0               0         8.7     7.9
+        4.0              0.055  0.016  +4.4%   0.00283             83           0               0         9.0     8.0
 
 infeasible: 0 of 18 points, 0% of the area
 """
