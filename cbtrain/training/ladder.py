@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cbtrain.config import CircuitBreakerConfig
-from cbtrain.evaluation.convergence import COLLAPSED, collapse_steps, evaluations, unsettled
+from cbtrain.evaluation.convergence import COLLAPSED, STILL_FALLING, collapse_steps, evaluations, unsettled
 from cbtrain.training.calibration import EVALUATIONS, SAID, Calibration, Outcome, Run, judge
 from cbtrain.training.loop import run_teacher, train
 from cbtrain.training.metrics import Metrics, NonFiniteLossError
@@ -105,12 +105,28 @@ class _Ladder:
             seeds: list[Run] = []
             for seed in range(self._config.seed, self._config.seed + SEEDS):
                 seeds.append(self._run(rung, seed))
-                if seeds[-1].outcome != "converged":
+                failed = self._left_behind(seeds) if seeds[-1].outcome == "converged" else seeds[-1]
+                if failed:
                     break
             else:
                 return seeds
-            rung = self._next(rung, seeds[-1], tried, fixed)
+            rung = self._next(rung, failed, tried, fixed)
         return []
+
+    def _left_behind(self, seeds: Sequence[Run]) -> Run | None:
+        """The seed that rerouted least, from now on unsettled, where another is further than level runs may differ.
+
+        Each was level, but a sweep over such seeds finds a spread that no number of them makes up for.
+        """
+        least, most = max(seeds, key=_reached), min(seeds, key=_reached)
+        if _reached(least) - _reached(most) <= 2 * STILL_FALLING * (1 - _reached(most)):
+            return None
+        why = f"level at a reroute of {_reached(least):.2f}, where seed {most.seed} came to {_reached(most):.2f}"
+        behind = replace(least, outcome="unsettled", why=why)
+        self.runs[self.runs.index(least)] = behind
+        if distributed.rank() == 0:
+            self._say(behind.line())
+        return behind
 
     def _next(
         self, rung: tuple[int, int], run: Run, tried: set[tuple[int, int]], fixed: Collection[str]
@@ -197,6 +213,11 @@ class _Ladder:
 def _half_decades(exponent: int) -> float:
     """1, 3, 10, 30, … and 0.3, 0.1, …"""
     return 10.0 ** (exponent // 2) * (3 if exponent % 2 else 1)
+
+
+def _reached(run: Run) -> float:
+    """The held-out reroute loss at its end."""
+    return run.curve[-1]["eval_loss_reroute"]
 
 
 def last_collapse(run: Run) -> int:

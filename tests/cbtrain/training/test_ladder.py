@@ -107,6 +107,19 @@ def test_a_layer_that_waits_has_the_retain_term_loosened(config, tmp_path, monke
     assert found.settings["retain_scale"] == pytest.approx(3.0)
 
 
+def test_seeds_that_settle_far_apart_are_no_recipe(config, tmp_path, monkeypatch):
+    def rule(config, step):
+        stuck = config.seed == 1 and config.retain_scale > 5 and step >= 20
+        return evaluation(step, 0.3, (0.3, 0.3)) if stuck else collapsing(config, step)
+
+    found, ran = climb(config, tmp_path, monkeypatch, rule)
+    assert found.settings["retain_scale"] == pytest.approx(3.0)
+    assert [seed for *_, seed in ran] == [0, 1, 0, 1, 2]
+    behind = found.runs[1]
+    assert (behind.outcome, behind.why) == ("unsettled", "level at a reroute of 0.30, where seed 0 came to 0.05")
+    assert "not settled at its end (level at a reroute of 0.30" in behind.line()
+
+
 def test_a_seed_that_fails_sends_it_on(config, tmp_path, monkeypatch):
     def rule(config, step):
         failing = config.seed == 2 and config.retain_scale > 5
