@@ -6,8 +6,8 @@ A small Qwen3, a Llama and a GPT-NeoX are pre-trained on the tiny world's text l
 each); then what is written to their hidden states is multiplied by 0.03, 1 and 30, which changes no logit. A sweep of
 20 trials under `--preset auto` calibrates on each. What is printed: the teacher's norms, what calibration found, and
 the means of baseline and of the trials with KL; the same Llama at all three scales besides, where nothing but the scale
-differs. Blocks and targets are the embedded default's: of four blocks the published shares leave one adapted block too
-few to tell its questions apart.
+differs. Blocks, targets and held-out half are the embedded default's: of four blocks the published shares leave one
+adapted block too few to tell its questions apart, and of seven held-out rows one or two decide.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 CASES = (("qwen3", 0.03), ("llama", 1.0), ("gpt_neox", 30.0), ("llama", 0.03), ("llama", 30.0))
 TRIALS = 20
 METRICS = ("eval_loss_reroute", "eval_benign_kl", "eval_harmful_nll", "eval_benign_nll")
-RECIPE = "--target-layers 2 3 --lora-layers 0 1 2 --batch-size 16 --dtype float32 --steps 70".split()
+RECIPE = "--target-layers 2 3 --lora-layers 0 1 2 --batch-size 16 --dtype float32 --steps 70 --eval-fraction 0.5".split()
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
