@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 CASES = (("qwen3", 0.03), ("llama", 1.0), ("gpt_neox", 30.0), ("llama", 0.03), ("llama", 30.0))
 TRIALS = 20
 METRICS = ("eval_loss_reroute", "eval_benign_kl", "eval_harmful_nll", "eval_benign_nll")
-RECIPE = "--target-layers 2 3 --lora-layers 0 1 2 --batch-size 16 --dtype float32 --steps 70 --eval-fraction 0.5".split()
+RECIPE = "--target-layers 2 3 --lora-layers 0 1 2 --batch-size 16 --eval-fraction 0.5 --dtype float32 --steps 70"
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
@@ -97,7 +97,7 @@ def sweep(model: Path, run_dir: Path) -> None:
 
     world = tiny.build()
     sides = ["--harmful", str(world / "harmful.jsonl"), "--benign", str(world / "benign.jsonl")]
-    command = [sys.executable, str(ROOT / "sweeps" / "kl_ablation.py"), "--model", str(model), *sides, *RECIPE]
+    command = [sys.executable, str(ROOT / "sweeps" / "kl_ablation.py"), "--model", str(model), *sides, *RECIPE.split()]
     command += ["--num-samples", str(TRIALS), "--behaviour-prompts", "0", "--run-dir", str(run_dir)]
     with run_dir.with_name(f"{run_dir.name}.log").open("w") as log:
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
