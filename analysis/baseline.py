@@ -19,7 +19,7 @@ HELD = 0.5
 OPPOSED = -0.5
 """A cosine between gradients below which one term takes back what the other gives."""
 OUTWEIGHED = 10
-"""A gradient so many times the other decides alone, wherever they oppose each other at all."""
+"""A gradient so many times the other decides alone, wherever either points."""
 
 
 def summary(baselines: pd.DataFrame, usable: pd.DataFrame) -> Baseline:
@@ -111,8 +111,9 @@ def _held_by(baselines: pd.DataFrame, trained: Mapping[str, Any]) -> tuple[str, 
     norms = {layer: mean_of(baselines, f"base_norm_layer_{layer}") for layer in layers}
     long = " and ".join(f"{norm:.0f} at layer {layer}" for layer, norm in norms.items() if norm is not None)
     pulls = f"gradient norms {number(retain, 2)} against {number(reroute, 2)}, cosine {cosine:.2f}"
-    holds = cosine <= OPPOSED or (cosine < 0 and retain > OUTWEIGHED * reroute)
-    if not holds or retain < reroute / OUTWEIGHED:
+    # AdamW divides a step by its size: beside a gradient so much larger the other has no say, wherever either points.
+    outweighs = retain > OUTWEIGHED * reroute
+    if not outweighs and (cosine > OPPOSED or retain < reroute / OUTWEIGHED):
         lr = float(f"{3 * float(trained.get('lr', 1e-4)):.2g}")
         return (
             f"Nothing holds the rerouting back ({pulls}): its steps are too small or too few. Try --lr {lr:g}.",

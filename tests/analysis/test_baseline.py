@@ -94,6 +94,7 @@ def never(reroute: float, retain: float, cosine: float) -> pd.DataFrame:
         ((0.5, 0.5, -0.98), {}, "The retain term holds layers 10, 20 where they are", "--retain-norm relative"),
         ((0.5, 0.5, -0.98), {"retain_norm": "relative", "retain_scale": 10.0}, "holds", "--retain-scale 3.3"),
         ((0.0067, 0.72, -0.47), {"retain_norm": "relative", "retain_scale": 3.0}, "holds", "--retain-scale 1"),
+        ((0.0037, 28.0, 0.07), {}, "The retain term holds layers 10, 20 where they are", "--retain-norm relative"),
         ((0.5, 0.01, -0.1), {"lr": 1e-4}, "Nothing holds the rerouting back", "--lr 0.0003"),
     ],
 )
