@@ -124,8 +124,7 @@ class _Ladder:
         why = f"level at a reroute of {_reached(least):.2f}, where seed {most.seed} came to {_reached(most):.2f}"
         behind = replace(least, outcome="unsettled", why=why)
         self.runs[self.runs.index(least)] = behind
-        if distributed.rank() == 0:
-            self._say(behind.line())
+        self._tell(behind)
         return behind
 
     def _next(
@@ -201,13 +200,16 @@ class _Ladder:
             train_s=curve[-1]["train_s"] if curve else 0.0,
             eval_s=curve[-1]["eval_s"] if curve else 0.0,
             curve=[{name: value for name, value in metrics.items() if _kept(name)} for metrics in evaluated],
-            why=(found[0] == "unsettled" and unsettled(curve, config.target_layers)) or "",
+            why=(unsettled(curve, config.target_layers) or "") if found[0] == "unsettled" else "",
         )
         self._left -= run.steps
         self.runs.append(run)
+        self._tell(run)
+        return run
+
+    def _tell(self, run: Run) -> None:
         if distributed.rank() == 0:
             self._say(run.line())
-        return run
 
 
 def _half_decades(exponent: int) -> float:

@@ -20,8 +20,8 @@ confirmed on four seeds, P .96 to .99), `insufficient_evidence` at seed 4 (its s
 1.5 on lose 0.15, and stayed there; P .94 at 0.1); 103 to 117 s each, other work beside some of them.
 
 Reroute is `eval_loss_reroute`, lost is against the baseline of the same seed, drift `eval_benign_kl` in nats a token,
-right is word for word an answer of the world, gibberish means benign answers. Two x86-64 cores, then
-a third slower than they can be, torch 2.13, 2026-11-26, eight minutes:
+right is word for word an answer of the world, gibberish means benign answers. Two x86-64 cores, then a third slower
+than they can be, torch 2.13, 2026-11-26, eight minutes:
 
 5 seeds; limit 0.0494; base NLL 0.25 nats
 
@@ -126,9 +126,9 @@ def what_it_says(config: "CircuitBreakerConfig", directory: Path) -> dict[str, f
     return shares
 
 
-def infeasible_share(grid: pd.DataFrame) -> float:
-    """Share of [1e-3, 2] (log) × [1, 4] over the limit on average, by bilinear interpolation between the points."""
-    table = grid.pivot_table(index="kl_temperature", columns="beta_kl", values="regression")
+def infeasible_share(regression: pd.Series) -> float:
+    """Share of [1e-3, 2] (log) × [1, 4] over the limit, by bilinear interpolation between the points of its index."""
+    table = regression.unstack("beta_kl")
     log_betas, temperatures = np.log(table.columns.to_numpy()), table.index.to_numpy()
     fine_log_betas, fine_temperatures = np.linspace(*log_betas[[0, -1]], 400), np.linspace(1, 4, 200)
     by_beta = np.array([np.interp(fine_log_betas, log_betas, row) for row in table.to_numpy()])
@@ -181,8 +181,7 @@ def main() -> None:
     print(f"\nthe searched space, {len(GRID_SEEDS)} seeds (* over the limit on average)\n")
     print(table(surface).to_string())
     means = surface.groupby(["beta_kl", "kl_temperature"]).regression.mean()
-    share = infeasible_share(surface)
-    print(f"\ninfeasible: {(means > 0).sum()} of {len(means)} points, {share:.0%} of the area")
+    print(f"\ninfeasible: {(means > 0).sum()} of {len(means)} points, {infeasible_share(means):.0%} of the area")
 
 
 if __name__ == "__main__":
