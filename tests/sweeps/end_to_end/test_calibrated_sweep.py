@@ -16,7 +16,7 @@ FAST = ("--steps", "42", "--eval-every", "0", "--behaviour-prompts", "0", "--bat
 
 def test_a_sweep_trains_by_what_its_calibration_found_and_resumes_with_it(tmp_path):
     tiny.build()
-    sweep = Sweep(tmp_path, "--num-samples", "20", "--calibrate", *FAST)
+    sweep = Sweep(tmp_path, "--num-samples", "20", "--calibrate", "--lr", "8e-3", *FAST)
     run, deadline = tmp_path / "run", time.monotonic() + 200
     while not (run / "trials" / "t000" / "config.json").is_file():
         assert sweep.process.poll() is None, sweep.wait()
