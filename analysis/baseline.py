@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.constraint import failed_seeds
 from analysis.decision import Baseline
 from analysis.formatting import count, number, percent
 from analysis.surrogate.surrogate import MIN_DRIFT
@@ -23,11 +24,14 @@ OUTWEIGHED = 10
 
 
 def summary(baselines: pd.DataFrame, usable: pd.DataFrame) -> Baseline:
-    """What the completed `beta_kl = 0` trials come to; `usable` are all trials that did."""
+    """What the completed `beta_kl = 0` trials that did not fail come to; `usable` are all trials that completed."""
+    failed = baselines[list(failed_seeds(baselines["eval_loss_reroute"].astype(float).tolist()))]
+    baselines = baselines.drop(failed.index)
     losses = baselines["eval_loss_reroute"].astype(float)
     log_drift = np.log(baselines["eval_benign_kl"].astype(float).clip(lower=MIN_DRIFT))
     return Baseline(
         n_seeds=int(baselines["seed"].nunique()),
+        n_failed=len(failed),
         eval_loss_reroute=float(losses.mean()),
         achieved=float(1 - losses.mean()),
         reroute_sd=float(losses.std(ddof=1)) if len(losses) > 1 else None,
@@ -77,7 +81,10 @@ def unconverged_sentence(baselines: pd.DataFrame) -> str:
     if unfinished.empty:
         return ""
     steps = int(baselines["steps"].max())
-    named = "; ".join(f"{row['trial_id']}, seed {int(row['seed'])}: {_state(row)}" for _, row in unfinished.iterrows())
+    named = "; ".join(
+        f"{row['trial_id']}, seed {int(row['seed'])}: {trial_state(row) or 'still falling at its end'}"
+        for _, row in unfinished.iterrows()
+    )
     return (
         f"{len(unfinished)} of {count(len(baselines), 'baseline seed')} had not converged after {count(steps, 'step')} "
         f"({named}): seeds differ for that, and more seeds do not help. --steps must grow from {steps} to about "
@@ -99,6 +106,30 @@ def never_rerouted(baselines: pd.DataFrame, trained: Mapping[str, Any]) -> tuple
     said = f"Without KL only {achieved} of the rerouting was achieved: nothing to compare with."
     held_by, mend = _held_by(baselines, trained)
     return " ".join(filter(None, [said, held_by])), mend
+
+
+def failed_sentence(baselines: pd.DataFrame) -> str:
+    """That the recipe fails at some seeds, and which; empty where it does not."""
+    failed = baselines[list(failed_seeds(baselines["eval_loss_reroute"].astype(float).tolist()))]
+    if failed.empty:
+        return ""
+    named = "; ".join(
+        f"{row['trial_id']}, seed {int(row['seed'])}: "
+        + ", ".join(filter(None, [f"reroute {number(row['eval_loss_reroute'])}", trial_state(row)]))
+        for _, row in failed.iterrows()
+    )
+    return (
+        f"{len(failed)} of {count(len(baselines), 'baseline seed')} never rerouted as the others did ({named}): "
+        f"so often does the recipe itself fail."
+    )
+
+
+def often_failed(baselines: pd.DataFrame, _trained: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """That too many seeds failed for anything to be compared with, and the steps that help where it is for want of
+    them."""
+    if unfinished := unconverged_sentence(baselines):
+        return unfinished, {"steps": steps_needed(baselines)}
+    return f"{failed_sentence(baselines)} Nothing can be compared with it.", {}
 
 
 def _held_by(baselines: pd.DataFrame, trained: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -138,11 +169,10 @@ def _held_layers(row: pd.Series) -> list[int]:
     return [layer for layer, cosine in _cosines(row).items() if cosine > HELD]
 
 
-def _state(row: pd.Series) -> str:
-    cosines, held = _cosines(row), _held_layers(row)
-    if not held:
-        return "still falling at its end"
-    return " and ".join(f"layer {layer} at cosine {cosines[layer]:.2f}" for layer in held)
+def trial_state(row: pd.Series) -> str:
+    """The layers that a trial held, with their mean cosine; empty where it turned all, or does not say."""
+    cosines = _cosines(row)
+    return " and ".join(f"layer {layer} at cosine {cosines[layer]:.2f}" for layer in _held_layers(row))
 
 
 def mean_of(rows: pd.DataFrame, column: str) -> float | None:

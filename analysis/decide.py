@@ -15,7 +15,14 @@ import numpy as np
 import pandas as pd
 
 from analysis import baseline as baseline_trials
-from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE, absolute_tolerance, baseline_rerouted, probably_feasible
+from analysis.constraint import (
+    CONFIDENCE,
+    REROUTE_TOLERANCE,
+    absolute_tolerance,
+    baseline_rerouted,
+    fails_often,
+    probably_feasible,
+)
 from analysis.decision import Baseline, Decision, Needed, SettingAssessment
 from analysis.formatting import count, number, percent, signed, temperature, with_relation
 from analysis.noise import MIN_SEEDS, is_noisy, samples_for, seeds_needed
@@ -23,6 +30,7 @@ from analysis.rules_of_thumb import TOO_FEW, Outlook, evaluate_rules
 from analysis.surrogate.kernel import coordinates
 from analysis.surrogate.search_space import BETA_KL_RANGE, DEFAULT_SPACE, RangeEnd, SearchSpace
 from analysis.surrogate.surrogate import MAX_MODELLED, METRICS, Surrogate, finite_trials, modelled
+from analysis.suspects import suspects
 
 _REQUIRED = ("beta_kl", "kl_temperature", "seed", "status", *METRICS)
 
@@ -64,21 +72,25 @@ def decide(
     baseline = baseline_trials.summary(baselines, usable)
     tolerance = absolute_tolerance(baselines["eval_loss_reroute"], reroute_tolerance)
     decision = replace(decision, baseline=baseline, tolerance=tolerance)
-    if not baseline_rerouted(baselines["eval_loss_reroute"]):
-        reason, mend = baseline_trials.never_rerouted(baselines, trained)
+    often = fails_often(baseline.n_failed, len(baselines))
+    if often or not baseline_rerouted(baselines["eval_loss_reroute"]):
+        of = baseline_trials.often_failed if often else baseline_trials.never_rerouted
+        reason, mend = of(baselines, trained)
         return replace(decision, verdict="baseline_never_rerouted", reason=reason, mend=mend)
     model = Surrogate.of(trials, reroute_tolerance, draws, searched)
     needed = _needed(model, baseline, tolerance, len(trials))
-    decision = replace(decision, verdict="insufficient_evidence", needed=needed)
+    found = suspects(model, baseline.achieved, baseline.eval_loss_reroute)
+    decision = replace(decision, verdict="insufficient_evidence", needed=needed, suspects=found)
     if candidates.empty:
         return replace(decision, reason="No trial with beta_kl > 0 completed.")
     settings = _assess(candidates, model, baseline, decision)
     decision = replace(decision, settings=settings, reason=_why_insufficient(settings, needed, tolerance, confidence))
     if untrusted := _not_to_be_trusted(decision, baselines):
         return untrusted
-    if unfinished := baseline_trials.unconverged_sentence(baselines):
-        decision = replace(decision, warnings=(*decision.warnings, unfinished))
-    return _between_settings(decision, baseline, model, usable)
+    if warning := baseline_trials.unconverged_sentence(baselines) or baseline_trials.failed_sentence(baselines):
+        decision = replace(decision, warnings=(*decision.warnings, warning))
+    sound = usable.drop(model.trials.index[model.suspect])
+    return _between_settings(decision, baseline, model, sound)
 
 
 def _usable(trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -150,23 +162,27 @@ def _assess(
     delta, low, high = (baseline.achieved * x for x in (lost.expectation(), lost.quantile(0.025), lost.quantile(0.975)))
     feasible = lost.probability_below(model.limit)
     drift = np.exp(model.drift.value(points).expectation())
+    barred, failed = model.not_to_be_chosen(), model.trials.index[model.suspect]
     dominated = np.any((delta[:, None] > delta) & (drift[:, None] > drift), axis=1).tolist()
     settings = []
     for i, ((beta_kl, heat), rows) in enumerate(groups):
-        harmful_nll = baseline_trials.mean_of(rows, "eval_harmful_nll")
+        sound = rows.drop(failed.intersection(rows.index))
+        harmful_nll = baseline_trials.mean_of(rows if sound.empty else sound, "eval_harmful_nll")
+        allowed = (float(beta_kl), float(heat)) not in barred
         settings.append(
             SettingAssessment(
                 beta_kl=float(beta_kl),
                 kl_temperature=float(heat),
                 n_seeds=int(rows["seed"].nunique()),
                 probability_feasible=float(feasible[i]),
-                qualifies=probably_feasible(float(feasible[i]), decision.confidence),
+                qualifies=allowed and probably_feasible(float(feasible[i]), decision.confidence),
                 drift=float(drift[i]),
                 reroute_delta=float(delta[i]),
                 reroute_delta_interval=(float(low[i]), float(high[i])),
                 pareto=not dominated[i],
                 harmful_nll=harmful_nll,
                 behaviour_returns=_behaviour_returns(harmful_nll, baseline),
+                n_failed=len(rows) - len(sound),
             )
         )
     return tuple(sorted(settings, key=lambda s: (not s.qualifies, s.drift if s.qualifies else -s.probability_feasible)))
@@ -215,7 +231,7 @@ def _chosen(decision: Decision, pick: SettingAssessment, baseline: Baseline) -> 
         reroute_delta=pick.reroute_delta,
         reroute_delta_interval=pick.reroute_delta_interval,
         n_seeds=pick.n_seeds,
-        confirmed=pick.n_seeds >= 3,
+        confirmed=pick.n_seeds - pick.n_failed >= 3,
         behaviour_warning=behaviour,
         warnings=tuple(warnings),
         range_warning=at_ends,
@@ -255,6 +271,11 @@ def _why_insufficient(
     settings: tuple[SettingAssessment, ...], needed: Needed, tolerance: float, confidence: float
 ) -> str:
     best = settings[0]
+    if best.probability_feasible >= confidence:
+        return (
+            f"No setting qualifies: beta_kl {number(best.beta_kl)} at T {temperature(best.kl_temperature)} comes "
+            f"nearest, but {best.n_failed} of {count(best.n_seeds, 'seed')} failed there."
+        )
     if best.probability_feasible < 1 - confidence:
         return "Every setting that ran costs more rerouting than the limit allows, but the map holds untried ones."
     if not needed.measured:

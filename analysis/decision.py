@@ -16,6 +16,9 @@ class Baseline:
     """The completed `beta_kl = 0` trials."""
 
     n_seeds: int
+    """Those that did not fail; all that follows is theirs."""
+    n_failed: int
+    """Seeds that never rerouted although others did."""
     eval_loss_reroute: float
     """Mean over trials."""
     achieved: float
@@ -41,7 +44,7 @@ class SettingAssessment:
     n_seeds: int
     probability_feasible: float
     qualifies: bool
-    """P ≥ confidence."""
+    """P ≥ confidence, a seed that did not fail, and no habit of failing."""
     drift: float
     """Posterior mean (of the logarithm) of `eval_benign_kl`, nats per token."""
     reroute_delta: float
@@ -54,6 +57,23 @@ class SettingAssessment:
     """Mean `eval_harmful_nll` over its trials."""
     behaviour_returns: bool
     """Harmful completions are likely again although the cosine looks rerouted."""
+    n_failed: int = 0
+    """Of its trials, those that are suspect."""
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A completed trial that most likely failed: it has no part in the decision."""
+
+    trial_id: str
+    beta_kl: float
+    kl_temperature: float
+    seed: int
+    metrics: tuple[str, ...]
+    """`eval_loss_reroute`, `eval_benign_kl`, or both: what is not as its setting gives it."""
+    probability: float
+    evidence: str
+    """What its setting's other seeds and its neighbours say, what it shows itself, and its log."""
 
 
 @dataclass(frozen=True)
@@ -115,5 +135,6 @@ class Decision:
     needed: Needed | None = None
     mend: dict[str, Any] = field(default_factory=dict)
     """Fields of the configuration that another sweep should change, with their values; where the verdict is none."""
+    suspects: tuple[Suspect, ...] = ()
     settings: tuple[SettingAssessment, ...] = ()
     """Those that qualify first, by drift; then the others, the most probable first."""

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from statistics import stdev
 
+from analysis.constraint import failed_seeds
+
 NOISY = 1 / 2.5
 """Spread between seeds, in units of the limit, beyond which twenty trials are unlikely to hold an answer."""
 MIN_SEEDS = 3
@@ -18,10 +20,13 @@ def is_noisy(sigma: float, tolerance: float) -> bool:
 
 
 def excessive_spread(baseline_losses: Sequence[float], tolerance: float) -> float | None:
-    """σ between the baseline's seeds where it is too much for the limit; None where it is not, or they are too few."""
-    if len(baseline_losses) < MIN_SEEDS:
+    """σ between the baseline's seeds that did not fail, where it is too much for the limit; None where it is not, or
+    they are too few."""
+    failed = failed_seeds(baseline_losses) if baseline_losses else ()
+    losses = [loss for loss, out in zip(baseline_losses, failed, strict=True) if not out]
+    if len(losses) < MIN_SEEDS:
         return None
-    sigma = stdev(baseline_losses)
+    sigma = stdev(losses)
     return sigma if is_noisy(sigma, tolerance) else None
 
 

@@ -146,6 +146,8 @@ def _write_all(directory: Path, files: dict[str, str]) -> None:
 def _summary(decision: Decision, run_dir: Path, commands: Commands) -> str:
     """What the terminal shows: at most 80 columns, the last line is the next command."""
     lines = textwrap.wrap(report.headline(decision), _WIDTH) + textwrap.wrap(report.explanation(decision), _WIDTH)
+    for suspect in report.suspect_lines(decision):
+        lines += textwrap.wrap(f"failed: {suspect}", _WIDTH)
     page = run_dir / "report" / "report.html"
     if decision.verdict not in ("choose", "no_candidate_qualifies"):
         return "\n".join([*lines, folded(commands.next), "", f"report  {page}"])

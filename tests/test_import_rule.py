@@ -34,6 +34,7 @@ ROOMS = (
     "analysis.rules_of_thumb",
     "analysis.decision",  #      what a decision says
     "analysis.baseline",  #      what the trials without KL say
+    "analysis.suspects",  #      trials that most likely failed
     "analysis.decide",  #        trials in, a decision out
     "analysis.trials",  #        a run directory's tables
     "analysis.behaviour",  #     what measured models write

@@ -45,6 +45,8 @@ class Trap:
 
 def headline(decision: Decision) -> str:
     """The first line: what to use, or that nothing can be said; a warning about behaviour stands in it."""
+    if decision.verdict == "baseline_never_rerouted" and decision.baseline and decision.baseline.n_failed:
+        return "Cannot choose beta_kl: the baseline does not reroute at every seed."
     if decision.verdict != "choose":
         return _HEADLINES[decision.verdict].format(searched=decision.searched.range_of("beta_kl"))
     beta_kl, heat = number(decision.beta_kl or 0), temperature(decision.kl_temperature or 1)
@@ -53,6 +55,14 @@ def headline(decision: Decision) -> str:
         reservations.append("benign drift is no less than at beta_kl = 0")
     but = f", but {' and '.join(reservations)}" if reservations else ""
     return f"Use beta_kl = {beta_kl} at kl_temperature = {heat}{but}."
+
+
+def suspect_lines(decision: Decision) -> list[str]:
+    """A line for each trial that most likely failed: `t018, seed 1, beta_kl 0.5, T 2.0: …`."""
+    return [
+        f"{each.trial_id}, seed {each.seed}, {formatting.setting(each.beta_kl, each.kl_temperature)}: {each.evidence}"
+        for each in decision.suspects
+    ]
 
 
 def explanation(decision: Decision) -> str:
@@ -70,7 +80,10 @@ def explanation(decision: Decision) -> str:
     if decision.verdict != "choose":
         return decision.reason
     low, high = decision.reroute_delta_interval or (0.0, 0.0)
-    seeds = count(decision.n_seeds or 0, "seed")
+    pick = next(
+        s for s in decision.settings if (s.beta_kl, s.kl_temperature) == (decision.beta_kl, decision.kl_temperature)
+    )
+    seeds = count(pick.n_seeds, "seed") + (f" of which {pick.n_failed} failed" if pick.n_failed else "")
     confirmed = seeds if decision.confirmed else f"{seeds}, not yet confirmed"
     return (
         f"Benign drift is {number(decision.eval_benign_kl or 0)} nats/token, {percent(decision.drift_kept or 0)} of "

@@ -18,24 +18,15 @@ With K = L Lᵀ the covariance of the n observations, k that of one point with t
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtr, ndtri
-from scipy.stats import qmc
 
-from analysis.surrogate.kernel import JITTER, Array, Prior, Seeds, covariance, observed_covariance, variance
+from analysis.surrogate.failures import FAILURE_RATE, Failures, explained
+from analysis.surrogate.hyper_parameters import hyper_parameters
+from analysis.surrogate.kernel import JITTER, Array, Flags, Prior, Seeds, covariance, observed_covariance, variance
 
-_DRAWS = 64
-"""A round; a power of 2, for which Sobol points are balanced."""
-_ROUNDS = 8
-_MIN_EFFECTIVE = 12.0
-"""Effective number of draws, 1 / Σ weight², from which mean and covariance of a proposal are taken."""
-_INFLATION = 1.3
-"""Of a proposal's covariance: importance weights are bounded only where a proposal is wider than the target."""
-_NEGLIGIBLE = 1e-4
-"""Weight, as a share of the largest, up to which a draw is dropped."""
 _MAX_LEARNT_FROM = 80
 _MAX_DRAWS_OF_MANY = 64
 
@@ -79,10 +70,12 @@ class Posterior:
     theta: Array
     weights: Array
     level: float
+    failed: Flags
+    """`[D, n]` whether an observation is taken to have failed, and then has no part in anything."""
     whitening: Array
-    """`[D, n, n]` inverse Cholesky factors of the covariance of y."""
+    """`[D, n, n]` inverse Cholesky factors of the covariance of y; 0 in rows and columns of what failed."""
     alpha: Array
-    """`[D, n]` covariance⁻¹ (y − offset)."""
+    """`[D, n]` covariance⁻¹ (y − offset); 0 at what failed."""
     offset: float
 
     def value(self, points: Array) -> Mixture:
@@ -94,6 +87,11 @@ class Posterior:
     def difference(self, points: Array, reference: Array) -> Mixture:
         """f at `points` `[m, 2]` minus f at `reference` `[2]`, jointly: level and what both share cancel."""
         return self._difference(points, reference, covariance(points, self.x, self.theta))[0]
+
+    def probability_failed(self) -> Array:
+        """`[n]` probabilities that each observation failed."""
+        probability: Array = self.weights @ self.failed
+        return probability
 
     def seed_and_noise_variance(self) -> tuple[float, float]:
         """Posterior medians of the variance that trials of a seed share and of what is left, in units of y²."""
@@ -138,10 +136,11 @@ class Posterior:
     def believing(self, x: Array, seed: ArrayLike) -> "Posterior":
         """The model once trials at `x` `[k, 2]` have come out as it expects: means stay, spread shrinks."""
         x, labels = np.concatenate([self.x, x]), np.concatenate([self.seed, np.asarray(seed)])
-        whitening = _whitening(x, labels, self.theta, self.level)
+        more = ((0, 0), (0, len(labels) - self.alpha.shape[1]))
         # An observation that equals its prediction moves no mean: K⁻¹ (y − offset) stays, with 0 in its place.
-        alpha = np.pad(self.alpha, ((0, 0), (0, len(labels) - self.alpha.shape[1])))
-        return replace(self, x=x, seed=labels, whitening=whitening, alpha=alpha)
+        failed, alpha = np.pad(self.failed, more), np.pad(self.alpha, more)
+        whitening = _whitening(observed_covariance(x, labels, self.theta, self.level), failed)
+        return replace(self, x=x, seed=labels, failed=failed, whitening=whitening, alpha=alpha)
 
     def _difference(self, points: Array, reference: Array, to_data: Array) -> tuple[Mixture, Array, Array]:
         """`difference`, its prior covariance with the data `[D, m, n]`, and that of f with the reference `[D, m]`."""
@@ -160,7 +159,14 @@ class Posterior:
         return Mixture(mean, np.sqrt(np.maximum(prior_variance - explained, floor)), self.weights)
 
 
-def fit(x: Array, seed: ArrayLike, y: ArrayLike, prior: Prior, draws: int | None = None) -> Posterior:
+def fit(
+    x: Array,
+    seed: ArrayLike,
+    y: ArrayLike,
+    prior: Prior,
+    draws: int | None = None,
+    probability_failed: ArrayLike = FAILURE_RATE,
+) -> Posterior:
     """Average the model over its hyper-parameters, given n ≥ 1 observations.
 
     Args:
@@ -168,6 +174,7 @@ def fit(x: Array, seed: ArrayLike, y: ArrayLike, prior: Prior, draws: int | None
         seed: `[n]` labels; trials with one label share an error.
         y: `[n]` finite values of one metric, on the scale that `prior` is meant for.
         draws: hyper-parameter draws to keep at most, resampled by weight; None keeps all that carry weight.
+        probability_failed: that an observation failed, before y is seen; a number, or `[n]`.
 
     The draws come in rounds, each proposed from the weighted draws so far, and are weighted against the mixture of
     all proposals: twenty trials pin the noise far more narrowly than its prior, which draws from it alone would miss.
@@ -180,110 +187,22 @@ def fit(x: Array, seed: ArrayLike, y: ArrayLike, prior: Prior, draws: int | None
     if len(x) > _MAX_LEARNT_FROM:
         draws = min(draws or _MAX_DRAWS_OF_MANY, _MAX_DRAWS_OF_MANY)
     some = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MAX_LEARNT_FROM)).astype(int))
-    theta, weights = _hyper_parameters(x[some], labels[some], centred[some], prior, draws)
-    whitening = _whitening(x, labels, theta, prior.level)
+    failures = Failures(np.broadcast_to(np.asarray(probability_failed, float), centred.shape), prior.failed_density)
+    theta, weights = hyper_parameters(x[some], labels[some], centred[some], prior, failures.of(some), draws)
+    observed = observed_covariance(x, labels, theta, prior.level)
+    _, failed = explained(observed, centred, failures)
+    whitening = _whitening(observed, failed)
     alpha = np.einsum("dij,di->dj", whitening, whitening @ centred)  # L⁻ᵀ (L⁻¹ y) = K⁻¹ y
-    return Posterior(x, labels, theta, weights, prior.level, whitening, alpha, offset)
+    return Posterior(x, labels, theta, weights, prior.level, failed, whitening, alpha, offset)
 
 
-def _hyper_parameters(x: Array, seed: Seeds, y: Array, prior: Prior, draws: int | None) -> tuple[Array, Array]:
-    """`[D, 5]` draws and their `[D]` weights, which sum to 1.
-
-    Adaptive multiple importance sampling (Cornuet et al. 2012) of p(theta | y) ∝ p(theta) · p(y | theta):
-
-        q₁ = prior
-        for r = 1 … rounds:
-            draw z from q_r                                     64 new ones, kept with all earlier ones
-            weight of each z = p(z) p(y | z) / Σ_{s ≤ r} q_s(z)
-            q_{r+1} = a normal that fits the weighted draws
-
-    z = (theta − log of the prior median) / prior sd: in it the prior is a standard normal whatever the metric.
-    """
-    medians, sds = prior.log_medians_and_sds()
-    normals = _standard_normals()
-    proposals = [(np.zeros(5), np.eye(5))]  # centre and Cholesky factor; the first is the prior
-    z, log_target = np.empty((0, 5)), np.empty(0)
-    for round_index in range(_ROUNDS):
-        # Draw from the newest proposal.
-        centre, factor = proposals[-1]
-        new = centre + normals[round_index] @ factor.T
-        z = np.concatenate([z, new])
-        # log p(y | z) + log p(z); constants are left out here and in the densities, since weights are normalised.
-        likelihood = _log_likelihood(x, seed, y, medians + sds * new, prior.level)
-        log_target = np.concatenate([log_target, likelihood - 0.5 * np.square(new).sum(axis=1)])
-        # Old draws are weighted anew, against all proposals together. Against its own proposal alone, one draw from
-        # the tail of a proposal that missed the target would outweigh all others.
-        log_weights = log_target - _log_mixture_density(z, proposals)
-        proposals.append(_proposal(z, log_weights))
-    weights = _normalised(log_weights)
-    # A draw costs an n × n factor, and its share of every prediction: those of no weight go.
-    kept = np.flatnonzero(weights > _NEGLIGIBLE * weights.max())
-    if draws is not None:
-        # Systematic resampling: cut the total weight into `draws` equal parts and take the draw at the middle of each.
-        # One that is met k times is kept once with weight k. Nothing is random.
-        kept = np.searchsorted(np.cumsum(weights)[:-1], (np.arange(draws) + 0.5) / draws)
-        kept, times = np.unique(kept, return_counts=True)
-        weights[kept] = times
-    return medians + sds * z[kept], weights[kept] / weights[kept].sum()
-
-
-def _whitening(x: Array, seed: Seeds, theta: Array, level: float) -> Array:
-    """`[D, n, n]` inverse Cholesky factors L⁻¹ of the covariances of y, for many points at a time."""
-    factors = np.linalg.cholesky(observed_covariance(x, seed, theta, level))
-    return np.asarray(np.linalg.inv(factors), dtype=np.float64)
-
-
-def _log_likelihood(x: Array, seed: Seeds, y: Array, theta: Array, level: float) -> Array:
-    """`[D]` log marginal likelihoods up to a constant: −½ yᵀ K⁻¹ y − ½ log det K; ½ log det K = Σ log L_ii."""
-    observed = observed_covariance(x, seed, theta, level)
-    factor = np.linalg.cholesky(observed)
-    log_determinant = np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(axis=1)
-    explained = np.linalg.solve(observed, np.broadcast_to(y[:, None], (len(theta), len(y), 1)))[:, :, 0]
-    log_likelihood: Array = -0.5 * explained @ y - log_determinant
-    return log_likelihood
-
-
-@cache
-def _standard_normals() -> Array:
-    """`[rounds, draws, 5]` scrambled Sobol points as standard normals: a constant of the model."""
-    points = qmc.Sobol(5, scramble=True, seed=20).random(_ROUNDS * _DRAWS)
-    # At 0 and 1 the normal quantile is infinite.
-    normal: Array = ndtri(np.clip(points, 1e-6, 1 - 1e-6)).reshape(_ROUNDS, _DRAWS, 5)
-    return normal
-
-
-def _log_mixture_density(z: Array, proposals: list[tuple[Array, Array]]) -> Array:
-    """`[D]` log density, up to a constant, of the equal mixture of normal proposals (centre, Cholesky factor)."""
-    parts = []
-    for centre, factor in proposals:
-        standard = np.linalg.solve(factor, (z - centre).T)
-        parts.append(-0.5 * np.square(standard).sum(axis=0) - np.log(np.diag(factor)).sum())
-    density: Array = np.logaddexp.reduce(parts, axis=0)
-    return density
-
-
-def _proposal(z: Array, log_weights: Array) -> tuple[Array, Array]:
-    """Centre and (inflated) Cholesky factor of the weighted draws, tempered until enough of them count.
-
-    In the first rounds few draws meet the likelihood's peak and hold nearly all the weight; a normal that fits those
-    few is hardly wider than a point. So all weights are raised to a power below 1, by steps, until 12 draws count.
-    """
-    temper = 1.0
-    weights = _normalised(log_weights)
-    while 1 / np.square(weights).sum() < _MIN_EFFECTIVE and temper > 1e-3:
-        temper *= 0.7
-        weights = _normalised(temper * log_weights)
-    centre = weights @ z
-    covariance = (z - centre).T @ (weights[:, None] * (z - centre))
-    # The second term, 0.14 prior standard deviations squared, keeps some width in every direction.
-    return centre, np.asarray(np.linalg.cholesky(_INFLATION * covariance + 0.02 * np.eye(5)), dtype=np.float64)
-
-
-def _normalised(log_weights: Array) -> Array:
-    """Weights that sum to 1; the largest is taken off first, since exp of a log likelihood may overflow or vanish."""
-    weights = np.exp(log_weights - log_weights.max())
-    normalised: Array = weights / weights.sum()
-    return normalised
+def _whitening(observed: Array, failed: Flags) -> Array:
+    """`[D, n, n]` inverse Cholesky factors L⁻¹ of the covariances of y, without the rows and columns of what failed."""
+    counts = ~failed
+    # What failed gets a variance of 1 and no covariance, so that factor and inverse leave the others as they are.
+    others = observed * (counts[:, :, None] & counts[:, None, :]) + np.eye(observed.shape[1]) * failed[:, :, None]
+    factors = np.linalg.inv(np.linalg.cholesky(others))
+    return np.asarray(factors * counts[:, :, None], dtype=np.float64)
 
 
 def _weighted_median(values: Array, weights: Array) -> float:

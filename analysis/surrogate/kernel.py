@@ -14,6 +14,7 @@ from analysis.surrogate.search_space import BETA_KL_RANGE, DEFAULT_SPACE, KL_TEM
 
 Array = NDArray[np.float64]
 Seeds = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 JITTER = 1e-10
 """Relative to a variance: what keeps it above 0."""
@@ -37,6 +38,8 @@ class Prior:
     seed: tuple[float, float]
     noise: tuple[float, float]
     level: float
+    failed_density: float
+    """Of the value of a run that failed: one over the range in which it may lie."""
     length_beta: tuple[float, float] = (0.4, 0.7)
     length_temperature: tuple[float, float] = (1.0, 0.7)
 
@@ -46,9 +49,9 @@ class Prior:
         return np.log([median for median, _ in pairs]), np.array([sd for _, sd in pairs])
 
 
-REROUTE_PRIOR = Prior(signal=(0.15, 1.0), seed=(0.005, 1.3), noise=(0.006, 1.3), level=1.0)
+REROUTE_PRIOR = Prior(signal=(0.15, 1.0), seed=(0.005, 1.3), noise=(0.006, 1.3), level=1.0, failed_density=1 / 2)
 """For rerouting lost as a fraction of what the baseline achieved (noise from about 4e-4 to 0.1)."""
-DRIFT_PRIOR = Prior(signal=(1.5, 0.6), seed=(0.1, 0.9), noise=(0.15, 0.8), level=5.0)
+DRIFT_PRIOR = Prior(signal=(1.5, 0.6), seed=(0.1, 0.9), noise=(0.15, 0.8), level=5.0, failed_density=1 / 16)
 """For the logarithm of benign drift."""
 
 

@@ -2,7 +2,7 @@
 
 Both are Gaussian processes over all trials (`gaussian_process.py`). A trial that was stopped early is known to have
 lost more rerouting than the limit, but not how much, and its drift was not that of a finished one: it enters the
-first model alone, with a fixed loss beyond the limit.
+first model alone, with a fixed loss beyond the limit. Runs that failed have no part in it (`failures.py`).
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from analysis.constraint import failed_seeds, fails_often
 from analysis.formatting import count
+from analysis.surrogate.failures import FAILURE_RATE
 from analysis.surrogate.gaussian_process import Mixture, Posterior, fit
 from analysis.surrogate.kernel import DRIFT_PRIOR, REROUTE_PRIOR, Array, coordinates
 from analysis.surrogate.search_space import DEFAULT_SPACE, SearchSpace
@@ -20,6 +22,11 @@ MIN_DRIFT = 1e-12
 """Nats per token; less drift is taken as this, since its logarithm is modelled."""
 MAX_MODELLED = 300
 """Trials that the model rests on at most: its cost grows with their cube."""
+SUSPECT = 0.5
+"""Probability of having failed from which a trial is named, and has no part in a decision."""
+_KNOWN_TO_FAIL, _FAILS_WITH_IT, _NEVER_FAILED = 0.999, 0.5, 1e-6
+"""Probabilities, before the model, that a baseline failed which never rerouted although others did; that the drift of a
+trial is not its setting's where its rerouting is not; and of a stopped trial, whose value is made up."""
 STOPPED_LOSS = 2.0
 """What a stopped trial is taken to have lost, in units of the limit."""
 METRICS = ("eval_loss_reroute", "eval_benign_kl")
@@ -44,6 +51,10 @@ class Surrogate:
     drift: Posterior
     limit: float
     """The fraction of rerouting that may be lost."""
+    trials: pd.DataFrame
+    """The completed trials that it rests on, with `reroute_failed` and `drift_failed`: the probabilities that one
+    metric is not what the trial's setting gives."""
+    space: SearchSpace
 
     @classmethod
     def of(
@@ -67,19 +78,50 @@ class Surrogate:
         # A fraction of what the baseline achieved has the same scale in every sweep, and the priors rest on that scale.
         # The observed mean only sets origin and unit. It is not taken for the truth: the baseline's own value stays
         # uncertain in the model, and `lost` is the difference to it.
-        baseline = usable.loc[usable["beta_kl"] == 0, "eval_loss_reroute"].astype(float).mean()
+        without_kl = usable.index[usable["beta_kl"] == 0]
+        losses = usable.loc[without_kl, "eval_loss_reroute"].astype(float)
+        failed = np.array(failed_seeds(losses.tolist()))
+        baseline = losses[~failed].mean()
         lost = (usable["eval_loss_reroute"].to_numpy(float) - baseline) / (1 - baseline)
         log_drift = np.log(usable["eval_benign_kl"].to_numpy(float).clip(min=MIN_DRIFT))
         x, x_stopped = (coordinates(rows["beta_kl"], rows["kl_temperature"], space) for rows in (usable, stopped))
         seed, seed_stopped = usable["seed"].to_numpy(), stopped["seed"].to_numpy()
+        known = pd.Series(FAILURE_RATE, usable.index)
+        known[without_kl[failed]] = _KNOWN_TO_FAIL
         reroute = fit(
             np.concatenate([x, x_stopped]),
             np.concatenate([seed, seed_stopped]),
             np.concatenate([lost, np.full(len(stopped), STOPPED_LOSS * reroute_tolerance)]),
             REROUTE_PRIOR,
             draws,
+            np.concatenate([known, np.full(len(stopped), _NEVER_FAILED)]),
         )
-        return cls(reroute, fit(x, seed, log_drift, DRIFT_PRIOR, draws), reroute_tolerance)
+        reroute_failed = reroute.probability_failed()[: len(usable)]
+        with_it = np.maximum(FAILURE_RATE, _FAILS_WITH_IT * reroute_failed)
+        drift = fit(x, seed, log_drift, DRIFT_PRIOR, draws, with_it)
+        judged = usable.assign(reroute_failed=reroute_failed, drift_failed=drift.probability_failed())
+        return cls(reroute, drift, reroute_tolerance, judged, space)
+
+    @property
+    def suspect(self) -> pd.Series:
+        """Which of `trials` most likely failed."""
+        return self.trials[["reroute_failed", "drift_failed"]].max(axis=1) > SUSPECT
+
+    def not_to_be_chosen(self) -> set[tuple[float, float]]:
+        """The settings that often fail, and those of which every trial so far is suspect."""
+        suspect = self.suspect
+        counted = suspect.groupby([self.trials["beta_kl"], self.trials["kl_temperature"]]).agg(["sum", "size"])
+        return {
+            (float(beta_kl), float(heat))
+            for (beta_kl, heat), failed, seeds in zip(counted.index, counted["sum"], counted["size"], strict=True)
+            if failed == seeds or fails_often(failed, seeds)
+        }
+
+    def not_yet_repeated(self) -> list[tuple[float, float, int]]:
+        """Settings that ran on one seed, and that trial is suspect: (beta_kl, kl_temperature, seed)."""
+        alone = ~self.trials.duplicated(["beta_kl", "kl_temperature"], keep=False)
+        rows = self.trials[self.suspect & alone & (self.trials["beta_kl"] > 0)]
+        return [*zip(rows["beta_kl"], rows["kl_temperature"], rows["seed"], strict=True)]
 
     def lost(self, points: Array) -> Mixture:
         """Rerouting lost against the baseline at `points` `[m, 2]`."""

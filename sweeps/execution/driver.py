@@ -126,6 +126,8 @@ class SweepDriver:
     def conclude(self, spared: CacheReport | None = None) -> int:
         """Record that the sweep is over and print what came of it; the exit status."""
         rows, wall_s, decision = self._plan.rows(), self._wall_s(), self._decision
+        named = {suspect.trial_id for suspect in decision.suspects}
+        rows = [row | {"suspect": row["trial_id"] in named} for row in rows]
         self._keep(rows)
         self.run.update(status="finished")
         measured = [spec for spec in subjects(rows, decision) if file_of(self.run.path, spec).exists()]

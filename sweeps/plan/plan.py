@@ -16,8 +16,17 @@ import pandas as pd
 from optuna.storages import BaseStorage, InMemoryStorage
 
 from analysis.columns import METRIC_COLUMNS, PLAN_COLUMNS
-from analysis.constraint import absolute_tolerance, baseline_rerouted, observed_feasible, reroute_regression
+from analysis.constraint import (
+    absolute_tolerance,
+    baseline_rerouted,
+    failed_seeds,
+    fails_often,
+    observed_feasible,
+    probably_feasible,
+    reroute_regression,
+)
 from analysis.decide import decide
+from analysis.decision import Decision, SettingAssessment
 from analysis.surrogate.surrogate import MAX_MODELLED, STOPPED_LOSS
 from cbtrain.config import InputError
 from sweeps.plan.budget import PlanSettings, allocate
@@ -65,7 +74,8 @@ class SweepPlan:
         if asked["baseline"] < self.budget.baseline:
             return self._journal.add("baseline", 0.0, 1.0, self.settings.seed + asked["baseline"])
         if asked["ablation"] < self.budget.ablation:
-            return self._journal.add("ablation", *self.settings.ablation_points[asked["ablation"]], self.settings.seed)
+            point = self.settings.ablation_points[asked["ablation"]]
+            return self._journal.add("ablation", *point, self._first_seed())
         if not self._fixed_part_in() or len(self._entries) >= self.budget.total:
             return None
         to_search, running = self.budget.search - asked["search"], self._running()
@@ -115,11 +125,13 @@ class SweepPlan:
             return ""
         if not losses:
             return "baseline_failed"
-        return "" if baseline_rerouted(losses.values()) else "baseline_never_rerouted"
+        failed = len(losses) - len(self._sound_baselines())
+        vain = fails_often(failed, len(losses)) or not baseline_rerouted(losses.values())
+        return "baseline_never_rerouted" if vain else ""
 
     def rows(self) -> list[dict[str, object]]:
         """One row for each trial asked for, in that order, with the columns of trials.csv; None is not known."""
-        baseline, tolerance = self._baseline_losses(), self.tolerance
+        baseline, tolerance = self._sound_baselines(), self.tolerance
         reported = {name for entry in self._entries.values() for name in _metrics(entry)}
         names = (*METRIC_COLUMNS, *sorted(reported - {*METRIC_COLUMNS, *PLAN_COLUMNS}))
         return [_row(entry, names, baseline, tolerance) for entry in self._entries.values()]
@@ -148,9 +160,23 @@ class SweepPlan:
         losses = {entry.spec.seed: _completed_loss(entry) for entry in self._baselines()}
         return {seed: loss for seed, loss in losses.items() if loss is not None}
 
+    def _sound_baselines(self) -> dict[int, float]:
+        """Those of `_baseline_losses` whose seed did not fail: what trials are compared with, and their seeds."""
+        losses = self._baseline_losses()
+        if not losses:
+            return {}
+        failed = failed_seeds([*losses.values()])
+        return {seed: loss for (seed, loss), out in zip(losses.items(), failed, strict=True) if not out}
+
+    def _first_seed(self) -> int:
+        """The first baseline's seed, or of the next whose baseline is not known to have failed."""
+        failed = self._baseline_losses().keys() - self._sound_baselines().keys()
+        seeds = [entry.spec.seed for entry in self._baselines()]
+        return next(seed for seed in seeds if seed not in failed)
+
     def _settle(self) -> None:
         """Tell Optuna of the ended trials, the searched ones only when the baseline gives them their constraint."""
-        baseline, tolerance, in_ = self._baseline_losses(), self.tolerance, self._baseline_in()
+        baseline, tolerance, in_ = self._sound_baselines(), self.tolerance, self._baseline_in()
         for entry in self._entries.values():
             if entry.outcome is None or entry.settled or not (in_ or entry.spec.phase == "baseline"):
                 continue
@@ -160,7 +186,7 @@ class SweepPlan:
             self._journal.settle(entry, constraint)
 
     def _search(self, index: int) -> TrialSpec:
-        seeds = list(self._baseline_losses())
+        seeds = list(self._sound_baselines())
         seed = seeds[index % len(seeds)]
         return self._journal.add("search", *suggest(self._journal.searched, self.table, self.settings, seed), seed)
 
@@ -178,8 +204,8 @@ class SweepPlan:
             searched=self.settings.searched,
             draws=draws,
         )
-        seeds = list(self._baseline_losses())
-        for setting in decision.settings:
+        seeds = list(self._sound_baselines())
+        for setting in sorted(decision.settings, key=lambda setting: not self._deserves_repeat(setting, decision)):
             unseen = [seed for seed in seeds if seed not in self._seeds_of(setting.beta_kl, setting.kl_temperature)]
             if unseen:
                 return self._journal.add("confirm", setting.beta_kl, setting.kl_temperature, unseen[0])
@@ -188,6 +214,14 @@ class SweepPlan:
         fresh = 1 + max(entry.spec.seed for entry in self._entries.values())
         pick = decision.settings[0]
         return self._journal.add("confirm", pick.beta_kl, pick.kl_temperature, fresh)
+
+    def _deserves_repeat(self, setting: SettingAssessment, decision: Decision) -> bool:
+        """Whether a setting would be chosen, had its only trial not most likely failed."""
+        if not setting.n_failed == setting.n_seeds == len(self._seeds_of(setting.beta_kl, setting.kl_temperature)):
+            return False
+        best = decision.settings[0]
+        better = not best.qualifies or setting.drift < best.drift
+        return better and probably_feasible(setting.probability_feasible, self.settings.confidence)
 
     def _seeds_of(self, beta_kl: float, kl_temperature: float) -> set[int]:
         specs = [entry.spec for entry in self._entries.values()]

@@ -142,7 +142,12 @@ def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw
         saved = expected_saving(model.log_drift_over(points, reference))
         return saved, model.probability_of_qualifying(points, seed, settings.confidence, left)
 
-    # 3. The worth of every grid point. Along a row, of one temperature, a larger weight saves no less drift than the
+    # 3. A setting whose only trial most likely failed: a second one tells more than any new point.
+    tried = asked.groupby(["beta_kl", "kl_temperature"]).size()
+    for *setting, failed_on in model.not_yet_repeated():
+        if failed_on != seed and tried[*setting] == 1:
+            return float(setting[0]), float(setting[1])
+    # 4. The worth of every grid point. Along a row, of one temperature, a larger weight saves no less drift than the
     #    weights below it, and is proved to be feasible no more easily: hence the running maximum and minimum.
     unit = _grid(draw, 1 if space.single_temperature else _TEMPERATURES)
     points = coordinates(*space.from_unit(unit), space)
@@ -151,7 +156,7 @@ def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw
     taken = space.to_unit(asked["beta_kl"], asked["kl_temperature"])
     apart = np.abs(unit[:, None] - taken).max(axis=2).min(axis=1, initial=np.inf) >= SAME_POINT
     worth = np.where(apart, worth.ravel(), -1)
-    # 4. With noisy seeds a second look at few settings tells more than a first at many: a repeat that is worth as much.
+    # 5. With noisy seeds a second look at few settings tells more than a first at many: a repeat that is worth as much.
     #    And where the whole grid is taken, as it soon is along a single temperature, any repeat.
     again = _not_on(seed, known, asked) if _noisy(trials, settings) or not apart.any() else []
     if again:
@@ -159,14 +164,14 @@ def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw
         worth_again = np.prod(saved_and_proved(coordinates(weights, temperatures, space)), axis=0)
         if worth_again.max() >= worth.max():
             return again[np.argmax(worth_again)]
-    # 5. No point is worth a trial: the pick on its second seed. The factor before `worth` makes a share of the pick's
+    # 6. No point is worth a trial: the pick on its second seed. The factor before `worth` makes a share of the pick's
     #    drift one of the drift without KL.
     seeds = [] if pick is None else _seeds_of(pick, asked)
     if pick is not None and len(seeds) == 1 and seed not in seeds:
         of_pick, of_baseline = model.drift.value(np.stack([reference, BASELINE])).expectation()
         if np.exp(of_pick - of_baseline) * worth.max() < WORTH_A_TRIAL:
             return pick
-    # 6. The best point; where the whole grid is taken and every setting ran on this seed, one at random.
+    # 7. The best point; where the whole grid is taken and every setting ran on this seed, one at random.
     if not apart.any():
         unit, worth = np.random.default_rng(draw).random((1, 2)), np.zeros(1)
     beta_kl, kl_temperature = space.from_unit(unit[[np.argmax(worth)]])
@@ -194,7 +199,9 @@ def _pick(model: Surrogate, ran: pd.DataFrame, settings: PlanSettings) -> tuple[
     points = coordinates(ran["beta_kl"], ran["kl_temperature"], settings.searched)
     drift = model.drift.value(points).expectation()
     qualifies = [probably_feasible(chance, settings.confidence) for chance in model.probability_feasible(points)]
-    drift[~np.array(qualifies)] = np.inf
+    barred = model.not_to_be_chosen()
+    ran_at = zip(ran["beta_kl"], ran["kl_temperature"], strict=True)
+    drift[~np.array(qualifies) | [setting in barred for setting in ran_at]] = np.inf
     best = int(np.argmin(drift))
     if not np.isfinite(drift[best]):
         return None

@@ -15,12 +15,12 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from analysis.baseline import unconverged_sentence
+from analysis.baseline import failed_sentence, unconverged_sentence
 from analysis.decision import Decision
 from analysis.formatting import count, number, percent, with_relation
 from analysis.noise import excessive_spread, samples_for, seeds_needed
 from analysis.report.commands import folded
-from analysis.report.report import explanation
+from analysis.report.report import explanation, suspect_lines
 from sweeps.plan.budget import PlanSettings
 from sweeps.plan.plan import SweepPlan
 
@@ -60,6 +60,8 @@ def noise_lines(rows: Sequence[Row], tolerance: float, settings: PlanSettings) -
     completed = [row for row in rows if row["phase"] == "baseline" and row["status"] == "completed"]
     losses = [row["eval_loss_reroute"] for row in completed]
     sigma = excessive_spread(losses, tolerance)
+    if failed := failed_sentence(pd.DataFrame(completed)):
+        return wrapped(f"baseline  {failed}")
     if sigma is None:
         return []
     if unfinished := unconverged_sentence(pd.DataFrame(completed)):
@@ -227,6 +229,8 @@ def _found(decision: Decision, wider: str | None) -> list[str]:
             lines += wrapped(f"but       {decision.behaviour_warning}")
     else:
         lines += wrapped(f"verdict   {decision.verdict}: {explanation(decision)}")
+    for suspect in suspect_lines(decision):
+        lines += wrapped(f"suspect   {suspect}")
     if wider is not None:
         lines += wrapped(f"warning   {decision.range_warning}")
         lines += [INDENT + line for line in folded(wider, WIDTH - len(INDENT)).splitlines()]

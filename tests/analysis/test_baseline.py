@@ -18,22 +18,43 @@ SWEEP = {"preset": "auto", "settings": {"num_samples": 18}, "config": {"steps": 
 @pytest.fixture
 def one_late() -> pd.DataFrame:
     """Four baseline seeds, of which the third has one layer that never collapsed; as on a real pretrained model."""
+    return late("t002")
+
+
+def late(*trial_ids: str) -> pd.DataFrame:
     trials = make_trials(Surface())
     trials["steps"] = 60.0
     trials["converged"] = 1.0
     trials["eval_cosine_layer_10"], trials["eval_cosine_layer_20"] = -0.2, -0.1
     trials["collapse_step_layer_10"], trials["collapse_step_layer_20"] = 40.0, 20.0
-    late = trials["trial_id"] == "t002"
-    trials.loc[late, ["eval_loss_reroute", "converged", "eval_cosine_layer_10"]] = [0.498, 0.0, 0.98]
-    trials.loc[late, "collapse_step_layer_10"] = float("nan")
+    held = trials["trial_id"].isin(trial_ids)
+    trials.loc[held, ["eval_loss_reroute", "converged", "eval_cosine_layer_10"]] = [0.498, 0.0, 0.98]
+    trials.loc[held, "collapse_step_layer_10"] = float("nan")
     return trials
 
 
-def test_unconverged_seeds_are_said_with_the_steps_they_need_and_no_number_of_seeds(one_late):
+def test_one_baseline_seed_that_failed_is_named_and_the_others_are_compared_with(one_late):
+    decision, sound = decide(one_late), decide(make_trials(Surface()))
+    assert decision.verdict == "choose"
+    assert (decision.beta_kl, decision.kl_temperature) == (sound.beta_kl, sound.kl_temperature)
+    assert decision.baseline is not None
+    assert (decision.baseline.n_seeds, decision.baseline.n_failed) == (3, 1)
+    assert decision.baseline.eval_loss_reroute < 0.05
+    assert any(
+        warning.startswith("1 of 4 baseline seeds had not converged after 60 steps (t002, seed 2: layer 10 at cosine")
+        for warning in decision.warnings
+    ), decision.warnings
+    (suspect,) = decision.suspects
+    assert (suspect.trial_id, suspect.seed) == ("t002", 2)
+    assert "layer 10 at cosine 0.98; logs/t002.log" in suspect.evidence
+
+
+def test_unconverged_seeds_are_said_with_the_steps_they_need_and_no_number_of_seeds():
+    one_late = late("t000", "t002")
     decision = decide(one_late)
-    assert decision.verdict == "insufficient_evidence"
+    assert decision.verdict == "baseline_never_rerouted"
     assert decision.reason.startswith(
-        "1 of 4 baseline seeds had not converged after 60 steps (t002, seed 2: layer 10 at cosine 0.98)"
+        "2 of 4 baseline seeds had not converged after 60 steps (t000, seed 0: layer 10 at cosine 0.98; t002, seed 2: "
     )
     assert "--steps must grow from 60 to about 120" in decision.reason
     assert decision.needed is None
@@ -45,8 +66,8 @@ def test_unconverged_seeds_are_said_with_the_steps_they_need_and_no_number_of_se
     assert "--lr 0.001" in command
 
 
-def test_the_report_says_it_too(make_run: MakeRun, one_late: pd.DataFrame):
-    run = make_run(one_late)
+def test_the_report_says_it_too(make_run: MakeRun):
+    run = make_run(late("t000", "t002"))
     write_report(run)
     record = json.loads(Path(run, "report", "decision.json").read_text())
     assert "had not converged" in record["explanation"]
@@ -64,9 +85,8 @@ def test_a_seed_at_which_nothing_had_begun_says_converged_and_is_not(one_late):
     one_late.loc[late, ["eval_loss_reroute", "converged"]] = [0.985, 1.0]
     one_late.loc[late, ["eval_cosine_layer_10", "eval_cosine_layer_20"]] = 0.985
     decision = decide(one_late)
-    assert "(t002, seed 2: layer 10 at cosine 0.98 and layer 20 at cosine 0.98)" in decision.reason, decision
-    assert decision.needed is None
-    assert decision.mend == {"steps": 120}
+    said = "(t002, seed 2: layer 10 at cosine 0.98 and layer 20 at cosine 0.98)"
+    assert any(said in warning and "to about 120" in warning for warning in decision.warnings), decision.warnings
 
 
 def test_a_choice_that_stands_all_the_same_warns_of_it(trials: pd.DataFrame):

@@ -112,7 +112,7 @@ def test_effective_draws_suffice_at_a_full_sweep() -> None:
 
 def test_the_probability_of_qualifying_is_how_often_another_trial_proves_it() -> None:
     posterior = fit(X, SEED, Y, REROUTE_PRIOR, draws=1)
-    points, limit, confidence, seed = coordinates([0.2, 0.12], [1.0, 1.0]), 0.06, 0.95, 1
+    points, limit, confidence, seed = coordinates([0.2, 0.195], [1.0, 1.0]), 0.033, 0.95, 1
     said = posterior.probability_of_qualifying(points, X[0], seed, limit, confidence)
     theta, rng, labels = posterior.theta, np.random.default_rng(0), np.append(SEED, seed)
     for point, probability in zip(points, said, strict=True):

@@ -35,6 +35,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from typing import get_args
 
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
@@ -42,7 +43,7 @@ import numpy as np
 import pandas as pd
 
 from tests.benchmarks.search_methods import NUM_SAMPLES, PEERS, PLANS, Job, simulate
-from tests.benchmarks.surfaces import Family, Kind
+from tests.benchmarks.surfaces import Failing, Family, Kind
 
 NOISES = (0.0, 0.01, 0.02, 0.05)
 CORRELATIONS = (0.0, 0.5, 0.8)
@@ -109,17 +110,24 @@ def reliability(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def jobs(runs: int, seed: int, family: Family, methods: Sequence[str], noises: Sequence[float]) -> list[Job]:
+def jobs(
+    runs: int,
+    seed: int,
+    family: Family,
+    methods: Sequence[str],
+    noises: Sequence[float],
+    failing: tuple[Failing, float],
+) -> list[Job]:
     """Every sweep to simulate, the costly ones first."""
     reachable = [
-        Job(method, noise, CORRELATIONS[run % len(CORRELATIONS)], run, seed, family)
+        Job(method, noise, CORRELATIONS[run % len(CORRELATIONS)], run, seed, family, "reachable", *failing)
         for noise in noises
         for method in methods
         for run in range(runs)
     ]
     shares: dict[Kind, float] = {"none_feasible": 0.5, "never_rerouted": 0.1}
     refused = [
-        Job(method, noise, CORRELATIONS[run % len(CORRELATIONS)], run, seed, family, kind)
+        Job(method, noise, CORRELATIONS[run % len(CORRELATIONS)], run, seed, family, kind, *failing)
         for kind, share in shares.items()
         for noise in noises
         for method in methods
@@ -135,18 +143,24 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="60 runs a cell in place of --runs")
     parser.add_argument("--runs", type=int, default=510, help="sweeps a cell (noise × method)")
     parser.add_argument("--seed", type=int, default=0, help="of the surfaces that are drawn")
-    parser.add_argument("--family", choices=("softplus", "hinge"), default="softplus")
+    parser.add_argument("--family", choices=get_args(Family), default="softplus")
+    parser.add_argument("--failing", choices=get_args(Failing), default="none")
+    parser.add_argument("--rate", type=float, default=0.0, help="of runs that fail")
     parser.add_argument("--methods", nargs="+", default=[*PLANS, *PEERS], choices=[*PLANS, *PEERS])
     parser.add_argument("--noises", nargs="+", type=float, default=list(NOISES))
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
     runs = 60 if options.quick else options.runs
-    planned = jobs(runs, options.seed, options.family, options.methods, options.noises)
+    failing = (options.failing, options.rate)
+    planned = jobs(runs, options.seed, options.family, options.methods, options.noises, failing)
     started = time.monotonic()
     with ProcessPoolExecutor(options.processes) as pool:
         results = pd.DataFrame(pool.map(simulate, planned, chunksize=10))
     reachable = results[results["kind"] == "reachable"]
-    print(f"{runs} sweeps a cell of {NUM_SAMPLES} trials, family {options.family}, seed {options.seed}\n")
+    print(
+        f"{runs} sweeps a cell of {NUM_SAMPLES} trials, family {options.family}, seed {options.seed}, "
+        f"failing: {options.failing} {options.rate:.0%}\n"
+    )
     print(comparison(reachable).to_string(index=False), "\n")
     print(refusals(results[results["kind"] != "reachable"]).to_string(index=False), "\n")
     print(reliability(reachable).to_string(index=False))

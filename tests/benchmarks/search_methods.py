@@ -17,7 +17,7 @@ from sweeps.plan.early_stopping import Z
 from sweeps.plan.journal import TrialOutcome, TrialSpec
 from sweeps.plan.plan import SweepPlan
 from sweeps.plan.sampler import BETA_KL, KL_TEMPERATURE, search_space
-from tests.benchmarks.surfaces import TOLERANCE, Family, Kind, Surface, World, draw_surface
+from tests.benchmarks.surfaces import TOLERANCE, Failing, Family, Kind, Surface, World, draw_surface
 
 NUM_SAMPLES = 20
 SETTINGS = PlanSettings(num_samples=NUM_SAMPLES)
@@ -37,6 +37,8 @@ class Job:
     seed: int
     family: Family
     kind: Kind = "reachable"
+    failing: Failing = "none"
+    rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Recommendation:
 def simulate(job: Job) -> dict[str, Any]:
     """Run one sweep; its job's fields and how good its recommendation truly is."""
     surface = draw_surface(np.random.default_rng([job.seed, job.run]), job.family, job.kind)
-    world = World(surface, job.noise, job.correlation, 1000 * job.seed + job.run)
+    number, first_seed = 1000 * job.seed + job.run, job.run * BASELINES
+    world = World(surface, job.noise, job.correlation, number, job.failing, job.rate, first_seed)
     made = _by_plan(job, world, PLANS[job.method]) if job.method in PLANS else _by_peer(job, world)
     return {**vars(job), **vars(made), **_truth(surface, made)}
 

@@ -2,7 +2,9 @@
 
 Drift falls from its value without KL to a floor as beta_kl grows; rerouting is flat and then regresses beyond a
 threshold; temperature moves both, each in its own measure. A family is a way to write the two curves: `softplus` is
-the first choice, `hinge` differs mildly in both.
+the first choice, `hinge` differs mildly in both. The other two differ in form: by `cliff` rerouting is lost all at once
+and drift falls slowly, like a logarithm; by `valley` rerouting is lost as a power of beta_kl without a threshold, least
+at a middle temperature, and drift rises again where beta_kl is large.
 """
 
 import functools
@@ -17,7 +19,10 @@ from sweeps.plan.budget import PlanSettings
 from sweeps.plan.journal import TrialOutcome, TrialSpec
 
 Array = NDArray[np.float64]
-Family = Literal["softplus", "hinge"]
+Family = Literal["softplus", "hinge", "cliff", "valley"]
+Failing = Literal["none", "trials", "drift", "seed"]
+"""Which runs fail: a share of the trials (they hardly reroute, and then drift hardly at all), in drift alone, or all of
+one baseline seed in so many."""
 Kind = Literal["reachable", "none_feasible", "never_rerouted"]
 
 TOLERANCE = 0.05
@@ -48,17 +53,33 @@ class Surface:
     def drift(self, beta_kl: ArrayLike, kl_temperature: ArrayLike) -> Array:
         """Nats per token."""
         strength = np.asarray(beta_kl, float) * np.asarray(kl_temperature, float) ** self.drift_temperature / self.scale
-        soft = self.family == "softplus"
-        kept = 1 / (1 + strength**self.power) if soft else np.exp(-(strength ** (self.power / 2)))
-        return self.drift_0 * (self.floor + (1 - self.floor) * kept)
+        if self.family == "hinge":
+            kept = np.exp(-(strength ** (self.power / 2)))
+        elif self.family == "cliff":
+            kept = 1 / (1 + self.power * np.log1p(strength))
+        else:
+            kept = 1 / (1 + strength**self.power)
+        rise = 1 + strength / 50 if self.family == "valley" else 1
+        return self.drift_0 * (self.floor * rise + (1 - self.floor) * kept)
 
     def lost(self, beta_kl: ArrayLike, kl_temperature: ArrayLike) -> Array:
         """Rerouting lost, as a fraction of what the baseline achieves."""
         beta, heat = np.asarray(beta_kl, float), np.asarray(kl_temperature, float)
         with np.errstate(divide="ignore"):
-            z = (np.log(beta) + self.reroute_temperature * np.log(heat) - self.threshold) / self.width
-        bent = np.logaddexp(0, z) if self.family == "softplus" else np.maximum(0, z + 1) ** 1.3
-        return np.where(beta > 0, np.minimum(self.jump + self.slope * self.width * bent, 1), 0)
+            middle = np.square(np.log(heat) - math.log(2)) if self.family == "valley" else 0
+            beyond = np.log(beta) + self.reroute_temperature * (np.log(heat) + middle) - self.threshold
+        z = beyond / self.width
+        if self.family == "cliff":
+            lost = 1 / (1 + np.exp(np.minimum(3 - 1.5 * z, 700)))
+        elif self.family == "valley":
+            lost = -np.expm1(-self.slope * np.exp(np.minimum((0.5 + self.width) * beyond, 700)))
+        else:
+            lost = (
+                self.slope
+                * self.width
+                * (np.logaddexp(0, z) if self.family == "softplus" else np.maximum(0, z + 1) ** 1.3)
+            )
+        return np.where(beta > 0, np.minimum(self.jump + lost, 1), 0)
 
     @functools.cached_property
     def best_drift(self) -> float:
@@ -99,12 +120,24 @@ class World:
     Of the noise's variance a share `correlation` is common to all trials of a seed.
     """
 
-    def __init__(self, surface: Surface, noise: float, correlation: float, seed: int) -> None:
+    def __init__(
+        self,
+        surface: Surface,
+        noise: float,
+        correlation: float,
+        seed: int,
+        failing: Failing = "none",
+        rate: float = 0.0,
+        first_seed: int = 0,
+    ) -> None:
         """
         Args:
             noise: standard deviation, as a fraction of the level.
+            rate: of the runs that fail; 1 / rate seeds from `first_seed` on hold the one that fails.
         """
-        self.surface = surface
+        self.surface, self._failing, self._rate = surface, failing, rate
+        if failing == "seed":
+            self._bad_seed = first_seed + int(np.random.default_rng([seed, 4]).integers(round(1 / rate)))
         self._noise, self._correlation, self._seed = noise, correlation, seed
 
     def __call__(self, spec: TrialSpec) -> TrialOutcome:
@@ -116,6 +149,13 @@ class World:
         lost = float(self.surface.lost(spec.beta_kl, spec.kl_temperature)) + error[0]
         loss = min(max(self.surface.loss_0 + achieved * lost, 0), 1)
         drift = float(self.surface.drift(spec.beta_kl, spec.kl_temperature)) * math.exp(error[1])
+        chance = np.random.default_rng([self._seed, 3, int(spec.trial_id[1:])])
+        if spec.seed == self._bad_seed if self._failing == "seed" else chance.random() < self._rate:
+            if self._failing == "drift":
+                drift *= math.exp(chance.choice([-1, 1]) * chance.uniform(2, 5))
+            else:  # no layer collapsed, or one of two
+                stays = chance.uniform(0.9, 1) if chance.random() < 0.5 else chance.uniform(0.4, 0.6)
+                loss, drift = max(loss, stays), drift * math.exp(-chance.uniform(2, 6))
         return TrialOutcome("completed", drift, loss, 8.0, {"base_harmful_nll": 0.5, "loss_kl": 0.1})
 
 

@@ -104,6 +104,8 @@ def quick_decide(
         SimpleNamespace(
             beta_kl=beta_kl,
             kl_temperature=kl_temperature,
+            n_seeds=group.seed.nunique(),
+            n_failed=0,
             probability_feasible=0.99 if group.eval_loss_reroute.mean() < 0.05 else 0.5,
             drift=group.eval_benign_kl.mean(),
         )

@@ -137,12 +137,42 @@ def test_a_useless_baseline_ends_the_sweep_once_running_trials_have_ended(loss: 
 
 @pytest.mark.usefixtures("quick")
 def test_two_seeds_ahead_that_failed_to_reroute_end_nothing_where_another_did_reroute() -> None:
-    plan = plan_of(20)
-    asked = [next_trial(plan) for _ in range(4)]
-    for spec, loss in zip(asked[::-1], (0.02, 0.01, 0.83, 0.82), strict=True):
+    plan = plan_of(20, baseline_seeds=5)
+    asked = [next_trial(plan) for _ in range(5)]
+    for spec, loss in zip(asked[::-1], (0.02, 0.01, 0.015, 0.83, 0.82), strict=True):
         plan.tell(spec.trial_id, completed(loss))
     assert plan.stopped_because == ""
-    assert next_trial(plan).phase == "ablation"
+    assert (next_trial(plan).phase, asked[2].seed) == ("ablation", 2)
+
+
+def test_of_a_baseline_that_failed_at_half_its_seeds_nothing_is_swept() -> None:
+    plan = plan_of(20)
+    tell_baselines(plan, 0.02, 0.01, 0.83, 0.82)
+    assert plan.stopped_because == "baseline_never_rerouted"
+    assert plan.ask() is None
+
+
+def test_no_trial_runs_on_a_seed_whose_baseline_failed_nor_is_compared_with_it() -> None:
+    plan = plan_of(20)
+    tell_baselines(plan, 0.97, 0.01, 0.012, 0.014)
+    assert plan.tolerance == pytest.approx(0.05 * (1 - 0.012))
+    asked = drive(plan)
+    assert 0 not in {spec.seed for spec in asked if spec.beta_kl > 0}
+
+
+def test_a_setting_whose_only_trial_failed_is_repeated_on_another_seed() -> None:
+    plan = plan_of(20)
+
+    def outcome(spec: TrialSpec) -> TrialOutcome:
+        return completed(0.97, 0.01) if spec.trial_id == "t005" else world(spec)
+
+    asked = drive(plan, outcome)
+    failed_there = next(spec for spec in asked if spec.trial_id == "t005")
+    setting = (failed_there.beta_kl, failed_there.kl_temperature)
+    again = [spec for spec in asked if (spec.beta_kl, spec.kl_temperature) == setting]
+    assert len(again) == 2
+    assert again[1].seed != failed_there.seed
+    assert asked.index(again[1]) <= 10, "a second trial there tells more than new points"
 
 
 def bad(**changes: float | None) -> TrialOutcome:
@@ -179,7 +209,8 @@ def test_a_trial_is_told_once_and_only_if_it_was_asked() -> None:
 
 
 def assessed(beta_kl: float, probability: float, drift: float) -> SimpleNamespace:
-    return SimpleNamespace(beta_kl=beta_kl, kl_temperature=1.0, probability_feasible=probability, drift=drift)
+    ran = {"n_seeds": 1, "n_failed": 0}
+    return SimpleNamespace(beta_kl=beta_kl, kl_temperature=1.0, probability_feasible=probability, drift=drift, **ran)
 
 
 def confirmations(

@@ -229,8 +229,14 @@ def test_seeds_that_agree_or_are_too_few_are_not_told():
     assert noise_of([0.0, 0.0195, 0.039], 0.049) == "", "σ 0.0195 is less than 0.4 of the limit"
     assert noise_of([0.0, 0.02, 0.04], 0.049) != ""
     plan = plan_of(20, baseline_seeds=3)
-    tell_baselines(plan, 0.0, 0.5, None)
+    tell_baselines(plan, 0.0, 0.2, None)
     assert noise_lines(plan.rows(), 0.049, plan.settings) == []
+
+
+def test_a_baseline_seed_that_failed_is_told_by_itself_and_is_no_noise():
+    said = noise_of([0.010, 0.9, 0.011], 0.049)
+    assert "1 of 3 baseline seeds never rerouted as the others did (t001, seed 1: reroute 0.9)" in said
+    assert "noise" not in said
 
 
 def test_noise_is_told_once_as_soon_as_the_baseline_is_in_and_again_when_resumed(tmp_path, capsys):
