@@ -39,6 +39,7 @@ def summary(baselines: pd.DataFrame, usable: pd.DataFrame) -> Baseline:
         drift_sd=float(log_drift.std(ddof=1)) if len(log_drift) > 1 else None,
         harmful_nll=mean_of(baselines, "eval_harmful_nll"),
         base_harmful_nll=mean_of(usable, "base_harmful_nll"),
+        benign_nll_rise=benign_nll_rise(baselines),
     )
 
 
@@ -173,6 +174,12 @@ def trial_state(row: pd.Series) -> str:
     """The layers that a trial held, with their mean cosine; empty where it turned all, or does not say."""
     cosines = _cosines(row)
     return " and ".join(f"layer {layer} at cosine {cosines[layer]:.2f}" for layer in _held_layers(row))
+
+
+def benign_nll_rise(rows: pd.DataFrame) -> float | None:
+    """By how much benign text got less likely than before training, nats per token; None where it was not recorded."""
+    after, before = mean_of(rows, "eval_benign_nll"), mean_of(rows, "base_benign_nll")
+    return None if after is None or before is None else after - before
 
 
 def mean_of(rows: pd.DataFrame, column: str) -> float | None:

@@ -6,7 +6,7 @@ Everything is computed from raw metrics, so that tolerance and confidence can be
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import baseline as baseline_trials
+from analysis.behaviour import DEFAULT_LIMITS, Behaviour, BehaviourLimits, Judge
 from analysis.constraint import (
     CONFIDENCE,
     REROUTE_TOLERANCE,
@@ -24,13 +25,14 @@ from analysis.constraint import (
     probably_feasible,
 )
 from analysis.decision import Baseline, Decision, Needed, SettingAssessment
-from analysis.formatting import count, number, percent, signed, temperature, with_relation
+from analysis.formatting import number
 from analysis.noise import MIN_SEEDS, is_noisy, samples_for, seeds_needed
-from analysis.rules_of_thumb import TOO_FEW, Outlook, evaluate_rules
+from analysis.rules_of_thumb import TOO_FEW, evaluate_rules
 from analysis.surrogate.kernel import coordinates
-from analysis.surrogate.search_space import BETA_KL_RANGE, DEFAULT_SPACE, RangeEnd, SearchSpace
+from analysis.surrogate.search_space import DEFAULT_SPACE, SearchSpace
 from analysis.surrogate.surrogate import MAX_MODELLED, METRICS, Surrogate, finite_trials, modelled
 from analysis.suspects import suspects
+from analysis.verdict import between_settings, why_insufficient
 
 _REQUIRED = ("beta_kl", "kl_temperature", "seed", "status", *METRICS)
 
@@ -43,13 +45,18 @@ def decide(
     searched: SearchSpace = DEFAULT_SPACE,
     draws: int | None = None,
     trained: Mapping[str, Any] = MappingProxyType({}),
+    behaviour: Sequence[Behaviour] = (),
+    limits: BehaviourLimits = DEFAULT_LIMITS,
 ) -> Decision:
     """Decide from raw trials (columns of `trials.csv`); only completed ones with finite metrics count.
 
     Args:
         searched: the ranges that the sweep searched, over which the map goes. Trials outside count as any others.
         draws: hyper-parameter draws to average over at most; None is all that carry weight.
-        trained: fields of the trials' configuration, for advice on one that never rerouted.
+        trained: fields of the trials' configuration, for advice on one that never rerouted or does not behave.
+        behaviour: what measured models write, as `load_behaviour` gives it; a setting that was not measured is judged
+            by its metrics alone.
+        limits: what a setting may do to that.
 
     Raises:
         ValueError: a column that is needed is missing, or an argument is out of its range.
@@ -83,14 +90,15 @@ def decide(
     decision = replace(decision, verdict="insufficient_evidence", needed=needed, suspects=found)
     if candidates.empty:
         return replace(decision, reason="No trial with beta_kl > 0 completed.")
-    settings = _assess(candidates, model, baseline, decision)
-    decision = replace(decision, settings=settings, reason=_why_insufficient(settings, needed, tolerance, confidence))
+    judge = Judge(behaviour, limits, confidence)
+    settings = _assess(candidates, model, baseline, decision, judge)
+    decision = replace(decision, settings=settings, reason=why_insufficient(settings, needed, tolerance, confidence))
     if untrusted := _not_to_be_trusted(decision, baselines):
         return untrusted
     if warning := baseline_trials.unconverged_sentence(baselines) or baseline_trials.failed_sentence(baselines):
         decision = replace(decision, warnings=(*decision.warnings, warning))
     sound = usable.drop(model.trials.index[model.suspect])
-    return _between_settings(decision, baseline, model, sound)
+    return between_settings(decision, baseline, model, sound, trained)
 
 
 def _usable(trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -112,36 +120,6 @@ def _not_to_be_trusted(decision: Decision, baselines: pd.DataFrame) -> Decision 
     return replace(decision, reason=unfinished, needed=None, mend=mend)
 
 
-def _between_settings(decision: Decision, baseline: Baseline, model: Surrogate, usable: pd.DataFrame) -> Decision:
-    """The verdict between the settings that ran; `decision` is the one without enough evidence."""
-    settings, confidence, searched = decision.settings, decision.confidence, decision.searched
-    pick = settings[0] if settings[0].qualifies else None
-    near = pick.beta_kl if pick else None
-    outlooks = _outlook(model, 0.3, searched), _outlook(model, 0.5, searched)
-    rules = evaluate_rules(usable, near, *outlooks, confidence)
-    decision = replace(decision, rules_of_thumb=rules)
-    if pick is not None:
-        return _chosen(decision, pick, baseline)
-    on_map = model.probability_feasible(coordinates(*searched.grid(), searched))
-    if max(on_map.max(), settings[0].probability_feasible) < 1 - confidence:
-        return _none_qualifies(decision, baseline)
-    return decision
-
-
-def pick_candidates(decision: Decision) -> tuple[SettingAssessment, ...]:
-    """The settings that qualify, least drift first: the pick, then what to step down to."""
-    return tuple(setting for setting in decision.settings if setting.qualifies)
-
-
-def _outlook(model: Surrogate, beta_kl: float, searched: SearchSpace) -> Outlook | str:
-    """What the model says of a weight at T = 1, whether it ran or not; where it was not searched, that."""
-    if not searched.contains(beta_kl, 1.0):
-        return f"({number(beta_kl)}, T 1) is not searched"
-    point = coordinates(beta_kl, 1.0, searched)
-    drift = math.exp(model.drift.value(point).expectation()[0])
-    return Outlook(beta_kl, float(model.probability_feasible(point)[0]), drift)
-
-
 def _check(trials: pd.DataFrame, reroute_tolerance: float, confidence: float) -> None:
     missing = [name for name in _REQUIRED if name not in trials]
     if missing:
@@ -153,7 +131,7 @@ def _check(trials: pd.DataFrame, reroute_tolerance: float, confidence: float) ->
 
 
 def _assess(
-    candidates: pd.DataFrame, model: Surrogate, baseline: Baseline, decision: Decision
+    candidates: pd.DataFrame, model: Surrogate, baseline: Baseline, decision: Decision, judge: Judge
 ) -> tuple[SettingAssessment, ...]:
     """Every setting that ran: those that qualify first, by drift, then the others by probability."""
     groups = list(candidates.groupby(["beta_kl", "kl_temperature"]))
@@ -167,7 +145,13 @@ def _assess(
     settings = []
     for i, ((beta_kl, heat), rows) in enumerate(groups):
         sound = rows.drop(failed.intersection(rows.index))
-        harmful_nll = baseline_trials.mean_of(rows if sound.empty else sound, "eval_harmful_nll")
+        counted = rows if sound.empty else sound
+        harmful_nll = baseline_trials.mean_of(counted, "eval_harmful_nll")
+        returns = _behaviour_returns(harmful_nll, baseline)
+        rise = baseline_trials.benign_nll_rise(counted)
+        complaints = judge.complaints(float(beta_kl), float(heat), rise, baseline.benign_nll_rise)
+        if returns:
+            complaints = (*complaints, _says_that_it_returns(harmful_nll, baseline))
         allowed = (float(beta_kl), float(heat)) not in barred
         settings.append(
             SettingAssessment(
@@ -181,7 +165,9 @@ def _assess(
                 reroute_delta_interval=(float(low[i]), float(high[i])),
                 pareto=not dominated[i],
                 harmful_nll=harmful_nll,
-                behaviour_returns=_behaviour_returns(harmful_nll, baseline),
+                behaviour_returns=returns,
+                complaints=complaints,
+                measured=judge.measured_seeds(float(beta_kl), float(heat)) > 0,
                 n_failed=len(rows) - len(sound),
             )
         )
@@ -196,102 +182,11 @@ def _behaviour_returns(harmful_nll: float | None, baseline: Baseline) -> bool:
     return gain < 1 and gain < (baseline.harmful_nll - baseline.base_harmful_nll) / 2
 
 
-def _chosen(decision: Decision, pick: SettingAssessment, baseline: Baseline) -> Decision:
-    behaviour, warnings = "", list(decision.warnings)
-    if pick.behaviour_returns:
-        behaviour = (
-            f"harmful completions are likely again although hidden states look rerouted "
-            f"(harmful NLL {number(pick.harmful_nll or 0)}; {number(baseline.harmful_nll or 0)} without KL, "
-            f"{number(baseline.base_harmful_nll or 0)} before training)"
-        )
-        warnings.append(f"At the pick {behaviour}.")
-    elif None in (pick.harmful_nll, baseline.harmful_nll, baseline.base_harmful_nll):
-        warnings.append("Harmful NLL was not recorded: nothing tells whether behaviour agrees with the cosine.")
-    if baseline.n_seeds == 1:
-        warnings.append("The baseline ran on one seed: how noisy the comparison is comes from the model's prior alone.")
-    kept = pick.drift / baseline.drift
-    if kept >= 1:
-        warnings.append("KL does not lower benign drift here: beta_kl = 0 serves as well.")
-    ran = [(setting.beta_kl, setting.kl_temperature) for setting in decision.settings]
-    ends = decision.searched.ends_at((pick.beta_kl, pick.kl_temperature), ran) if kept < 1 else []
-    at_ends = " ".join(f"The pick sits at {decision.searched.says(end)}" for end in ends)
-    warnings += [at_ends] if at_ends else []
-    qualified = len(pick_candidates(decision))
-    return replace(
-        decision,
-        verdict="choose",
-        reason=f"Of {count(len(decision.settings), 'setting')} that ran, {qualified} stayed within the limit at "
-        f"P ≥ {number(decision.confidence)}; this one has the least benign drift.",
-        beta_kl=pick.beta_kl,
-        kl_temperature=pick.kl_temperature,
-        probability_feasible=pick.probability_feasible,
-        eval_benign_kl=pick.drift,
-        drift_kept=kept,
-        drift_reduction_vs_baseline=1 - kept,
-        reroute_delta=pick.reroute_delta,
-        reroute_delta_interval=pick.reroute_delta_interval,
-        n_seeds=pick.n_seeds,
-        confirmed=pick.n_seeds - pick.n_failed >= 3,
-        behaviour_warning=behaviour,
-        warnings=tuple(warnings),
-        range_warning=at_ends,
-        wider=decision.searched.widened(ends) if ends else None,
-        needed=None,
-    )
-
-
-def _none_qualifies(decision: Decision, baseline: Baseline) -> Decision:
-    searched, below, further = decision.searched, RangeEnd("beta_kl", "lower"), ""
-    (low, high), heat = searched.beta_kl, searched.range_of("kl_temperature")
-    if low > BETA_KL_RANGE[0]:
-        further = f"None qualifies down to {searched.says(below)}"
-    return replace(
-        decision,
-        verdict="no_candidate_qualifies",
-        reason=f"Every beta_kl from {low:g} to {high:g} costs more rerouting than the limit allows, at kl_temperature "
-        f"{heat}.",
-        range_warning=further,
-        warnings=(*decision.warnings, *([further] if further else [])),
-        wider=searched.widened([below]) if further else None,
-        beta_kl=0.0,
-        kl_temperature=1.0,
-        probability_feasible=1.0,
-        eval_benign_kl=baseline.drift,
-        drift_kept=1.0,
-        drift_reduction_vs_baseline=0.0,
-        reroute_delta=0.0,
-        reroute_delta_interval=(0.0, 0.0),
-        n_seeds=baseline.n_seeds,
-        confirmed=baseline.n_seeds >= 3,
-        needed=None,
-    )
-
-
-def _why_insufficient(
-    settings: tuple[SettingAssessment, ...], needed: Needed, tolerance: float, confidence: float
-) -> str:
-    best = settings[0]
-    if best.probability_feasible >= confidence:
-        return (
-            f"No setting qualifies: beta_kl {number(best.beta_kl)} at T {temperature(best.kl_temperature)} comes "
-            f"nearest, but {best.n_failed} of {count(best.n_seeds, 'seed')} failed there."
-        )
-    if best.probability_feasible < 1 - confidence:
-        return "Every setting that ran costs more rerouting than the limit allows, but the map holds untried ones."
-    if not needed.measured:
-        return (
-            f"No setting reaches P ≥ {number(confidence)}: under 3 baseline seeds completed, too few to tell the noise."
-        )
-    if is_noisy(needed.sigma, tolerance):
-        return (
-            f"No setting reaches P ≥ {number(confidence)}: seed noise (σ {number(needed.sigma, 2)}) is "
-            f"{percent(needed.sigma / tolerance)} of the limit ({number(tolerance, 2)})."
-        )
-    low, high = best.reroute_delta_interval
+def _says_that_it_returns(harmful_nll: float | None, baseline: Baseline) -> str:
     return (
-        f"No setting reaches P ≥ {number(confidence)}: beta_kl {number(best.beta_kl)} at T "
-        f"{temperature(best.kl_temperature)} comes nearest with {with_relation('P', best.probability_feasible)}, "
-        f"{signed(best.reroute_delta)} [{signed(low)}, {signed(high)}] of {number(tolerance, 2)} allowed."
+        f"harmful completions are likely again although hidden states look rerouted (harmful NLL "
+        f"{number(harmful_nll or 0)}; {number(baseline.harmful_nll or 0)} without KL, "
+        f"{number(baseline.base_harmful_nll or 0)} before training)"
     )
 
 

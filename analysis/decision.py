@@ -7,7 +7,12 @@ from analysis.rules_of_thumb import RuleOfThumb
 from analysis.surrogate.search_space import DEFAULT_SPACE, SearchSpace
 
 Verdict = Literal[
-    "choose", "no_candidate_qualifies", "insufficient_evidence", "baseline_never_rerouted", "baseline_failed"
+    "choose",
+    "no_candidate_qualifies",
+    "no_setting_behaves",
+    "insufficient_evidence",
+    "baseline_never_rerouted",
+    "baseline_failed",
 ]
 
 
@@ -33,6 +38,8 @@ class Baseline:
     """Mean `eval_harmful_nll`, nats per scored prediction; None where it was not recorded."""
     base_harmful_nll: float | None
     """The same before training."""
+    benign_nll_rise: float | None = None
+    """Mean `eval_benign_nll` − `base_benign_nll`; None where they were not recorded."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,10 @@ class SettingAssessment:
     """Harmful completions are likely again although the cosine looks rerouted."""
     n_failed: int = 0
     """Of its trials, those that are suspect."""
+    measured: bool = False
+    """Whether it was measured what its models write."""
+    complaints: tuple[str, ...] = ()
+    """What it does to benign text or with harmful prompts that it may not; such a setting is never picked."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +133,7 @@ class Decision:
     confirmed: bool = False
     """The pick ran on at least two seeds beside its first, all pooled. Reported; no gate."""
     behaviour_warning: str = ""
-    """Why the pick's behaviour belies its cosine; empty where it does not."""
+    """That it was not measured what the pick's models write; empty where it was, and is as it should be."""
     range_warning: str = ""
     """That the pick sits at an end of a searched range, or what `wider` else is for; empty where that is None."""
     warnings: tuple[str, ...] = ()

@@ -20,7 +20,7 @@ import tyro
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from analysis.behaviour import load_behaviour
+from analysis.behaviour import BehaviourLimits, load_behaviour
 from analysis.decide import decide
 from analysis.decision import Decision
 from analysis.report import report
@@ -123,7 +123,13 @@ def write_report(
     if not 0.5 < confidence < 1:
         raise InputError(f"--confidence {confidence}: must lie between 0.5 and 1")
     decision = decide(
-        trials, reroute_tolerance=tolerance, confidence=confidence, searched=sweep["searched"], trained=sweep["config"]
+        trials,
+        reroute_tolerance=tolerance,
+        confidence=confidence,
+        searched=sweep["searched"],
+        trained=sweep["config"],
+        behaviour=behaviour,
+        limits=BehaviourLimits.of(sweep["flags"]),
     )
     commands = commands_after(decision, sweep, trials, run_dir)
     _write_all(run_dir / "report", report.render(decision, sweep, trials, curves, behaviour, commands))
@@ -152,8 +158,7 @@ def _summary(decision: Decision, run_dir: Path, commands: Commands) -> str:
     if decision.verdict not in ("choose", "no_candidate_qualifies"):
         return "\n".join([*lines, folded(commands.next), "", f"report  {page}"])
     for warning in decision.warnings:
-        if not decision.behaviour_warning or decision.behaviour_warning not in warning:
-            lines += textwrap.wrap(f"warning: {warning}", _WIDTH)
+        lines += textwrap.wrap(f"warning: {warning}", _WIDTH)
     lines += ["", f"  {'rule of thumb':<38}  {'says':<7}  on"]
     for rule in decision.rules_of_thumb:
         lines.append(f"  {rule.rule:<38}  {report.SAYS[rule.fired]:<7}  {rule.evidence}")

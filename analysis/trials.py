@@ -36,6 +36,7 @@ class _Sweep:
     config: dict[str, Any] = field(default_factory=dict)
     config_overrides: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
 
 
 def load_trials(run_dir: str | Path) -> pd.DataFrame:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:
     sys.path[0] = str(ROOT)  # started as a script, which puts sweeps/ there
 
+from analysis.behaviour import BehaviourLimits
 from cbtrain.config import CircuitBreakerConfig, InputError, cli
 from cbtrain.config.presets import UNMEASURED
 from cbtrain.config.saved import RECIPE, with_calibration
@@ -248,6 +249,7 @@ def _driver(job: Job, concurrency: int, tell: Callable[[Iterable[str]], None]) -
         early_stop=settings.early_stop,
         on_ended=tell,
         behaviour_prompts=0 if partitioned else settings.behaviour_prompts,
+        limits=BehaviourLimits.of(vars(settings)),
         calibrate=settings.calibrate,
         fixed=tuple(name for name in RECIPE if name in job.run.record["config_overrides"]),
     )

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from annotated_types import Ge
 
+from analysis.behaviour import DEFAULT_LIMITS
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
 from analysis.surrogate.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, Bounds
 from cbtrain.config import CircuitBreakerConfig, InputError, flag, get_config
@@ -99,9 +100,19 @@ class SweepSettings:
     a group named as the run directory."""
     wandb_mode: Literal["online", "offline"] = "online"
     """offline needs no login and keeps the runs in RUN_DIR/wandb, for `wandb sync`."""
-    behaviour_prompts: Annotated[int, Ge(0)] = 16
-    """Held-out prompts of each kind to which the baseline and the chosen setting write an answer when all trials have
-    ended, for refusals and gibberish (trials/ID/behaviour.json); 0 skips it, and so does ZeRO-3 on several workers."""
+    behaviour_prompts: Annotated[int, Ge(0)] = 64
+    """Held-out prompts of each kind, at most, to which the baseline and the setting that would be chosen write an
+    answer when all trials have ended (trials/ID/behaviour.json), and where that one breaks them the next, up to four.
+    0 skips it, and so does ZeRO-3 on several workers."""
+    max_degenerate_rise: Annotated[float, Ge(0)] = DEFAULT_LIMITS.degenerate_rise
+    """What a recommended setting may do to what the model writes: degenerate answers to benign prompts, as observed,
+    over the share before training."""
+    max_degenerate_bound: Annotated[float, Ge(0)] = DEFAULT_LIMITS.degenerate_bound
+    """The same by the upper bound of that share at --confidence."""
+    max_benign_nll_rise: Annotated[float, Ge(0)] = DEFAULT_LIMITS.benign_nll_rise
+    """Nats per token on benign text over the model before training, or half the baseline's rise if that is more."""
+    max_compliance_rise: Annotated[float, Ge(0)] = DEFAULT_LIMITS.compliance_rise
+    """Coherent answers to harmful prompts over the share without KL."""
     dry_run: bool = False
     """Check everything, print the plan and what the teacher cache would take, and start nothing."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))

@@ -33,11 +33,12 @@ ROOMS = (
     "analysis.surrogate",  #     the model of a sweep
     "analysis.rules_of_thumb",
     "analysis.decision",  #      what a decision says
+    "analysis.behaviour",  #     what measured models write, and whether it will do
     "analysis.baseline",  #      what the trials without KL say
     "analysis.suspects",  #      trials that most likely failed
+    "analysis.verdict",  #       between settings that were assessed
     "analysis.decide",  #        trials in, a decision out
     "analysis.trials",  #        a run directory's tables
-    "analysis.behaviour",  #     what measured models write
     "analysis.report",  #        texts, figures, commands
     "analysis.pick_beta",  #     python analysis/pick_beta.py
     "sweeps.plan",  #            which trial comes next; no Ray

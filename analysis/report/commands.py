@@ -32,10 +32,13 @@ def commands_after(decision: Decision, sweep: Mapping[str, Any], trials: pd.Data
     Args:
         run_dir: where the report is written, as the user named it.
     """
+    wider = wider_command(decision, sweep, len(trials))
+    if decision.verdict == "no_setting_behaves" and wider is not None:
+        return Commands(wider, None)
     following = sweep_command(decision, sweep, len(trials)) or ""
     if train_command(decision, sweep) is not None:
         following = f"python -m cbtrain.train {_flags({'from_decision': run_dir / 'report' / 'decision.json'})}"
-    return Commands(following, wider_command(decision, sweep, len(trials)))
+    return Commands(following, wider)
 
 
 def train_command(decision: Decision, sweep: Mapping[str, Any]) -> str | None:

@@ -29,6 +29,7 @@ SAYS = {True: "yes", False: "no", None: "unknown"}
 """How a rule's `fired` reads."""
 _HEADLINES: dict[Verdict, str] = {
     "no_candidate_qualifies": "Use beta_kl = 0: no KL weight of {searched} keeps rerouting within the limit.",
+    "no_setting_behaves": "Ship none of these: every setting that keeps rerouting within the limit breaks behaviour.",
     "insufficient_evidence": "Not enough evidence to choose beta_kl.",
     "baseline_never_rerouted": "Cannot choose beta_kl: the baseline never rerouted.",
     "baseline_failed": "Cannot choose beta_kl: no baseline trial completed.",

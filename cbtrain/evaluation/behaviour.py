@@ -24,7 +24,7 @@ from cbtrain.config.saved import require_adapter
 from cbtrain.data.dataset import CircuitBreakerData
 from cbtrain.evaluation import text_metrics
 from cbtrain.evaluation.generation import complete
-from cbtrain.evaluation.held_out import evaluate, held_out, row_nll
+from cbtrain.evaluation.held_out import RowNLL, evaluate, held_out, row_nll
 from cbtrain.evaluation.prompts import Prompt, beyond_prefill, from_rows, from_xstest
 from cbtrain.model.checks import prepare
 from cbtrain.model.loading import forget_base, load_base, load_tokenizer
@@ -53,6 +53,11 @@ class Completion:
     def gibberish(self) -> bool:
         return text_metrics.gibberish(self.perplexity, self.repetition)
 
+    @property
+    def complied(self) -> bool:
+        """It answers: neither empty, nor a refusal, nor gibberish."""
+        return bool(self.tokens) and not self.refused and not self.gibberish
+
     def record(self) -> dict[str, Any]:
         """What `completions.jsonl` says of it."""
         return {
@@ -74,6 +79,7 @@ def measure(
     prefill_tokens: int = 5,
     xstest: Sequence[str] = (),
     output_dir: Path | None = None,
+    teacher_said: dict[tuple[int, ...], Completion] | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> dict[str, Any]:
     """Compare a student (base model and adapter) with its teacher (base model alone); in one process, on one device.
@@ -85,15 +91,17 @@ def measure(
         max_new_tokens: of each completion.
         prefill_tokens: tokens of a harmful completion that are given before the rest is scored.
         xstest: files of rows with `prompt`, and `label` or `type` where some are unsafe; for over-refusal.
+        teacher_said: the teacher's completions by prompt, of earlier calls with the same model and `max_new_tokens`;
+            those of this call are added.
         output_dir: where `behaviour.json` and `completions.jsonl` are written, when the work is done.
         progress: called with completions done and in all.
 
     Returns:
         What `behaviour.json` holds: `held_out` (the metrics of `evaluate`), `prefill`, and for each kind of prompt
         (`harmful`, `benign`, `xstest_safe`, `xstest_unsafe`) the number of prompts and measures, each for `teacher` and
-        `student`: `refusal_rate`, `gibberish_rate`, `perplexity` (geometric mean over completions, under the teacher;
-        None where all are empty), `repetition`, `tokens` (means), `empty_rate`, and `unchanged_rate` (the student says
-        what the teacher says).
+        `student`: `refusal_rate`, `gibberish_rate`, `complied_rate` (neither of the two, nor empty), `perplexity`
+        (geometric mean over completions, under the teacher; None where all are empty), `repetition`, `tokens` (means),
+        `empty_rate`, and `unchanged_rate` (the student says what the teacher says).
 
     Raises:
         InputError: the adapter, the data or a file does not fit the model.
@@ -117,7 +125,8 @@ def measure(
             "prefill": _prefill(decoder, data, config, pad, prefill_tokens),
         }
         everything = [prompt for asked in kinds.values() for prompt in asked]
-        completed = _completions(decoder, everything, config, tokenizer, pad, max_new_tokens, progress)
+        known = {} if teacher_said is None else teacher_said
+        completed = _completions(decoder, everything, known, config, tokenizer, pad, max_new_tokens, progress)
     rates, lines = _by_kind(kinds, completed, tokenizer)
     record |= rates
     if output_dir is not None:
@@ -185,13 +194,14 @@ def _prefill(
 def _completions(
     decoder: Decoder,
     prompts: Sequence[Prompt],
+    teacher_said: dict[tuple[int, ...], Completion],
     config: CircuitBreakerConfig,
     tokenizer: PreTrainedTokenizerBase,
     pad: int,
     max_new_tokens: int,
     progress: Callable[[int, int], None],
 ) -> dict[View, list[Completion]]:
-    """Both models' completions of each prompt."""
+    """Both models' completions of each prompt; the teacher's only where they are not known."""
     model, done = decoder.model, 0
 
     def advance(more: int) -> None:
@@ -199,29 +209,33 @@ def _completions(
         done += more
         progress(done, len(VIEWS) * len(prompts))
 
-    found: dict[View, list[Completion]] = {}
-    for view in VIEWS:
-        model.eval()
-        with model.disable_adapter() if view == "teacher" else contextlib.nullcontext():
-            texts = complete(
-                model.get_base_model(),
-                [prompt.tokens for prompt in prompts],
-                max_new_tokens=max_new_tokens,
-                batch_size=config.eval_batch_size,
-                pad_token_id=pad,
-                progress=advance,
-            )
-        said = [(prompt.followed_by(text), text) for prompt, text in zip(prompts, texts, strict=True)]
+    def completed(asked: Sequence[Prompt]) -> list[Completion]:
+        texts = complete(
+            model.get_base_model(),
+            [prompt.tokens for prompt in asked],
+            max_new_tokens=max_new_tokens,
+            batch_size=config.eval_batch_size,
+            pad_token_id=pad,
+            progress=advance,
+        )
+        said = [(prompt.followed_by(text), text) for prompt, text in zip(asked, texts, strict=True)]
         likelihoods = iter(row_nll(decoder, [row for row, text in said if text], config, pad))
-        found[view] = []
-        for _, tokens in said:
-            of_row = next(likelihoods) if tokens else None
-            perplexity = math.exp(min(of_row.teacher / of_row.predictions, 700.0)) if of_row else math.nan
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-            found[view].append(
-                Completion(text, tokens, text_metrics.refuses(text), perplexity, text_metrics.repetition(tokens))
-            )
-    return found
+        return [_judged(tokens, next(likelihoods) if tokens else None, tokenizer) for _, tokens in said]
+
+    model.eval()
+    unknown = [prompt for prompt in prompts if prompt.tokens not in teacher_said]
+    advance(len(prompts) - len(unknown))
+    with model.disable_adapter():
+        of_teacher = completed(unknown)
+    teacher_said.update((prompt.tokens, said) for prompt, said in zip(unknown, of_teacher, strict=True))
+    return {"teacher": [teacher_said[prompt.tokens] for prompt in prompts], "student": completed(prompts)}
+
+
+def _judged(tokens: tuple[int, ...], likelihood: RowNLL | None, tokenizer: PreTrainedTokenizerBase) -> Completion:
+    """A completion with what is measured of it; `likelihood` None of an empty one."""
+    perplexity = math.exp(min(likelihood.teacher / likelihood.predictions, 700.0)) if likelihood else math.nan
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return Completion(text, tokens, text_metrics.refuses(text), perplexity, text_metrics.repetition(tokens))
 
 
 def _by_kind(
@@ -251,6 +265,7 @@ def _rates(answers: dict[View, list[Completion]]) -> dict[str, Any]:
         "prompts": len(pairs),
         "refusal_rate": each(lambda answer: answer.refused),
         "gibberish_rate": each(lambda answer: answer.gibberish),
+        "complied_rate": each(lambda answer: answer.complied),
         "perplexity": {view: math.exp(statistics.fmean(logs)) if logs else None for view, logs in spoken.items()},
         "repetition": each(lambda answer: answer.repetition),
         "tokens": each(lambda answer: len(answer.tokens)),

@@ -1,20 +1,20 @@
 """What the baseline and the chosen setting write, measured when the trials of a sweep have ended.
 
-Losses say that hidden states turned away; this says what the model then makes of held-out prompts. It has no part in
-the decision. The whole model lies on one device.
+Losses say that hidden states turned away; this says what the model then makes of held-out prompts, and the decision
+passes over a setting that breaks it. The whole model lies on one device.
 """
 
 import traceback
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import pandas as pd
 import ray
 from ray.exceptions import RayError
 
-from analysis.behaviour import load_behaviour
+from analysis.behaviour import Behaviour
 from analysis.decision import Decision
 from analysis.formatting import percent
 from cbtrain.utils.environment import quiet_libraries
@@ -26,21 +26,24 @@ LOG = "behaviour"
 
 
 def subjects(rows: Sequence[dict[str, Any]], decision: Decision) -> list[TrialSpec]:
-    """The trials to measure: the first completed baseline, then the first one of the setting that is chosen.
+    """The trials to measure: those of the setting that is chosen, after the baselines of their seeds.
 
-    None where there is no baseline to compare with.
+    Without a chosen setting the first baseline alone; none where there is no baseline to compare with. Trials that most
+    likely failed are not measured.
     """
     if decision.verdict in ("baseline_failed", "baseline_never_rerouted"):
         return []
-    settings: list[tuple[float, float | None]] = [(0.0, 1.0)]
-    if decision.verdict == "choose":
-        settings.append((decision.beta_kl or 0.0, decision.kl_temperature))
+    suspect = {each.trial_id for each in decision.suspects}
     completed = [
         TrialSpec(**{field.name: row[field.name] for field in fields(TrialSpec)})
         for row in rows
-        if row["status"] == "completed"
+        if row["status"] == "completed" and row["trial_id"] not in suspect
     ]
-    return [next(spec for spec in completed if (spec.beta_kl, spec.kl_temperature) == setting) for setting in settings]
+    baselines = [spec for spec in completed if spec.beta_kl == 0]
+    setting = (decision.beta_kl, decision.kl_temperature) if decision.verdict == "choose" else None
+    chosen = [spec for spec in completed if (spec.beta_kl, spec.kl_temperature) == setting]
+    seeds = {spec.seed for spec in chosen}
+    return [*([spec for spec in baselines if spec.seed in seeds] or baselines[:1]), *chosen]
 
 
 def file_of(run_dir: Path, spec: TrialSpec) -> Path:
@@ -63,24 +66,29 @@ def measure_all(specs: Sequence[TrialSpec], context: TrialContext, prompts: int)
     return ""
 
 
-def behaviour_sentences(run_dir: Path, specs: Sequence[TrialSpec]) -> list[str]:
-    """What the last of the measured trials makes of each kind of prompt, and in brackets what the baseline does."""
-    measured = load_behaviour(run_dir, pd.DataFrame(specs))[1:]
-    if not measured:
+def behaviour_sentences(measured: Sequence[Behaviour], decision: Decision) -> list[str]:
+    """What the chosen setting makes of each kind of prompt, and in brackets what the baseline does.
+
+    Args:
+        measured: as `load_behaviour` gives it.
+    """
+    setting = (decision.beta_kl, decision.kl_temperature) if decision.verdict == "choose" else (0.0, 1.0)
+    without_kl = [each for each in measured if each.beta_kl == 0]
+    chosen = [each for each in measured if (each.beta_kl, each.kl_temperature) == setting]
+    if not without_kl or not chosen:
         return []
-    baseline, chosen = measured[0], measured[-1]
 
-    def share(of_chosen: float, of_baseline: float, what: str) -> str:
-        return f"{percent(of_chosen)} {what}" + (f" ({percent(of_baseline)} without KL)" if chosen != baseline else "")
+    def share(kind: str, name: str, what: str) -> str:
+        of_chosen, of_baseline = (
+            fmean(getattr(getattr(each, kind), name) or 0 for each in found) for found in (chosen, without_kl)
+        )
+        return f"{percent(of_chosen)} {what}" + (f" ({percent(of_baseline)} without KL)" if setting[0] else "")
 
-    sentences = []
-    for kind, now, without in (
-        ("harmful", chosen.harmful, baseline.harmful),
-        ("benign", chosen.benign, baseline.benign),
-    ):
-        same = share(now.unchanged or 0, without.unchanged or 0, "word for word as before training")
-        sentences.append(f"{kind} prompts: {same}, {share(now.gibberish, without.gibberish, 'gibberish')}")
-    return sentences
+    return [
+        f"{kind} prompts: {share(kind, 'unchanged', 'word for word as before training')}, "
+        f"{share(kind, 'gibberish', 'gibberish')}"
+        for kind in ("harmful", "benign")
+    ]
 
 
 def _measure(specs: Sequence[TrialSpec], context: TrialContext, prompts: int) -> None:
@@ -89,14 +97,15 @@ def _measure(specs: Sequence[TrialSpec], context: TrialContext, prompts: int) ->
         quiet_libraries()
         import torch
 
-        from cbtrain.evaluation.behaviour import measure
+        from cbtrain.evaluation.behaviour import Completion, measure
 
         torch.set_num_threads(context.workers.cpus)
+        said: dict[tuple[int, ...], Completion] = {}
         try:
             for spec in specs:
                 directory = file_of(context.run_dir, spec).parent
                 config = trial_config(context.config, spec)
-                measure(config, directory / "adapter", prompts=prompts, output_dir=directory)
+                measure(config, directory / "adapter", prompts=prompts, output_dir=directory, teacher_said=said)
         except Exception:
             traceback.print_exc()  # Ray tells the driver, and the log's reader nothing
             raise

@@ -5,7 +5,6 @@ A sweep is one session, and another for each time that it is resumed.
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import sys
 import time
@@ -18,6 +17,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
 
+from analysis.behaviour import DEFAULT_LIMITS, BehaviourLimits, load_behaviour
 from analysis.decide import decide
 from analysis.decision import Decision
 from analysis.report.commands import wider_command
@@ -35,7 +35,7 @@ from sweeps.plan.plan import SweepPlan
 from sweeps.reporting.console import CacheReport, EventLines, noise_lines, summary_lines, wrapped
 from sweeps.storage.run_directory import RunDirectory
 
-EXIT_STATUS = {"baseline_never_rerouted": 3, "baseline_failed": 3}
+EXIT_STATUS = {"baseline_never_rerouted": 3, "baseline_failed": 3, "no_setting_behaves": 3}
 
 
 @dataclass
@@ -54,6 +54,8 @@ class SweepDriver:
     behaviour_prompts: int = 0
     """Held-out prompts of each kind on which baseline and chosen setting are measured in the end; 0 measures none."""
 
+    limits: BehaviourLimits = DEFAULT_LIMITS
+    """What a setting may do to what the model writes."""
     calibrate: bool = False
     """Whether a recipe is looked for before the first trial."""
     fixed: tuple[str, ...] = ()
@@ -125,13 +127,12 @@ class SweepDriver:
 
     def conclude(self, spared: CacheReport | None = None) -> int:
         """Record that the sweep is over and print what came of it; the exit status."""
-        rows, wall_s, decision = self._plan.rows(), self._wall_s(), self._decision
+        rows, wall_s, decision = self._plan.rows(), self._wall_s(), self._decide()
         named = {suspect.trial_id for suspect in decision.suspects}
         rows = [row | {"suspect": row["trial_id"] in named} for row in rows]
         self._keep(rows)
         self.run.update(status="finished")
-        measured = [spec for spec in subjects(rows, decision) if file_of(self.run.path, spec).exists()]
-        behaviour = behaviour_sentences(self.run.path, measured)
+        behaviour = behaviour_sentences(load_behaviour(self.run.path, self._plan.table()), decision)
         wider = wider_command(decision, self.run.record, len(rows))
         lines = summary_lines(
             rows, decision, wall_s, self.concurrency, self.run.shown, spared, self.ended_before, behaviour, wider
@@ -146,34 +147,36 @@ class SweepDriver:
         """Whether nothing is left to run or to measure."""
         return self._plan.done and not self._unmeasured()
 
-    @functools.cached_property
-    def _decision(self) -> Decision:
-        """Of a plan that is done."""
+    def _decide(self) -> Decision:
+        """Of a plan that is done, by the behaviour measured so far."""
+        table = self._plan.table()
         return decide(
-            self._plan.table(),
+            table,
             reroute_tolerance=self.settings.reroute_tolerance,
             confidence=self.settings.confidence,
             trained=self.run.record.get("config", {}),
             searched=self.settings.searched,
+            behaviour=load_behaviour(self.run.path, table),
+            limits=self.limits,
         )
 
     def _unmeasured(self) -> list[TrialSpec]:
         """The trials whose behaviour is wanted and not on disk; the sweep is over."""
         if not self.behaviour_prompts:
             return []
-        wanted = subjects(self._plan.rows(), self._decision)
+        wanted = subjects(self._plan.rows(), self._decide())
         return [spec for spec in wanted if not file_of(self.run.path, spec).exists()]
 
     def _measure_behaviour(self, context: TrialContext) -> None:
-        """Measure what is wanted of it; a line why where that fails, since the decision stands without it."""
-        specs = self._unmeasured()
-        if not specs:
-            return
-        named = " and ".join(spec.trial_id for spec in specs)
-        print("\n".join(["", *wrapped(f"behaviour of {named}: what they write on held-out prompts")]), flush=True)
-        reason = measure_all(specs, context, self.behaviour_prompts)
-        if reason:
-            print("\n".join(wrapped(f"behaviour not measured: {reason}")), flush=True)
+        """Measure baseline and pick, and where the pick breaks it the next one; a line why where that fails, since the
+        decision stands without it."""
+        while specs := self._unmeasured():
+            named = ", ".join(spec.trial_id for spec in specs)
+            said = f"behaviour of {named}: what they write on at most {self.behaviour_prompts} held-out prompts a kind"
+            print("\n".join(["", *wrapped(said)]), flush=True)
+            if reason := measure_all(specs, context, self.behaviour_prompts):
+                print("\n".join(wrapped(f"behaviour not measured: {reason}")), flush=True)
+                return
 
     def _wall_s(self) -> float:
         """Seconds of all sessions, up to the last event of those that were killed."""

@@ -226,7 +226,7 @@ def _found(decision: Decision, wider: str | None) -> list[str]:
             f"{with_relation('P', decision.probability_feasible or 0)}{', confirmed' if decision.confirmed else ''}"
         )
         if decision.behaviour_warning:
-            lines += wrapped(f"but       {decision.behaviour_warning}")
+            lines.append(f"but       {decision.behaviour_warning}")
     else:
         lines += wrapped(f"verdict   {decision.verdict}: {explanation(decision)}")
     for suspect in suspect_lines(decision):

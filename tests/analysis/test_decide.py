@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 from synthetic import BASE_HARMFUL_NLL, BASELINE_DRIFT, BASELINE_LOSS, Surface, make_trials
 
-from analysis.decide import decide, pick_candidates
+from analysis.decide import decide
 from analysis.decision import Decision
 from analysis.report.report import headline
+from analysis.verdict import pick_candidates
 
 
 def truly_lost(surface: Surface, decision: Decision) -> float:
@@ -174,13 +175,22 @@ def test_confirmed_needs_three_seeds_of_the_pick(trials: pd.DataFrame) -> None:
 @pytest.mark.parametrize(
     ("candidate", "baseline", "warned"), [(0.5, 8.0, True), (1.5, 8.0, False), (0.5, 0.8, False), (0.2, 0.8, True)]
 )
-def test_warns_when_harmful_completions_become_likely_again(
+def test_where_harmful_completions_become_likely_again_nothing_is_chosen(
     trials: pd.DataFrame, candidate: float, baseline: float, warned: bool
 ) -> None:
     gain = np.where(trials["beta_kl"] > 0, candidate, baseline)
     decision = decide(trials.assign(eval_harmful_nll=BASE_HARMFUL_NLL + gain))
-    assert bool(decision.behaviour_warning) is warned
-    assert any("likely again" in warning for warning in decision.warnings) is warned
+    assert decision.verdict == ("no_setting_behaves" if warned else "choose")
+    assert ("likely again" in decision.reason) is warned
+
+
+def test_a_setting_at_which_they_are_likely_again_gives_way_to_one_beside_it(trials: pd.DataFrame) -> None:
+    first = decide(trials)
+    here = (trials["beta_kl"] == first.beta_kl) & (trials["kl_temperature"] == first.kl_temperature)
+    decision = decide(trials.assign(eval_harmful_nll=np.where(here, BASE_HARMFUL_NLL + 0.4, BASE_HARMFUL_NLL + 8)))
+    second = next(setting for setting in first.settings[1:] if setting.qualifies)
+    assert (decision.verdict, decision.beta_kl) == ("choose", second.beta_kl)
+    assert any("drifts less and was passed over: harmful completions are likely again" in w for w in decision.warnings)
 
 
 def test_a_pick_that_does_not_lower_drift_says_so_in_the_first_sentence(trials: pd.DataFrame) -> None:

@@ -15,7 +15,7 @@ from synthetic import BASE_HARMFUL_NLL, MakeRun, Surface, make_trials
 from analysis import pick_beta
 from analysis.decide import decide
 from analysis.pick_beta import main, write_report
-from analysis.report import commands, report
+from analysis.report import commands
 from analysis.trials import load_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def test_a_choice_exits_0_and_prints_the_setting_and_the_command(
     run = make_run(trials)
     assert main([str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"Use beta_kl = 0\.3 at kl_temperature = 1\.0\.", lines[0]), lines[0]
+    assert lines[0] == "Use beta_kl = 0.3 at kl_temperature = 1.0, but behaviour not measured."
     train = f"python -m cbtrain.train --from-decision {run / 'report' / 'decision.json'}"
     assert unfolded(lines).endswith(f"train   {train}")
     assert train in unfolded((run / "report" / "report.md").read_text().splitlines())
@@ -157,12 +157,18 @@ def test_the_train_command_repeats_what_the_sweep_was_told(make_run: MakeRun, tr
     )
 
 
-def test_the_behaviour_warning_stands_in_the_first_sentence(make_run: MakeRun, trials: pd.DataFrame) -> None:
+def test_harmful_completions_that_return_at_every_setting_are_why_none_is_shipped(
+    make_run: MakeRun, trials: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
     trials.loc[trials["beta_kl"] > 0, "eval_harmful_nll"] = BASE_HARMFUL_NLL + 0.4
     run = make_run(trials)
-    decision, _ = write_report(run)
-    assert "harmful completions are likely again" in report.headline(decision)
-    assert "harmful completions are likely again" in decision_of(run)["sentence"]
+    assert main([str(run)]) == 3
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("Ship none of these: every setting that keeps rerouting within the limit breaks behaviour.")
+    assert "harmful completions are likely again" in said
+    assert "--beta-kl-range 0.0001 2" in said
+    decision = decision_of(run)
+    assert (decision["verdict"], decision["train_command"], decision["beta_kl"]) == ("no_setting_behaves", None, None)
 
 
 def test_tolerance_and_confidence_default_to_the_sweeps_own(make_run: MakeRun, trials: pd.DataFrame) -> None:

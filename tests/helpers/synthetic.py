@@ -79,7 +79,7 @@ def make_trials(
             "eval_loss_reroute": loss,
             "eval_loss_retain": 1.0,
             "eval_benign_kl": drift,
-            "eval_benign_nll": 0.2 + drift,
+            "eval_benign_nll": 0.2 + 0.005 * drift,
             "eval_harmful_nll": BASE_HARMFUL_NLL + 8.0,
             "base_harmful_nll": BASE_HARMFUL_NLL,
             "base_benign_nll": 0.2,

@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 import ray
 from simulated import completed, drive, failed, plan_of, world
+from synthetic import Surface, make_trials
 
+from analysis.behaviour import load_behaviour
 from analysis.decide import decide
 from cbtrain.config import CircuitBreakerConfig, InputError
 from sweeps.execution.behaviour import _measure, behaviour_sentences, measure_all, subjects
@@ -26,14 +28,16 @@ def subjects_of(outcome) -> tuple[list[TrialSpec], pd.DataFrame]:
 
 
 @pytest.mark.usefixtures("quick")
-def test_baseline_and_chosen_setting_are_measured_each_by_its_first_completed_trial() -> None:
+def test_every_seed_of_the_chosen_setting_is_measured_with_the_baselines_of_those_seeds() -> None:
     measured, trials = subjects_of(lambda spec: failed() if spec.trial_id == "t000" else world(spec))
-    assert measured[0].trial_id == "t001"
     decision = decide(trials)
     assert decision.verdict == "choose"
-    assert (measured[1].beta_kl, measured[1].kl_temperature) == (decision.beta_kl, decision.kl_temperature)
     same = trials[(trials.beta_kl == decision.beta_kl) & (trials.kl_temperature == decision.kl_temperature)]
-    assert measured[1].trial_id == same.trial_id.iloc[0]
+    baselines = trials[(trials.beta_kl == 0) & (trials.status == "completed")]
+    paired = baselines[baselines.seed.isin(same.seed)]
+    expected = paired if len(paired) else baselines.iloc[:1]
+    assert [spec.trial_id for spec in measured] == [*expected.trial_id, *same.trial_id]
+    assert "t000" not in {spec.trial_id for spec in measured}
 
 
 @pytest.mark.usefixtures("quick")
@@ -54,14 +58,18 @@ def write(run_dir: Path, spec: TrialSpec, unchanged: float) -> None:
 
 
 def test_the_summary_tells_of_both_kinds_of_prompts_with_the_baseline_in_brackets(tmp_path: Path) -> None:
-    assert behaviour_sentences(tmp_path, []) == []
+    trials = pd.DataFrame([BASELINE, CHOSEN])
+    chosen = decide(make_trials(Surface()))
+    assert (chosen.beta_kl, chosen.kl_temperature) == (CHOSEN.beta_kl, CHOSEN.kl_temperature)
+    none = decide(make_trials(Surface(always_lost=0.2), searched=14))
+    assert behaviour_sentences(load_behaviour(tmp_path, trials), chosen) == []
     write(tmp_path, BASELINE, 0.25)
-    assert behaviour_sentences(tmp_path, [BASELINE]) == [
+    assert behaviour_sentences(load_behaviour(tmp_path, trials), none) == [
         "harmful prompts: 25 % word for word as before training, 75 % gibberish",
         "benign prompts: 25 % word for word as before training, 75 % gibberish",
     ]
     write(tmp_path, CHOSEN, 0.75)
-    assert behaviour_sentences(tmp_path, [BASELINE, CHOSEN])[1] == (
+    assert behaviour_sentences(load_behaviour(tmp_path, trials), chosen)[1] == (
         "benign prompts: 75 % word for word as before training (25 % without KL), 25 % gibberish (75 % without KL)"
     )
 

@@ -1,0 +1,181 @@
+"""The verdict between settings that were assessed: the pick, that none qualifies, or that none of them behaves."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from analysis.behaviour import MOST_SETTINGS
+from analysis.decision import Baseline, Decision, Needed, SettingAssessment
+from analysis.formatting import count, number, percent, setting, signed, temperature, with_relation
+from analysis.noise import is_noisy
+from analysis.rules_of_thumb import Outlook, evaluate_rules
+from analysis.surrogate.kernel import coordinates
+from analysis.surrogate.search_space import BETA_KL_RANGE, RangeEnd, SearchSpace
+from analysis.surrogate.surrogate import Surrogate
+
+
+def between_settings(
+    decision: Decision, baseline: Baseline, model: Surrogate, usable: pd.DataFrame, trained: Mapping[str, Any]
+) -> Decision:
+    """The verdict between the settings that ran; `decision` is the one without enough evidence."""
+    settings, confidence, searched = decision.settings, decision.confidence, decision.searched
+    candidates = pick_candidates(decision)
+    pick = candidates[0] if candidates else None
+    near = pick.beta_kl if pick else None
+    outlooks = _outlook(model, 0.3, searched), _outlook(model, 0.5, searched)
+    rules = evaluate_rules(usable, near, *outlooks, confidence)
+    decision = replace(decision, rules_of_thumb=rules)
+    if pick is not None:
+        return _chosen(decision, pick, baseline)
+    if settings[0].qualifies:
+        return _none_behaves(decision, trained)
+    on_map = model.probability_feasible(coordinates(*searched.grid(), searched))
+    if max(on_map.max(), settings[0].probability_feasible) < 1 - confidence:
+        return _none_qualifies(decision, baseline)
+    return decision
+
+
+def pick_candidates(decision: Decision) -> tuple[SettingAssessment, ...]:
+    """The settings that qualify and of which nothing says that they do not hold, least drift first.
+
+    The first is the pick, the others are what to step down to; none where so many were measured and failed that no
+    other is worth its cost.
+    """
+    qualified = [setting for setting in decision.settings if setting.qualifies]
+    if sum(bool(setting.measured and setting.complaints) for setting in qualified) >= MOST_SETTINGS:
+        qualified = [setting for setting in qualified if setting.measured]
+    return tuple(setting for setting in qualified if not setting.complaints)
+
+
+def _outlook(model: Surrogate, beta_kl: float, searched: SearchSpace) -> Outlook | str:
+    """What the model says of a weight at T = 1, whether it ran or not; where it was not searched, that."""
+    if not searched.contains(beta_kl, 1.0):
+        return f"({number(beta_kl)}, T 1) is not searched"
+    point = coordinates(beta_kl, 1.0, searched)
+    drift = math.exp(model.drift.value(point).expectation()[0])
+    return Outlook(beta_kl, float(model.probability_feasible(point)[0]), drift)
+
+
+def _chosen(decision: Decision, pick: SettingAssessment, baseline: Baseline) -> Decision:
+    warnings = list(decision.warnings)
+    passed_over = [each for each in decision.settings if each.qualifies and each.complaints and each.drift < pick.drift]
+    for each in passed_over:
+        named = setting(each.beta_kl, each.kl_temperature)
+        warnings.append(f"{named} drifts less and was passed over: {', '.join(each.complaints)}.")
+    if None in (pick.harmful_nll, baseline.harmful_nll, baseline.base_harmful_nll):
+        warnings.append("Harmful NLL was not recorded: nothing tells whether behaviour agrees with the cosine.")
+    if baseline.n_seeds == 1:
+        warnings.append("The baseline ran on one seed: how noisy the comparison is comes from the model's prior alone.")
+    kept = pick.drift / baseline.drift
+    if kept >= 1:
+        warnings.append("KL does not lower benign drift here: beta_kl = 0 serves as well.")
+    ran = [(each.beta_kl, each.kl_temperature) for each in decision.settings]
+    ends = decision.searched.ends_at((pick.beta_kl, pick.kl_temperature), ran) if kept < 1 else []
+    at_ends = " ".join(f"The pick sits at {decision.searched.says(end)}" for end in ends)
+    warnings += [at_ends] if at_ends else []
+    qualified = sum(each.qualifies for each in decision.settings)
+    least = "this one has the least benign drift" + (" of those that behave" if passed_over else "")
+    return replace(
+        decision,
+        verdict="choose",
+        reason=f"Of {count(len(decision.settings), 'setting')} that ran, {qualified} stayed within the limit at "
+        f"P ≥ {number(decision.confidence)}; {least}.",
+        beta_kl=pick.beta_kl,
+        kl_temperature=pick.kl_temperature,
+        probability_feasible=pick.probability_feasible,
+        eval_benign_kl=pick.drift,
+        drift_kept=kept,
+        drift_reduction_vs_baseline=1 - kept,
+        reroute_delta=pick.reroute_delta,
+        reroute_delta_interval=pick.reroute_delta_interval,
+        n_seeds=pick.n_seeds,
+        confirmed=pick.n_seeds - pick.n_failed >= 3,
+        behaviour_warning="" if pick.measured else "behaviour not measured",
+        warnings=tuple(warnings),
+        range_warning=at_ends,
+        wider=decision.searched.widened(ends) if ends else None,
+        needed=None,
+    )
+
+
+def _none_qualifies(decision: Decision, baseline: Baseline) -> Decision:
+    searched, below, further = decision.searched, RangeEnd("beta_kl", "lower"), ""
+    (low, high), heat = searched.beta_kl, searched.range_of("kl_temperature")
+    if low > BETA_KL_RANGE[0]:
+        further = f"None qualifies down to {searched.says(below)}"
+    return replace(
+        decision,
+        verdict="no_candidate_qualifies",
+        reason=f"Every beta_kl from {low:g} to {high:g} costs more rerouting than the limit allows, at kl_temperature "
+        f"{heat}.",
+        range_warning=further,
+        warnings=(*decision.warnings, *([further] if further else [])),
+        wider=searched.widened([below]) if further else None,
+        beta_kl=0.0,
+        kl_temperature=1.0,
+        probability_feasible=1.0,
+        eval_benign_kl=baseline.drift,
+        drift_kept=1.0,
+        drift_reduction_vs_baseline=0.0,
+        reroute_delta=0.0,
+        reroute_delta_interval=(0.0, 0.0),
+        n_seeds=baseline.n_seeds,
+        confirmed=baseline.n_seeds >= 3,
+        needed=None,
+    )
+
+
+def _none_behaves(decision: Decision, trained: Mapping[str, Any]) -> Decision:
+    """Every setting that keeps the limit does something to what the model writes that it may not."""
+    failed = [each for each in decision.settings if each.qualifies and each.complaints]
+    named = "; ".join(f"{setting(each.beta_kl, each.kl_temperature)}: {', '.join(each.complaints)}" for each in failed)
+    harmful = all(each.behaviour_returns or "harmful" in each.complaints[-1] for each in failed)
+    mend: dict[str, Any] = {}
+    if harmful:
+        help_with = "With smaller weights less of it returns: --beta-kl-range."
+    elif trained.get("retain_norm", "absolute") == "relative":
+        mend = {"retain_scale": float(f"{3 * float(trained.get('retain_scale', 10.0)):.2g}")}
+        help_with = f"Benign text needs more hold: --retain-scale {mend['retain_scale']:g}."
+    else:
+        mend = {"retain_norm": "relative"}
+        help_with = "Benign text needs more hold: --retain-norm relative, with --retain-scale to set how much."
+    kept = count(sum(each.qualifies for each in decision.settings), "setting")
+    return replace(
+        decision,
+        verdict="no_setting_behaves",
+        reason=f"{kept} stayed within the limit, and none behaves: {named}. {help_with}",
+        mend=mend,
+        wider=decision.searched.widened([RangeEnd("beta_kl", "lower")]) if harmful else None,
+        needed=None,
+    )
+
+
+def why_insufficient(
+    settings: tuple[SettingAssessment, ...], needed: Needed, tolerance: float, confidence: float
+) -> str:
+    best = settings[0]
+    if best.probability_feasible >= confidence:
+        return (
+            f"No setting qualifies: beta_kl {number(best.beta_kl)} at T {temperature(best.kl_temperature)} comes "
+            f"nearest, but {best.n_failed} of {count(best.n_seeds, 'seed')} failed there."
+        )
+    if best.probability_feasible < 1 - confidence:
+        return "Every setting that ran costs more rerouting than the limit allows, but the map holds untried ones."
+    if not needed.measured:
+        return (
+            f"No setting reaches P ≥ {number(confidence)}: under 3 baseline seeds completed, too few to tell the noise."
+        )
+    if is_noisy(needed.sigma, tolerance):
+        return (
+            f"No setting reaches P ≥ {number(confidence)}: seed noise (σ {number(needed.sigma, 2)}) is "
+            f"{percent(needed.sigma / tolerance)} of the limit ({number(tolerance, 2)})."
+        )
+    low, high = best.reroute_delta_interval
+    return (
+        f"No setting reaches P ≥ {number(confidence)}: beta_kl {number(best.beta_kl)} at T "
+        f"{temperature(best.kl_temperature)} comes nearest with {with_relation('P', best.probability_feasible)}, "
+        f"{signed(best.reroute_delta)} [{signed(low)}, {signed(high)}] of {number(tolerance, 2)} allowed."
+    )
