@@ -143,6 +143,8 @@ class Decision:
     wider: SearchSpace | None = None
     """What a further sweep should search, where the pick sits at an end of a searched range, or no weight of a range
     that begins above the default's qualifies; else None."""
+    so_far: str = ""
+    """`9 of 20, 2 running` where the sweep has not ended; empty where it has."""
     needed: Needed | None = None
     mend: dict[str, Any] = field(default_factory=dict)
     """Fields of the configuration that another sweep should change, with their values; where the verdict is none."""

@@ -3,18 +3,20 @@
     python analysis/pick_beta.py [RUN_DIR] [--reroute-tolerance X] [--confidence X]
 
 Writes `RUN_DIR/report/` (report.html, report.md, decision.json, figures/). Exit codes: 0 a setting is recommended,
-3 none is, 2 bad input, 130 interrupted.
+3 none is, 4 the sweep has not ended, 2 bad input, 130 interrupted.
 """
 
+import dataclasses
 import os
 import sys
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import pandas as pd
 import tyro
 
 if not __package__:
@@ -62,6 +64,8 @@ class PickSettings:
     """Share of the baseline's rerouting that may be lost, 0 to 1; None is the sweep's."""
     confidence: _Share = None
     """Probability of keeping that limit, 0.5 to 1; None is the sweep's."""
+    so_far: bool = False
+    """Give the command that trains the best setting so far, where the sweep has not ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = _settings(sys.argv[1:] if argv is None else argv)
         run_dir = Path(settings.run_dir)
-        decision, commands = write_report(run_dir, settings.reroute_tolerance, settings.confidence)
+        decision, commands = write_report(
+            run_dir, settings.reroute_tolerance, settings.confidence, train_so_far=settings.so_far
+        )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -79,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     print(_summary(decision, run_dir, commands))
+    if decision.so_far:
+        return 4
     return 0 if decision.verdict == "choose" else 3
 
 
@@ -92,7 +100,11 @@ def _settings(argv: Sequence[str]) -> PickSettings:
 
 
 def write_report(
-    run_dir: str | Path, reroute_tolerance: float | None = None, confidence: float | None = None
+    run_dir: str | Path,
+    reroute_tolerance: float | None = None,
+    confidence: float | None = None,
+    *,
+    train_so_far: bool = False,
 ) -> tuple[Decision, Commands]:
     """Decide, and write `run_dir/report/`: all texts are made before the first file changes, decision.json is last.
 
@@ -100,6 +112,7 @@ def write_report(
         run_dir: a sweep's run directory.
         reroute_tolerance: share of the baseline's rerouting that may be lost; None is the sweep's own.
         confidence: probability that is asked for; None is the sweep's own.
+        train_so_far: give the command that trains a choice also where the sweep has not ended.
 
     Returns:
         The decision, and the commands to run next.
@@ -131,9 +144,20 @@ def write_report(
         behaviour=behaviour,
         limits=BehaviourLimits.of(sweep["flags"]),
     )
-    commands = commands_after(decision, sweep, trials, run_dir)
+    decision = dataclasses.replace(decision, so_far=_so_far(sweep, trials, decision))
+    commands = commands_after(decision, sweep, trials, run_dir, train_so_far=train_so_far)
     _write_all(run_dir / "report", report.render(decision, sweep, trials, curves, behaviour, commands))
     return decision, commands
+
+
+def _so_far(sweep: Mapping[str, Any], trials: pd.DataFrame, decision: Decision) -> str:
+    """How far a sweep is that has not ended; empty for one that has, by itself or for want of a baseline."""
+    running = int((trials["status"] == "running").sum())
+    ended, planned = len(trials) - running, sweep["settings"].get("num_samples", len(trials))
+    over = sweep.get("status") == "finished" or decision.verdict in ("baseline_never_rerouted", "baseline_failed")
+    if ended >= planned or over:
+        return ""
+    return f"{ended} of {planned}" + (f", {running} running" if running else "")
 
 
 def _write_all(directory: Path, files: dict[str, str]) -> None:
@@ -153,9 +177,9 @@ def _summary(decision: Decision, run_dir: Path, commands: Commands) -> str:
     """What the terminal shows: at most 80 columns, the last line is the next command."""
     lines = textwrap.wrap(report.headline(decision), _WIDTH) + textwrap.wrap(report.explanation(decision), _WIDTH)
     for suspect in report.suspect_lines(decision):
-        lines += textwrap.wrap(f"failed: {suspect}", _WIDTH)
+        lines += textwrap.wrap(f"suspect: {suspect}", _WIDTH)
     page = run_dir / "report" / "report.html"
-    if decision.verdict not in ("choose", "no_candidate_qualifies"):
+    if decision.verdict not in ("choose", "no_candidate_qualifies") or not commands.trains:
         return "\n".join([*lines, folded(commands.next), "", f"report  {page}"])
     for warning in decision.warnings:
         lines += textwrap.wrap(f"warning: {warning}", _WIDTH)

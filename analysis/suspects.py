@@ -28,7 +28,8 @@ def suspects(model: Surrogate, achieved: float, reference: float) -> tuple[Suspe
 
 
 def _suspect(row: pd.Series, reroute: float, drift: float) -> Suspect:
-    by_reroute, by_drift = row["reroute_failed"] > SUSPECT, row["drift_failed"] > SUSPECT
+    by_reroute = row["reroute_failed"] > SUSPECT
+    by_drift = row["drift_failed"] > SUSPECT and row["beta_kl"] > 0
     says = "its setting's other seeds and its neighbours say"
     found = []
     if by_reroute:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cbtrain.config import CircuitBreakerConfig, InputError, cli, get_config
-from cbtrain.config.saved import config_of_decision
+from cbtrain.config.saved import config_of_decision, said_by_decision
 from cbtrain.model.auto import derived, reasons
 from cbtrain.utils.errors import reason
 from cbtrain.utils.files import nearest_existing
@@ -31,6 +31,9 @@ class TrainSettings:
     from_decision: Path | None = None
     """A sweep's report/decision.json: trains the setting that it chose, with the sweep's preset, data and fields.
     Flags given beside it override."""
+    despite_verdict: bool = False
+    """With --from-decision: train also what is no choice, beta_kl 0 where no weight qualifies, or the setting that is
+    best so far in a sweep that has not ended."""
     output_dir: Path = Path("outputs/cb")
     """Directory for config.json, metrics.jsonl, adapter/, checkpoint/ and teacher_cache/."""
     resume: bool = False
@@ -66,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     cache = plan_cache(settings.teacher_cache, settings.output_dir / "teacher_cache", config, data, runs=1)
     if _first():
         derived_numbers = reasons(config) if settings.preset == "auto" and not settings.from_decision else []
-        print("\n".join([*derived_numbers, *description(data), f"teacher cache: {cache.says}"]), flush=True)
+        decided = said_by_decision(settings.from_decision) if settings.from_decision else []
+        lines = [*decided, *derived_numbers, *description(data), f"teacher cache: {cache.says}"]
+        print("\n".join(lines), flush=True)
     return _train(dataclasses.replace(settings, config=config), cache.directory)
 
 
@@ -77,9 +82,8 @@ def _settings(argv: Sequence[str]) -> TrainSettings:
         return cli.parse(TrainSettings, argv, "python -m cbtrain.train", derived=derived)
     if cli.value_of("--preset", argv) or cli.value_of("--config", argv):
         raise InputError("--preset: --from-decision brings the sweep's own; leave one of them out")
-    return cli.parse(
-        TrainSettings, argv, "python -m cbtrain.train", config_of_decision(Path(decision)), derived=derived
-    )
+    config = config_of_decision(Path(decision), despite_verdict="--despite-verdict" in argv)
+    return cli.parse(TrainSettings, argv, "python -m cbtrain.train", config, derived=derived)
 
 
 def _train(settings: TrainSettings, teacher_cache: Path | None) -> int:

@@ -24,20 +24,29 @@ class Commands:
     """Trains the recommended setting, or sweeps further where there is none."""
     wider: str | None
     """Sweeps wider ranges, where the pick sits at an end of those searched."""
+    trains: bool = False
+    """Whether `next` trains."""
 
 
-def commands_after(decision: Decision, sweep: Mapping[str, Any], trials: pd.DataFrame, run_dir: Path) -> Commands:
-    """The commands that a decision ends with.
+def commands_after(
+    decision: Decision, sweep: Mapping[str, Any], trials: pd.DataFrame, run_dir: Path, *, train_so_far: bool = False
+) -> Commands:
+    """The commands that a decision ends with; of a sweep that has not ended, first of all the one that goes on with it.
 
     Args:
         run_dir: where the report is written, as the user named it.
+        train_so_far: train a choice also where the sweep has not ended.
     """
+    if decision.so_far and not (train_so_far and decision.verdict == "choose"):
+        return Commands(f"python sweeps/kl_ablation.py {_flags({'resume': run_dir})}", None)
     wider = wider_command(decision, sweep, len(trials))
     if decision.verdict == "no_setting_behaves" and wider is not None:
         return Commands(wider, None)
     following = sweep_command(decision, sweep, len(trials)) or ""
     if train_command(decision, sweep) is not None:
-        following = f"python -m cbtrain.train {_flags({'from_decision': run_dir / 'report' / 'decision.json'})}"
+        file = run_dir / "report" / "decision.json"
+        anyhow = {"despite_verdict": True} if decision.so_far or decision.verdict != "choose" else {}
+        return Commands(f"python -m cbtrain.train {_flags({'from_decision': file, **anyhow})}", wider, trains=True)
     return Commands(following, wider)
 
 

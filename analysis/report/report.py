@@ -20,7 +20,7 @@ from analysis.behaviour import Behaviour
 from analysis.decision import Decision, Verdict
 from analysis.formatting import count, number, percent, signed, temperature, with_relation
 from analysis.report import figures
-from analysis.report.commands import Commands, folded, sweep_command, train_command, wider_command
+from analysis.report.commands import Commands, folded, train_command, wider_command
 from cbtrain.utils.files import finite_or_none
 
 SCHEMA_VERSION = 2
@@ -48,6 +48,12 @@ def headline(decision: Decision) -> str:
     """The first line: what to use, or that nothing can be said; a warning about behaviour stands in it."""
     if decision.verdict == "baseline_never_rerouted" and decision.baseline and decision.baseline.n_failed:
         return "Cannot choose beta_kl: the baseline does not reroute at every seed."
+    if decision.so_far:
+        return f"So far ({decision.so_far}): {_headline(decision)}"
+    return _headline(decision)
+
+
+def _headline(decision: Decision) -> str:
     if decision.verdict != "choose":
         return _HEADLINES[decision.verdict].format(searched=decision.searched.range_of("beta_kl"))
     beta_kl, heat = number(decision.beta_kl or 0), temperature(decision.kl_temperature or 1)
@@ -76,7 +82,7 @@ def explanation(decision: Decision) -> str:
         noise = f"σ {number(needed.sigma, 2)}{'' if needed.measured else ' assumed'}"
         return (
             f"{decision.reason} About {count(needed.seeds, 'seed')} of baseline and setting would suffice "
-            f"({noise}, paired correlation {number(needed.correlation, 2)})."
+            f"({noise}, paired correlation {number(needed.correlation, 2)}).{_why_another(decision)}"
         )
     if decision.verdict != "choose":
         return decision.reason
@@ -94,15 +100,23 @@ def explanation(decision: Decision) -> str:
     )
 
 
-def decision_json(decision: Decision, sweep: Mapping[str, Any], trials: pd.DataFrame) -> str:
+def _why_another(decision: Decision) -> str:
+    """Why more trials of the same sweep would not do; empty where they do."""
+    seeds = decision.baseline.n_seeds if decision.baseline else 0
+    if decision.needed is None or decision.needed.seeds <= seeds:
+        return ""
+    return f" That takes another sweep: a baseline of {count(seeds, 'seed')} cannot get more when it is resumed."
+
+
+def decision_json(decision: Decision, sweep: Mapping[str, Any], trials: pd.DataFrame, commands: Commands) -> str:
     """decision.json: every field of `Decision`, the sentence, the commands and where it comes from; all finite."""
     record = {
         "schema_version": SCHEMA_VERSION,
         "sentence": headline(decision),
         "explanation": explanation(decision),
         **dataclasses.asdict(decision),
-        "train_command": train_command(decision, sweep),
-        "sweep_command": sweep_command(decision, sweep, len(trials)),
+        "train_command": train_command(decision, sweep) if commands.trains else None,
+        "sweep_command": None if commands.trains else commands.next,
         "wider_command": wider_command(decision, sweep, len(trials)),
         "trials": {str(status): int(amount) for status, amount in trials["status"].value_counts().items()},
         "preset": sweep.get("preset"),
@@ -138,6 +152,7 @@ def render(
         "numbers": _four_numbers(decision),
         "command": folded(commands.next),
         "wider_command": folded(commands.wider or ""),
+        "trains": commands.trains,
         "behaviour": behaviour,
         "says": SAYS,
         "traps": _traps(trials, curves),
@@ -152,7 +167,7 @@ def render(
         **{f"figures/{name}.svg": svg for name, svg in drawn.items()},
         "report.md": markdown,
         "report.html": html,
-        "decision.json": decision_json(decision, sweep, trials),
+        "decision.json": decision_json(decision, sweep, trials, commands),
     }
 
 

@@ -27,6 +27,10 @@ class _Decision:
     beta_kl: float | None = None
     kl_temperature: float | None = None
     sweep_command: str | None = None
+    sentence: str = ""
+    explanation: str = ""
+    warnings: tuple[str, ...] = ()
+    so_far: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,18 +42,41 @@ class _Sweep:
     config_overrides: dict[str, Any] | None = None
 
 
-def config_of_decision(file: Path) -> CircuitBreakerConfig:
+def said_by_decision(file: Path) -> list[str]:
+    """What a decision says of the setting that it recommends: the sentence, its numbers and its warnings.
+
+    Raises:
+        InputError: the file is missing or not what it should be.
+    """
+    decision = _read_decision(file)
+    said = [decision.sentence, decision.explanation, *(f"warning: {warning}" for warning in decision.warnings)]
+    return [line for line in said if line]
+
+
+def config_of_decision(file: Path, *, despite_verdict: bool = False) -> CircuitBreakerConfig:
     """The setting that a sweep's `report/decision.json` chose, trained as the sweep's trials were.
 
     Preset, data and every other field come from the `sweep.json` of the run directory that the decision lies in.
 
+    Args:
+        despite_verdict: take also what is no choice: `beta_kl` 0 where no weight qualifies, or of a sweep that goes on.
+
     Raises:
         InputError: a file is missing or not what it should be, or the decision recommends no setting.
     """
-    decision = _read(file, "--from-decision", _Decision, "name the decision.json that pick_beta wrote")
+    decision = _read_decision(file)
     if decision.verdict not in _RECOMMENDING:
         help_by = f": {decision.sweep_command}" if decision.sweep_command else ""
         raise InputError(f"--from-decision {file}: it chose nothing ({decision.verdict}); sweep further{help_by}")
+    if not despite_verdict and (decision.verdict != "choose" or decision.so_far):
+        found = (
+            f"of a sweep that has not ended ({decision.so_far})"
+            if decision.so_far
+            else f"{decision.verdict}, no choice"
+        )
+        raise InputError(
+            f"--from-decision {file}: {found}; --despite-verdict trains beta_kl {decision.beta_kl:g} anyhow"
+        )
     source = file.resolve().parent.parent / "sweep.json"
     mend = "not the sweep.json of a KL ablation; leave the decision in its run directory"
     sweep = _read(source, "--from-decision", _Sweep, mend)
@@ -57,6 +84,10 @@ def config_of_decision(file: Path) -> CircuitBreakerConfig:
     own = {name: getattr(preset, name) for name in _PATHS if name not in (sweep.config_overrides or {})}
     chosen = {"beta_kl": decision.beta_kl, "kl_temperature": decision.kl_temperature}
     return _with_fields(preset, sweep.config | own | chosen, source)
+
+
+def _read_decision(file: Path) -> _Decision:
+    return _read(file, "--from-decision", _Decision, "name the decision.json that pick_beta wrote")
 
 
 @dataclass(frozen=True)

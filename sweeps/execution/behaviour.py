@@ -21,6 +21,8 @@ from cbtrain.utils.environment import quiet_libraries
 from sweeps.execution.trial import TrialContext, output_to, root_cause
 from sweeps.plan.journal import TrialSpec, trial_config
 
+NEW_TOKENS = 64
+"""Of each answer that is measured, at most."""
 LOG = "behaviour"
 """Of `logs/`, without its suffix: what the measuring process prints."""
 
@@ -105,7 +107,14 @@ def _measure(specs: Sequence[TrialSpec], context: TrialContext, prompts: int) ->
             for spec in specs:
                 directory = file_of(context.run_dir, spec).parent
                 config = trial_config(context.config, spec)
-                measure(config, directory / "adapter", prompts=prompts, output_dir=directory, teacher_said=said)
+                measure(
+                    config,
+                    directory / "adapter",
+                    prompts=prompts,
+                    max_new_tokens=NEW_TOKENS,
+                    output_dir=directory,
+                    teacher_said=said,
+                )
         except Exception:
             traceback.print_exc()  # Ray tells the driver, and the log's reader nothing
             raise

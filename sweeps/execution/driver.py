@@ -23,7 +23,7 @@ from analysis.decision import Decision
 from analysis.report.commands import wider_command
 from cbtrain.teacher_cache.plan import LIVE, CachePlan, CacheUnavailableError
 from cbtrain.training.calibration import Calibration, steps_allowed
-from sweeps.execution.behaviour import behaviour_sentences, file_of, measure_all, subjects
+from sweeps.execution.behaviour import NEW_TOKENS, behaviour_sentences, file_of, measure_all, subjects
 from sweeps.execution.calibration import calibrate_before, spent, summary, told, with_recipe
 from sweeps.execution.searcher import PlanSearcher
 from sweeps.execution.teacher_cache import norms_are_missing, run_teacher
@@ -172,7 +172,10 @@ class SweepDriver:
         decision stands without it."""
         while specs := self._unmeasured():
             named = ", ".join(spec.trial_id for spec in specs)
-            said = f"behaviour of {named}: what they write on at most {self.behaviour_prompts} held-out prompts a kind"
+            said = (
+                f"behaviour of {named}: {len(specs) + 1} models, the one before training among them, answer at most "
+                f"{self.behaviour_prompts} held-out prompts a kind with at most {NEW_TOKENS} tokens each"
+            )
             print("\n".join(["", *wrapped(said)]), flush=True)
             if reason := measure_all(specs, context, self.behaviour_prompts):
                 print("\n".join(wrapped(f"behaviour not measured: {reason}")), flush=True)

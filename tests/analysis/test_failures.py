@@ -175,6 +175,14 @@ def test_drift_alone_that_no_neighbour_bears_out_is_suspect_and_earns_no_pick(sw
     assert "benign drift" in decision.suspects[0].evidence
 
 
+def test_baselines_whose_drift_differs_as_it_does_without_kl_are_no_suspects(sweep):
+    trials = sweep.copy()
+    trials.loc[trials["beta_kl"] == 0, "eval_benign_kl"] *= [0.05, 1.0, 1.0, 12.0]
+    decision = decide(trials)
+    assert decision.suspects == ()
+    assert pick_of(decision) == pick_of(decide(sweep))
+
+
 def test_a_lone_trial_that_keeps_rerouting_where_all_around_it_lose_it_makes_no_pick(sweep):
     over = sweep[(sweep["beta_kl"] > 0.3) & (sweep["phase"] == "search")].iloc[0]
     trials = sweep.copy()
@@ -193,6 +201,6 @@ def test_the_command_and_the_report_name_what_failed(make_run: MakeRun, sweep, c
     assert main([str(run)]) == 0
     output = " ".join(capsys.readouterr().out.split())
     said = "t004, seed 0, beta_kl 0.1, T 1.0: reroute +0.9"
-    assert f"failed: {said}" in output
+    assert f"suspect: {said}" in output
     for name in ("report.md", "report.html"):
         assert said in " ".join((run / "report" / name).read_text().split()), name

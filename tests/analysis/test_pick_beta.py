@@ -189,6 +189,31 @@ def test_a_sweep_in_progress_is_decided_on_what_is_there(make_run: MakeRun, tria
     assert "16 completed, 1 running, 1 failed" in (run / "report" / "report.md").read_text()
 
 
+def test_a_sweep_that_has_not_ended_does_not_sound_final_and_goes_on_with_itself(
+    make_run: MakeRun, trials: pd.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials.loc[12, "status"] = "running"
+    run = make_run(trials, settings={"num_samples": 20}, status="running")
+    assert main([str(run)]) == 4
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("So far (17 of 20, 1 running): Use beta_kl = 0.3")
+    assert f"python sweeps/kl_ablation.py --resume {run}" in unfolded(lines)
+    assert "cbtrain.train" not in "\n".join(lines)
+    assert decision_of(run)["train_command"] is None
+    assert main([str(run), "--so-far"]) == 4
+    assert "--despite-verdict" in unfolded(capsys.readouterr().out.splitlines())
+    assert decision_of(run)["so_far"] == "17 of 20, 1 running"
+
+
+def test_a_killed_sweep_has_not_ended_and_one_whose_baseline_never_rerouted_has(
+    make_run: MakeRun, trials: pd.DataFrame
+) -> None:
+    killed = make_run(trials, settings={"num_samples": 20}, status="interrupted")
+    assert write_report(killed)[0].so_far == "18 of 20"
+    never = trials.iloc[:3].assign(eval_loss_reroute=0.999)
+    assert write_report(make_run(never, settings={"num_samples": 20}, status="running"))[0].so_far == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -100,7 +100,7 @@ def write_run(directory: Path, trials: pd.DataFrame, **sweep: object) -> Path:
         "preset": "tiny",
         "config": {"steps": 70, "lr": 2e-3},
         "config_overrides": {},
-        "status": "completed",
+        "status": "finished",
         "versions": {"torch": "2.13.0"},
         "git_commit": "0123456",
     }

@@ -126,7 +126,29 @@ def test_a_decision_of_the_first_schema_is_read(decided):
 
 
 def test_no_candidate_qualifies_trains_without_a_kl_term(decided):
-    assert config_of_decision(decided("no_candidate_qualifies", 0.0)).beta_kl == 0.0
+    file = decided("no_candidate_qualifies", 0.0)
+    with pytest.raises(
+        InputError, match="no_candidate_qualifies, no choice; --despite-verdict trains beta_kl 0 anyhow"
+    ):
+        config_of_decision(file)
+    assert config_of_decision(file, despite_verdict=True).beta_kl == 0.0
+
+
+def test_a_choice_of_a_sweep_that_goes_on_is_trained_only_where_that_is_asked_for(decided):
+    file = decided()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"so_far": "9 of 20"}))
+    with pytest.raises(InputError, match=r"of a sweep that has not ended \(9 of 20\); --despite-verdict"):
+        config_of_decision(file)
+    assert config_of_decision(file, despite_verdict=True).beta_kl == 0.7
+
+
+def test_what_a_decision_warns_of_is_printed_before_it_is_trained(decided, capsys, tmp_path):
+    file = decided()
+    said = {"sentence": "Use it, but behaviour not measured.", "warnings": ["KL does not lower benign drift here."]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    assert train.main(["--from-decision", str(file), "--output-dir", str(tmp_path / "out")]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("Use it, but behaviour not measured.\nwarning: KL does not lower benign drift here.\n")
 
 
 @pytest.mark.parametrize("verdict", ["insufficient_evidence", "baseline_never_rerouted", "baseline_failed"])
