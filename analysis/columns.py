@@ -20,3 +20,15 @@ COLUMNS = (*SETTING_COLUMNS, *METRIC_COLUMNS, *JUDGED_COLUMNS)
 
 TEXT_COLUMNS = ("trial_id", "phase", "status", "feasible", "error")
 NUMBER_COLUMNS = tuple(name for name in COLUMNS if name not in TEXT_COLUMNS)
+
+_ROUNDING = 1e-4
+"""A cosine in half precision leaves its range, and a divergence falls below 0, by no more."""
+
+
+def impossible_value(metric: str, value: float) -> str:
+    """What a metric's value must be where it is one that no training can give; empty for all others, NaN included."""
+    if metric == "eval_benign_kl" and value < -_ROUNDING:
+        return "a divergence must be 0 or more"
+    if metric in ("eval_loss_reroute", "loss_reroute") and not (-_ROUNDING <= value <= 1 + _ROUNDING or value != value):
+        return "must lie between 0 and 1"
+    return ""

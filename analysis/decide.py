@@ -28,6 +28,7 @@ from analysis.decision import Baseline, Decision, Needed, SettingAssessment
 from analysis.formatting import number
 from analysis.noise import MIN_SEEDS, is_noisy, samples_for, seeds_needed
 from analysis.rules_of_thumb import TOO_FEW, evaluate_rules
+from analysis.sensitivity import alternatives
 from analysis.surrogate.kernel import coordinates
 from analysis.surrogate.search_space import DEFAULT_SPACE, SearchSpace
 from analysis.surrogate.surrogate import MAX_MODELLED, METRICS, Surrogate, finite_trials, modelled
@@ -92,7 +93,10 @@ def decide(
         return replace(decision, reason="No trial with beta_kl > 0 completed.")
     judge = Judge(behaviour, limits, confidence)
     settings = _assess(candidates, model, baseline, decision, judge)
-    decision = replace(decision, settings=settings, reason=why_insufficient(settings, needed, tolerance, confidence))
+    decision = replace(
+        decision, settings=settings, sensitivity=alternatives(model, settings, reroute_tolerance, confidence)
+    )
+    decision = replace(decision, reason=why_insufficient(settings, needed, tolerance, confidence))
     if untrusted := _not_to_be_trusted(decision, baselines):
         return untrusted
     if warning := baseline_trials.unconverged_sentence(baselines) or baseline_trials.failed_sentence(baselines):
@@ -137,7 +141,10 @@ def _assess(
     groups = list(candidates.groupby(["beta_kl", "kl_temperature"]))
     points = np.concatenate([coordinates(beta_kl, heat, decision.searched) for (beta_kl, heat), _ in groups])
     lost = model.lost(points)
-    delta, low, high = (baseline.achieved * x for x in (lost.expectation(), lost.quantile(0.025), lost.quantile(0.975)))
+    delta, low, high, bound = (
+        baseline.achieved * x
+        for x in (lost.expectation(), *(lost.quantile(p) for p in (0.025, 0.975, decision.confidence)))
+    )
     feasible = lost.probability_below(model.limit)
     drift = np.exp(model.drift.value(points).expectation())
     barred, failed = model.not_to_be_chosen(), model.trials.index[model.suspect]
@@ -163,6 +170,7 @@ def _assess(
                 drift=float(drift[i]),
                 reroute_delta=float(delta[i]),
                 reroute_delta_interval=(float(low[i]), float(high[i])),
+                reroute_delta_bound=float(bound[i]),
                 pareto=not dominated[i],
                 harmful_nll=harmful_nll,
                 behaviour_returns=returns,

@@ -57,7 +57,9 @@ class SettingAssessment:
     reroute_delta: float
     """Posterior mean of `eval_loss_reroute` minus the baseline's."""
     reroute_delta_interval: tuple[float, float]
-    """Its 95 % interval."""
+    """Its 95 % interval, two-sided."""
+    reroute_delta_bound: float
+    """What it is at most with a probability of `confidence`: the bound that P speaks of."""
     pareto: bool
     """No other setting that ran has both less drift and less rerouting lost."""
     harmful_nll: float | None
@@ -85,6 +87,17 @@ class Suspect:
     probability: float
     evidence: str
     """What its setting's other seeds and its neighbours say, what it shows itself, and its log."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """What would be chosen under another limit or confidence; the setting is None where none would."""
+
+    reroute_tolerance: float
+    confidence: float
+    beta_kl: float | None
+    kl_temperature: float | None
+    drift: float | None
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,7 @@ class Decision:
     """1 − `drift_kept`."""
     reroute_delta: float | None = None
     reroute_delta_interval: tuple[float, float] | None = None
+    reroute_delta_bound: float | None = None
     n_seeds: int | None = None
     confirmed: bool = False
     """The pick ran on at least two seeds beside its first, all pooled. Reported; no gate."""
@@ -149,5 +163,7 @@ class Decision:
     mend: dict[str, Any] = field(default_factory=dict)
     """Fields of the configuration that another sweep should change, with their values; where the verdict is none."""
     suspects: tuple[Suspect, ...] = ()
+    sensitivity: tuple[Alternative, ...] = ()
+    """The choice at reroute tolerances of 2, 5 and 10 %, then at confidences of 0.9 and 0.99."""
     settings: tuple[SettingAssessment, ...] = ()
     """Those that qualify first, by drift; then the others, the most probable first."""

@@ -4,7 +4,7 @@ They were stated on the training `loss_kl` at temperature 1, so only such trials
 and is a divergence between softened distributions, which is not comparable between temperatures.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,8 @@ from analysis.formatting import number, signed, with_relation
 
 LOSS_KL_TOO_STRONG = 1.0
 """The first rule's threshold on the training `loss_kl`, T = 1."""
+LOW_WEIGHT = 0.1
+"""What the first two rules advise at most."""
 _SLOPE_P_VALUE = 0.05
 TOO_FEW = "not enough trials"
 
@@ -26,6 +28,8 @@ class RuleOfThumb:
     rule: str
     fired: bool | None
     evidence: str
+    instead: str = ""
+    """Why the decision does otherwise, where the rule fired; else empty."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,29 @@ def evaluate_rules(
     strong = _kl_too_strong(at_one, pick_beta_kl or 0.3)
     rising = _reroute_rises(at_one)
     return strong, rising, _all_good(strong, rising, at_03, confidence), _stronger(at_05, confidence)
+
+
+def with_reasons(
+    rules: tuple[RuleOfThumb, ...], pick: Outlook, cost: str, at_03: Outlook | str, at_05: Outlook | str
+) -> tuple[RuleOfThumb, ...]:
+    """The rules, each that fired and advises another weight than the pick's with a sentence why it is not followed.
+
+    Args:
+        pick: the recommended setting.
+        cost: what rerouting it loses, of what is allowed.
+    """
+    drifts = f"{number(pick.beta_kl)} drifts by {number(pick.drift)}"
+    instead = [
+        f"what beta_kl {number(pick.beta_kl)} costs was measured: {cost}" if pick.beta_kl > LOW_WEIGHT else "",
+        f"a rise is no breach of the limit: {cost}" if pick.beta_kl > LOW_WEIGHT else "",
+        *(
+            ""
+            if isinstance(at, str) or at.beta_kl == pick.beta_kl
+            else f"{drifts}, {number(at.beta_kl)} at T 1 by {number(at.drift)}"
+            for at in (at_03, at_05)
+        ),
+    ]
+    return tuple(replace(rule, instead=why if rule.fired else "") for rule, why in zip(rules, instead, strict=True))
 
 
 def _kl_too_strong(at_one: pd.DataFrame, near: float) -> RuleOfThumb:

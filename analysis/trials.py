@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.columns import NUMBER_COLUMNS, STATUSES, TEXT_COLUMNS
+from analysis.columns import METRIC_COLUMNS, NUMBER_COLUMNS, STATUSES, TEXT_COLUMNS, impossible_value
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
 from analysis.surrogate.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, SearchSpace
 from cbtrain.config.validation import from_json
@@ -134,6 +134,9 @@ def _parse_row(where: str, header: list[str], fields: list[str]) -> dict[str, An
     if not float(row["seed"]).is_integer():
         raise InputError(f"{where}: seed {fields[header.index('seed')]!r}: must be a whole number")
     row["seed"] = int(row["seed"])
+    for name in METRIC_COLUMNS if row["status"] == "completed" else ():
+        if impossible := impossible_value(name, row[name]):
+            raise InputError(f"{where}: {name} {row[name]:g}: {impossible}; no training gives it, restore the file")
     return row
 
 

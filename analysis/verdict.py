@@ -11,10 +11,13 @@ from analysis.behaviour import MOST_SETTINGS
 from analysis.decision import Baseline, Decision, Needed, SettingAssessment
 from analysis.formatting import count, number, percent, setting, signed, temperature, with_relation
 from analysis.noise import is_noisy
-from analysis.rules_of_thumb import Outlook, evaluate_rules
+from analysis.rules_of_thumb import Outlook, evaluate_rules, with_reasons
 from analysis.surrogate.kernel import coordinates
 from analysis.surrogate.search_space import BETA_KL_RANGE, RangeEnd, SearchSpace
 from analysis.surrogate.surrogate import Surrogate
+
+NEARLY = 0.05
+"""Of P below the confidence: a setting that much short of it is named where it drifts less."""
 
 
 def between_settings(
@@ -29,6 +32,9 @@ def between_settings(
     rules = evaluate_rules(usable, near, *outlooks, confidence)
     decision = replace(decision, rules_of_thumb=rules)
     if pick is not None:
+        cost = f"{signed(pick.reroute_delta)} of {number(decision.tolerance or 0, 2)} allowed"
+        chosen = Outlook(pick.beta_kl, pick.probability_feasible, pick.drift)
+        decision = replace(decision, rules_of_thumb=with_reasons(rules, chosen, cost, *outlooks))
         return _chosen(decision, pick, baseline)
     if settings[0].qualifies:
         return _none_behaves(decision, trained)
@@ -36,6 +42,20 @@ def between_settings(
     if max(on_map.max(), settings[0].probability_feasible) < 1 - confidence:
         return _none_qualifies(decision, baseline)
     return decision
+
+
+def nearly_chosen(decision: Decision) -> SettingAssessment | None:
+    """The setting with the least drift of those that drift less than the pick and are just not sure enough."""
+    near = [
+        each
+        for each in decision.settings
+        if not each.qualifies
+        and not each.complaints
+        and each.n_failed < each.n_seeds
+        and decision.confidence - NEARLY <= each.probability_feasible < decision.confidence
+        and each.drift < (decision.eval_benign_kl or 0)
+    ]
+    return min(near, key=lambda each: each.drift, default=None)
 
 
 def pick_candidates(decision: Decision) -> tuple[SettingAssessment, ...]:
@@ -91,6 +111,7 @@ def _chosen(decision: Decision, pick: SettingAssessment, baseline: Baseline) -> 
         drift_reduction_vs_baseline=1 - kept,
         reroute_delta=pick.reroute_delta,
         reroute_delta_interval=pick.reroute_delta_interval,
+        reroute_delta_bound=pick.reroute_delta_bound,
         n_seeds=pick.n_seeds,
         confirmed=pick.n_seeds - pick.n_failed >= 3,
         behaviour_warning="" if pick.measured else "behaviour not measured",
@@ -110,7 +131,7 @@ def _none_qualifies(decision: Decision, baseline: Baseline) -> Decision:
         decision,
         verdict="no_candidate_qualifies",
         reason=f"Every beta_kl from {low:g} to {high:g} costs more rerouting than the limit allows, at kl_temperature "
-        f"{heat}.",
+        f"{heat}. Without KL benign drift is {number(baseline.drift)} nats/token.",
         range_warning=further,
         warnings=(*decision.warnings, *([further] if further else [])),
         wider=searched.widened([below]) if further else None,
@@ -122,6 +143,7 @@ def _none_qualifies(decision: Decision, baseline: Baseline) -> Decision:
         drift_reduction_vs_baseline=0.0,
         reroute_delta=0.0,
         reroute_delta_interval=(0.0, 0.0),
+        reroute_delta_bound=0.0,
         n_seeds=baseline.n_seeds,
         confirmed=baseline.n_seeds >= 3,
         needed=None,

@@ -21,6 +21,7 @@ from analysis.decision import Decision, Verdict
 from analysis.formatting import count, number, percent, signed, temperature, with_relation
 from analysis.report import figures
 from analysis.report.commands import Commands, folded, train_command, wider_command
+from analysis.verdict import nearly_chosen
 from cbtrain.utils.files import finite_or_none
 
 SCHEMA_VERSION = 2
@@ -57,7 +58,8 @@ def _headline(decision: Decision) -> str:
     if decision.verdict != "choose":
         return _HEADLINES[decision.verdict].format(searched=decision.searched.range_of("beta_kl"))
     beta_kl, heat = number(decision.beta_kl or 0), temperature(decision.kl_temperature or 1)
-    reservations = [decision.behaviour_warning] if decision.behaviour_warning else []
+    reservations = ["on one seed"] if decision.n_seeds == 1 else []
+    reservations += [decision.behaviour_warning] if decision.behaviour_warning else []
     if (decision.drift_kept or 0) >= 1:
         reservations.append("benign drift is no less than at beta_kl = 0")
     but = f", but {' and '.join(reservations)}" if reservations else ""
@@ -86,7 +88,6 @@ def explanation(decision: Decision) -> str:
         )
     if decision.verdict != "choose":
         return decision.reason
-    low, high = decision.reroute_delta_interval or (0.0, 0.0)
     pick = next(
         s for s in decision.settings if (s.beta_kl, s.kl_temperature) == (decision.beta_kl, decision.kl_temperature)
     )
@@ -94,10 +95,18 @@ def explanation(decision: Decision) -> str:
     confirmed = seeds if decision.confirmed else f"{seeds}, not yet confirmed"
     return (
         f"Benign drift is {number(decision.eval_benign_kl or 0)} nats/token, {percent(decision.drift_kept or 0)} of "
-        f"what it is without KL, and rerouting stays within the limit: {signed(decision.reroute_delta or 0)} "
-        f"[{signed(low)}, {signed(high)}] of {number(decision.tolerance or 0, 2)} allowed, "
-        f"{with_relation('P', decision.probability_feasible or 0)}, {confirmed}."
+        f"what it is without KL, and rerouting stays within the limit: {percent(decision.confidence)} sure that it "
+        f"loses at most {signed(decision.reroute_delta_bound or 0)} of {number(decision.tolerance or 0, 2)} allowed, "
+        f"{with_relation('P', decision.probability_feasible or 0)}, {confirmed}.{_cheaper(decision)}"
     )
+
+
+def _cheaper(decision: Decision) -> str:
+    near = nearly_chosen(decision)
+    if near is None:
+        return ""
+    named = formatting.setting(near.beta_kl, near.kl_temperature)
+    return f" {named} drifts less, {with_relation('P', near.probability_feasible)}."
 
 
 def _why_another(decision: Decision) -> str:

@@ -15,7 +15,7 @@ import optuna
 import pandas as pd
 from optuna.storages import BaseStorage, InMemoryStorage
 
-from analysis.columns import METRIC_COLUMNS, PLAN_COLUMNS
+from analysis.columns import METRIC_COLUMNS, PLAN_COLUMNS, impossible_value
 from analysis.constraint import (
     absolute_tolerance,
     baseline_rerouted,
@@ -262,6 +262,8 @@ def _checked(outcome: TrialOutcome) -> TrialOutcome:
             return replace(outcome, status="failed", error=f"{name} is missing")
         if isinstance(value, float) and not math.isfinite(value):
             return replace(outcome, status="failed", error=f"{name} is {value}, not a finite number")
+        if isinstance(value, float) and (impossible := impossible_value(name, value)):
+            return replace(outcome, status="failed", error=f"{name} is {value}: {impossible}")
     return outcome
 
 

@@ -61,7 +61,7 @@ def test_a_measured_pick_that_behaves_needs_no_reservation(make_run: MakeRun, sw
     run = make_run(sweep)
     write(run, "t000")
     write(run, ladder_of(sweep)[0][1])
-    assert decided(run)["sentence"] == "Use beta_kl = 0.3 at kl_temperature = 1.0."
+    assert decided(run)["sentence"] == "Use beta_kl = 0.3 at kl_temperature = 1.0, but on one seed."
 
 
 def test_a_setting_that_breaks_benign_answers_gives_way_to_the_next_on_the_ladder(make_run: MakeRun, sweep):
@@ -70,7 +70,7 @@ def test_a_setting_that_breaks_benign_answers_gives_way_to_the_next_on_the_ladde
     write(run, "t000")
     write(run, first, degenerate=0.88)
     unmeasured = decided(run)
-    assert unmeasured["sentence"].endswith(", but behaviour not measured.")
+    assert unmeasured["sentence"].endswith(" and behaviour not measured.")
     write(run, next_one)
     record = decided(run)
     assert (record["verdict"], record["beta_kl"]) == ("choose", second.beta_kl)
@@ -127,7 +127,7 @@ def test_benign_text_broken_without_kl_and_kept_with_it_is_what_kl_is_for(make_r
     run = make_run(sweep)
     write(run, "t000", degenerate=1.0)
     write(run, ladder_of(sweep)[0][1], degenerate=0.03125)
-    assert decided(run)["sentence"] == "Use beta_kl = 0.3 at kl_temperature = 1.0."
+    assert decided(run)["sentence"] == "Use beta_kl = 0.3 at kl_temperature = 1.0, but on one seed."
 
 
 def test_benign_nll_beyond_a_tenth_of_a_nat_and_half_the_baselines_rise_does_not_hold(sweep):

@@ -43,7 +43,8 @@ def test_no_candidate_qualifies_names_the_range_that_it_speaks_of() -> None:
     trials = make_trials(Surface(always_lost=0.2), searched=14)
     default = decide(trials)
     assert default.reason == (
-        "Every beta_kl from 0.001 to 2 costs more rerouting than the limit allows, at kl_temperature 1–4."
+        "Every beta_kl from 0.001 to 2 costs more rerouting than the limit allows, at kl_temperature 1–4. Without KL "
+        "benign drift is 9.63 nats/token."
     )
     assert report.headline(default) == "Use beta_kl = 0: no KL weight of 0.001–2 keeps rerouting within the limit."
     assert (default.wider, default.range_warning, default.warnings) == (None, "", ())
@@ -111,7 +112,7 @@ def test_a_pick_inside_its_ranges_says_nothing_of_ends(make_run: MakeRun, trials
 
 
 def test_a_further_sweep_searches_what_this_one_did(make_run: MakeRun) -> None:
-    trials = make_trials(Surface(), noise=0.08, searched=0, rng_seed=2)
+    trials = make_trials(Surface(), noise=0.08, searched=0, rng_seed=6)
     run = make_run(trials, settings=SETTINGS | {"beta_kl_range": [0.05, 3], "kl_temperature_range": [1, 2]})
     decision, commands = write_report(run)
     assert decision.verdict == "insufficient_evidence"
@@ -119,7 +120,7 @@ def test_a_further_sweep_searches_what_this_one_did(make_run: MakeRun) -> None:
 
 
 def test_a_further_sweep_takes_a_recipe_that_was_found_and_looks_for_none(make_run: MakeRun) -> None:
-    trials = make_trials(Surface(), noise=0.08, searched=0, rng_seed=2)
+    trials = make_trials(Surface(), noise=0.08, searched=0, rng_seed=6)
     spent = {"reason": "Converged.", "runs": 3, "steps_spent": 90, "max_steps": 300, "wall_s": 60.0}
     found = {"converged": True, "settings": {"lr": 1e-3, "retain_scale": 10.0, "steps": 150}} | spent
     run = make_run(trials, settings=SETTINGS, preset="auto", config_overrides=found["settings"], calibration=found)
@@ -130,7 +131,7 @@ def test_a_further_sweep_takes_a_recipe_that_was_found_and_looks_for_none(make_r
 
 @pytest.mark.parametrize(("value", "flag"), [(True, "--cpu-offload"), (False, "--no-cpu-offload")])
 def test_a_field_that_is_on_or_off_is_repeated_as_the_sweep_takes_it(make_run: MakeRun, value: bool, flag: str) -> None:
-    trials = make_trials(Surface(), noise=0.08, searched=0, rng_seed=2)
+    trials = make_trials(Surface(), noise=0.08, searched=0, rng_seed=6)
     _, commands = write_report(make_run(trials, settings=SETTINGS, config_overrides={"cpu_offload": value}))
     assert flag in str(commands.next).split()
     assert str(value) not in str(commands.next)

@@ -92,8 +92,11 @@ def make_trials(
     )
 
 
-def write_run(directory: Path, trials: pd.DataFrame, **sweep: object) -> Path:
-    """A run directory with these trials, their curves and a sweep.json; `sweep` replaces keys of the latter."""
+def write_run(directory: Path, trials: pd.DataFrame, *, clipped: bool = True, **sweep: object) -> Path:
+    """A run directory with these trials, their curves and a sweep.json; `sweep` replaces keys of the latter.
+
+    Noise takes losses out of the range that a cosine has; `clipped` brings them back.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     record = {
         "settings": {"num_samples": len(trials), "reroute_tolerance": 0.05, "confidence": 0.95},
@@ -105,7 +108,9 @@ def write_run(directory: Path, trials: pd.DataFrame, **sweep: object) -> Path:
         "git_commit": "0123456",
     }
     (directory / "sweep.json").write_text(json.dumps(record | sweep), encoding="utf-8")
-    trials.to_csv(directory / "trials.csv", index=False)
+    losses = ["eval_loss_reroute", "loss_reroute"]
+    possible = trials.assign(**{name: trials[name].clip(0, 1) for name in losses}) if clipped else trials
+    possible.to_csv(directory / "trials.csv", index=False)
     for trial_id, final in zip(trials["trial_id"], trials["loss_reroute"], strict=True):
         folder = directory / "trials" / trial_id
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,35 @@
+"""What would be chosen if more or less rerouting might be lost, or more or less confidence were asked for."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from analysis.constraint import probably_feasible
+from analysis.decision import Alternative, SettingAssessment
+from analysis.surrogate.kernel import coordinates
+from analysis.surrogate.surrogate import Surrogate
+
+TOLERANCES = (0.02, 0.05, 0.1)
+CONFIDENCES = (0.9, 0.99)
+
+
+def alternatives(
+    model: Surrogate, settings: Sequence[SettingAssessment], reroute_tolerance: float, confidence: float
+) -> tuple[Alternative, ...]:
+    """The choice at each of `TOLERANCES` by the decision's confidence, then at each of `CONFIDENCES` by its tolerance.
+
+    By the model that decides, with another limit. Settings that fail or misbehave stay out.
+    """
+    points = coordinates([each.beta_kl for each in settings], [each.kl_temperature for each in settings], model.space)
+    lost, barred = model.lost(points), model.not_to_be_chosen()
+    drift = np.array([each.drift for each in settings])
+    out = [(each.beta_kl, each.kl_temperature) in barred or bool(each.complaints) for each in settings]
+    asked = [(tolerance, confidence) for tolerance in TOLERANCES] + [(reroute_tolerance, each) for each in CONFIDENCES]
+    found = []
+    for tolerance, sure in asked:
+        qualifies = [probably_feasible(chance, sure) for chance in lost.probability_below(tolerance)]
+        allowed = np.where(np.array(qualifies) & ~np.array(out), drift, np.inf)
+        best = settings[int(allowed.argmin())] if np.isfinite(allowed.min()) else None
+        setting = (None, None, None) if best is None else (best.beta_kl, best.kl_temperature, best.drift)
+        found.append(Alternative(tolerance, sure, *setting))
+    return tuple(found)
