@@ -25,7 +25,7 @@ if not __package__:
 from analysis.behaviour import BehaviourLimits, load_behaviour
 from analysis.decide import decide
 from analysis.decision import Decision
-from analysis.report import report
+from analysis.report import report, wording
 from analysis.report.commands import Commands, commands_after, folded
 from analysis.trials import load_curves, load_settings, load_trials
 from cbtrain.config import InputError, cli, flag, nearest
@@ -175,8 +175,8 @@ def _write_all(directory: Path, files: dict[str, str]) -> None:
 
 def _summary(decision: Decision, run_dir: Path, commands: Commands) -> str:
     """What the terminal shows: at most 80 columns, the last line is the next command."""
-    lines = textwrap.wrap(report.headline(decision), _WIDTH) + textwrap.wrap(report.explanation(decision), _WIDTH)
-    for suspect in report.suspect_lines(decision):
+    lines = textwrap.wrap(wording.headline(decision), _WIDTH) + textwrap.wrap(wording.explanation(decision), _WIDTH)
+    for suspect in wording.suspect_lines(decision):
         lines += textwrap.wrap(f"suspect: {suspect}", _WIDTH)
     page = run_dir / "report" / "report.html"
     if decision.verdict not in ("choose", "no_candidate_qualifies") or not commands.trains:

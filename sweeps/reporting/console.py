@@ -20,7 +20,7 @@ from analysis.decision import Decision
 from analysis.formatting import count, number, percent, with_relation
 from analysis.noise import excessive_spread, samples_for, seeds_needed
 from analysis.report.commands import folded
-from analysis.report.report import explanation, suspect_lines
+from analysis.report.wording import explanation, suspect_lines
 from sweeps.plan.budget import PlanSettings
 from sweeps.plan.plan import SweepPlan
 

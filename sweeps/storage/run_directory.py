@@ -79,7 +79,8 @@ class RunDirectory:
             InputError: it already holds a sweep.
         """
         self.refuse_if_taken()
-        self.record = dict(record) | {"versions": _versions(), "git_commit": _git_commit()}
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.record = dict(record) | {"begun_at": now, "versions": _versions(), "git_commit": _git_commit()}
         self.update(status="running")
         self._point_latest_here()
 

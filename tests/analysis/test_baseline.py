@@ -10,7 +10,7 @@ from synthetic import MakeRun, Surface, make_trials
 from analysis.decide import decide
 from analysis.pick_beta import write_report
 from analysis.report.commands import sweep_command
-from analysis.report.report import explanation
+from analysis.report.wording import explanation
 
 SWEEP = {"preset": "auto", "settings": {"num_samples": 18}, "config": {"steps": 60}, "config_overrides": {"lr": 1e-3}}
 

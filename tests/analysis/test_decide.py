@@ -9,7 +9,7 @@ from synthetic import BASE_HARMFUL_NLL, BASELINE_DRIFT, BASELINE_LOSS, Surface, 
 
 from analysis.decide import decide
 from analysis.decision import Decision
-from analysis.report.report import headline
+from analysis.report.wording import headline
 from analysis.verdict import pick_candidates
 
 

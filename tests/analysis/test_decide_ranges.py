@@ -8,7 +8,7 @@ from synthetic import BASELINE_LOSS, MakeRun, Surface, make_trials
 
 from analysis.decide import decide
 from analysis.pick_beta import main, write_report
-from analysis.report import figures, report
+from analysis.report import figures, wording
 from analysis.surrogate.search_space import SearchSpace
 
 SETTINGS = {"num_samples": 18, "reroute_tolerance": 0.05, "confidence": 0.95}
@@ -46,12 +46,12 @@ def test_no_candidate_qualifies_names_the_range_that_it_speaks_of() -> None:
         "Every beta_kl from 0.001 to 2 costs more rerouting than the limit allows, at kl_temperature 1–4. Without KL "
         "benign drift is 9.63 nats/token."
     )
-    assert report.headline(default) == "Use beta_kl = 0: no KL weight of 0.001–2 keeps rerouting within the limit."
+    assert wording.headline(default) == "Use beta_kl = 0: no KL weight of 0.001–2 keeps rerouting within the limit."
     assert (default.wider, default.range_warning, default.warnings) == (None, "", ())
     trials = trials[(trials["beta_kl"] == 0) | (trials["beta_kl"] >= 0.2)]
     above = decide(trials, searched=SearchSpace((0.2, 2.0)))
     assert above.verdict == "no_candidate_qualifies"
-    assert "no KL weight of 0.2–2 keeps" in report.headline(above)
+    assert "no KL weight of 0.2–2 keeps" in wording.headline(above)
     end = "None qualifies down to the lower end of the beta_kl range 0.2–2: what lies below was not searched."
     assert (above.range_warning, above.warnings) == (end, (end,))
     assert above.wider == SearchSpace((0.02, 2.0))

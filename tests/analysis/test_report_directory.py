@@ -12,7 +12,7 @@ import pytest
 from synthetic import MakeRun
 
 from analysis.pick_beta import write_report
-from analysis.report import report
+from analysis.report import report, wording
 
 
 @pytest.mark.parametrize("stage", ["rendering", "writing"])
@@ -90,7 +90,7 @@ def test_a_browser_shows_the_page(make_run: MakeRun, trials: pd.DataFrame, tmp_p
     browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     shot = tmp_path / "report.png"
     dom = subprocess.run([*browser, "--dump-dom", page], capture_output=True, text=True, timeout=120, check=True)
-    assert report.headline(decision) in dom.stdout
+    assert wording.headline(decision) in dom.stdout
     subprocess.run(
         [*browser, f"--screenshot={shot}", "--window-size=1000,1400", page],
         capture_output=True,

@@ -11,7 +11,7 @@ from synthetic import MakeRun, Surface, make_trials
 from analysis.decide import decide
 from analysis.decision import Decision
 from analysis.pick_beta import main
-from analysis.report.report import explanation, headline
+from analysis.report.wording import explanation, headline
 from analysis.trials import load_trials
 from analysis.verdict import nearly_chosen
 from cbtrain.utils.errors import InputError

@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from analysis.decide import decide
-from analysis.report.report import headline
+from analysis.report.wording import headline
 from cbtrain.config import cli
 from cbtrain.model import tiny
 from sweeps import kl_ablation
