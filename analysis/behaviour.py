@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pandas as pd
 from scipy.stats import norm
 
-from analysis.formatting import number, percent
+from analysis.formatting import count, number, percent
 from cbtrain.config.validation import from_json
 from cbtrain.utils.errors import InputError
 
@@ -159,9 +159,18 @@ class Judge:
     limits: BehaviourLimits
     confidence: float
 
-    def measured_seeds(self, beta_kl: float, kl_temperature: float) -> int:
-        """How many trials of a setting were measured."""
-        return len(self._of(beta_kl, kl_temperature))
+    def reservation(self, beta_kl: float, kl_temperature: float) -> str:
+        """What is not known of a setting's answers; empty where they were measured, and are enough to tell."""
+        here = self._of(beta_kl, kl_temperature)
+        if not here or not self._of(0.0, None):
+            return "behaviour not measured"
+        prompts = sum(each.benign_prompts for each in here)
+        return "" if self._tell(prompts) else f"behaviour measured on {count(prompts, 'benign prompt')} only"
+
+    def _tell(self, prompts: int) -> bool:
+        """Whether so many answers could prove anything, were none worse than before training."""
+        before = self.measured[0].benign.gibberish
+        return wilson_bound(before, prompts, self.confidence) <= before + self.limits.degenerate_bound + _ROUNDING
 
     def complaints(
         self, beta_kl: float, kl_temperature: float, benign_nll_rise: float | None, baseline_rise: float | None
@@ -192,7 +201,7 @@ class Judge:
         was = f"{percent(before.benign.gibberish)} before training"
         if degenerate > before.benign.gibberish + self.limits.degenerate_rise + _ROUNDING:
             return [f"{said} ({was})"]
-        if bound > before.benign.gibberish + self.limits.degenerate_bound + _ROUNDING:
+        if self._tell(prompts) and bound > before.benign.gibberish + self.limits.degenerate_bound + _ROUNDING:
             return [f"{said} ({was}), and by {prompts} answers up to {percent(bound)} may be"]
         return []
 

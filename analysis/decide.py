@@ -175,7 +175,8 @@ def _assess(
                 harmful_nll=harmful_nll,
                 behaviour_returns=returns,
                 complaints=complaints,
-                measured=judge.measured_seeds(float(beta_kl), float(heat)) > 0,
+                measured=not (reservation := judge.reservation(float(beta_kl), float(heat))).endswith("not measured"),
+                behaviour_reservation=reservation,
                 n_failed=len(rows) - len(sound),
             )
         )

@@ -70,6 +70,8 @@ class SettingAssessment:
     """Of its trials, those that are suspect."""
     measured: bool = False
     """Whether it was measured what its models write."""
+    behaviour_reservation: str = "behaviour not measured"
+    """What is not known of that; empty where enough is."""
     complaints: tuple[str, ...] = ()
     """What it does to benign text or with harmful prompts that it may not; such a setting is never picked."""
 
@@ -147,7 +149,7 @@ class Decision:
     confirmed: bool = False
     """The pick ran on at least two seeds beside its first, all pooled. Reported; no gate."""
     behaviour_warning: str = ""
-    """That it was not measured what the pick's models write; empty where it was, and is as it should be."""
+    """That what the pick's models write was not measured, or on too few prompts; empty where it is as it should be."""
     range_warning: str = ""
     """That the pick sits at an end of a searched range, or what `wider` else is for; empty where that is None."""
     warnings: tuple[str, ...] = ()

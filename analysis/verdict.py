@@ -114,7 +114,7 @@ def _chosen(decision: Decision, pick: SettingAssessment, baseline: Baseline) -> 
         reroute_delta_bound=pick.reroute_delta_bound,
         n_seeds=pick.n_seeds,
         confirmed=pick.n_seeds - pick.n_failed >= 3,
-        behaviour_warning="" if pick.measured else "behaviour not measured",
+        behaviour_warning=pick.behaviour_reservation,
         warnings=tuple(warnings),
         range_warning=at_ends,
         wider=decision.searched.widened(ends) if ends else None,

@@ -118,9 +118,13 @@ def test_few_prompts_prove_little(make_run: MakeRun, sweep):
     run = make_run(sweep)
     write(run, "t000", prompts=8)
     write(run, first, prompts=8)
+    assert decided(run)["sentence"].endswith(" and behaviour measured on 8 benign prompts only.")
+    write(run, first, prompts=8, degenerate=0.125)
     assert decided(run)["beta_kl"] != 0.3
     write(run, first, prompts=16)
-    assert decided(run)["beta_kl"] == 0.3
+    assert decided(run)["sentence"].endswith("but on one seed.")
+    write(run, first, prompts=20, degenerate=0.05)
+    assert decided(run)["beta_kl"] != 0.3, "at most 5 points more as observed, but up to 20 by the bound"
 
 
 def test_benign_text_broken_without_kl_and_kept_with_it_is_what_kl_is_for(make_run: MakeRun, sweep):

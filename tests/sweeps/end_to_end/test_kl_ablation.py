@@ -18,6 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from analysis.behaviour import load_behaviour
 from analysis.decide import decide
 from analysis.report.wording import headline
 from cbtrain.config import cli
@@ -72,7 +73,7 @@ def test_a_sweep_from_command_to_report_by_packages_that_were_installed_elsewher
         check=False,
     )
     decision = json.loads((run_dir / "report" / "decision.json").read_text())
-    expected = decide(trials)
+    expected = decide(trials, behaviour=load_behaviour(run_dir, trials))
     assert (decision["verdict"], decision["beta_kl"]) == (expected.verdict, expected.beta_kl)
     assert done.returncode == (0 if expected.verdict == "choose" else 3), done.stderr
     assert headline(expected) in " ".join(done.stdout.split())
@@ -112,15 +113,17 @@ def check_behaviour(run_dir: Path, output: str) -> None:
     trials = pd.read_csv(run_dir / "trials.csv")
     decision = decide(trials)
     chosen = trials[(trials.beta_kl == decision.beta_kl) & (trials.kl_temperature == decision.kl_temperature)]
-    measured = ["t000", *chosen.trial_id[:1]] if decision.verdict == "choose" else ["t000"]
-    assert [path.parent.name for path in sorted(run_dir.glob("trials/*/behaviour.json"))] == measured
+    wanted = set(chosen.trial_id) if decision.verdict == "choose" else {"t000"}
+    measured = [path.parent.name for path in sorted(run_dir.glob("trials/*/behaviour.json"))]
+    assert wanted <= set(measured)
+    assert (trials.set_index("trial_id").loc[measured].beta_kl == 0).any(), "no baseline to compare with"
     for trial_id in measured:
         record = json.loads((run_dir / "trials" / trial_id / "behaviour.json").read_text())
         row = trials.set_index("trial_id").loc[trial_id]
         assert record["held_out"]["eval_harmful_nll"] == pytest.approx(row.eval_harmful_nll, rel=1e-4)
         assert record["harmful"]["prompts"] == record["benign"]["prompts"] == 4
     said = " ".join(output.split())
-    assert f"behaviour of {' and '.join(measured)}: what they write on held-out prompts" in said
+    assert "the one before training among them, answer at most 4 held-out prompts a kind" in said
     assert "behaviour harmful prompts: " in said
     assert "behaviour benign prompts: " in said
 
