@@ -111,7 +111,7 @@ def check_cache(run_dir: Path, output: str) -> None:
 def check_behaviour(run_dir: Path, output: str) -> None:
     """What the baseline and the chosen setting write is on disk, and the summary tells of it."""
     trials = pd.read_csv(run_dir / "trials.csv")
-    decision = decide(trials)
+    decision = decide(trials, behaviour=load_behaviour(run_dir, trials))
     chosen = trials[(trials.beta_kl == decision.beta_kl) & (trials.kl_temperature == decision.kl_temperature)]
     wanted = set(chosen.trial_id) if decision.verdict == "choose" else {"t000"}
     measured = [path.parent.name for path in sorted(run_dir.glob("trials/*/behaviour.json"))]
