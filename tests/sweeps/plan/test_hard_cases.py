@@ -60,7 +60,7 @@ def test_when_every_setting_is_infeasible_no_kl_is_recommended() -> None:
     assert {row["feasible"] for row in plan.rows() if row["phase"] != "baseline"} == {False}
     assert (decision.verdict, decision.beta_kl) == ("no_candidate_qualifies", 0.0)
     over = "Every beta_kl from 0.001 to 2 costs more rerouting than the limit allows, at kl_temperature 1–4."
-    assert decision.reason == over
+    assert decision.reason == f"{over} Without KL benign drift is {decision.eval_benign_kl:.2f} nats/token."
 
 
 def test_a_single_trial_beside_the_baseline_is_compared_and_what_was_left_out_is_named() -> None:
