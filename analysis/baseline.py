@@ -23,10 +23,14 @@ OUTWEIGHED = 10
 """A gradient so many times the other decides alone, wherever either points."""
 
 
-def summary(baselines: pd.DataFrame, usable: pd.DataFrame) -> Baseline:
+def failed_by_rule(baselines: pd.DataFrame) -> pd.Index:
+    """The baselines that never rerouted although others did, by their places."""
+    return baselines.index[list(failed_seeds(baselines["eval_loss_reroute"].astype(float).tolist()))]
+
+
+def summary(baselines: pd.DataFrame, usable: pd.DataFrame, failed: pd.Index) -> Baseline:
     """What the completed `beta_kl = 0` trials that did not fail come to; `usable` are all trials that completed."""
-    failed = baselines[list(failed_seeds(baselines["eval_loss_reroute"].astype(float).tolist()))]
-    baselines = baselines.drop(failed.index)
+    baselines = baselines.drop(failed)
     losses = baselines["eval_loss_reroute"].astype(float)
     log_drift = np.log(baselines["eval_benign_kl"].astype(float).clip(lower=MIN_DRIFT))
     return Baseline(
@@ -83,7 +87,7 @@ def unconverged_sentence(baselines: pd.DataFrame) -> str:
         return ""
     steps = int(baselines["steps"].max())
     named = "; ".join(
-        f"{row['trial_id']}, seed {int(row['seed'])}: {trial_state(row) or 'still falling at its end'}"
+        f"{row.get('trial_id', '')}, seed {int(row['seed'])}: {trial_state(row) or 'still falling at its end'}"
         for _, row in unfinished.iterrows()
     )
     return (
@@ -109,13 +113,13 @@ def never_rerouted(baselines: pd.DataFrame, trained: Mapping[str, Any]) -> tuple
     return " ".join(filter(None, [said, held_by])), mend
 
 
-def failed_sentence(baselines: pd.DataFrame) -> str:
-    """That the recipe fails at some seeds, and which; empty where it does not."""
-    failed = baselines[list(failed_seeds(baselines["eval_loss_reroute"].astype(float).tolist()))]
+def failed_sentence(baselines: pd.DataFrame, places: pd.Index) -> str:
+    """That the recipe fails at some seeds, and which, by the places of those; empty where there is none."""
+    failed = baselines.loc[places]
     if failed.empty:
         return ""
     named = "; ".join(
-        f"{row['trial_id']}, seed {int(row['seed'])}: "
+        f"{row.get('trial_id', '')}, seed {int(row['seed'])}: "
         + ", ".join(filter(None, [f"reroute {number(row['eval_loss_reroute'])}", trial_state(row)]))
         for _, row in failed.iterrows()
     )
@@ -130,7 +134,7 @@ def often_failed(baselines: pd.DataFrame, _trained: Mapping[str, Any]) -> tuple[
     them."""
     if unfinished := unconverged_sentence(baselines):
         return unfinished, {"steps": steps_needed(baselines)}
-    return f"{failed_sentence(baselines)} Nothing can be compared with it.", {}
+    return f"{failed_sentence(baselines, failed_by_rule(baselines))} Nothing can be compared with it.", {}
 
 
 def _held_by(baselines: pd.DataFrame, trained: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -19,7 +19,6 @@ from analysis.behaviour import DEFAULT_LIMITS, Behaviour, BehaviourLimits, Judge
 from analysis.constraint import (
     CONFIDENCE,
     REROUTE_TOLERANCE,
-    absolute_tolerance,
     baseline_rerouted,
     fails_often,
     probably_feasible,
@@ -77,8 +76,9 @@ def decide(
     )
     if baselines.empty:
         return decision
-    baseline = baseline_trials.summary(baselines, usable)
-    tolerance = absolute_tolerance(baselines["eval_loss_reroute"], reroute_tolerance)
+    failed = baseline_trials.failed_by_rule(baselines)
+    baseline = baseline_trials.summary(baselines, usable, failed)
+    tolerance = reroute_tolerance * baseline.achieved
     decision = replace(decision, baseline=baseline, tolerance=tolerance)
     often = fails_often(baseline.n_failed, len(baselines))
     if often or not baseline_rerouted(baselines["eval_loss_reroute"]):
@@ -86,12 +86,18 @@ def decide(
         reason, mend = of(baselines, trained)
         return replace(decision, verdict="baseline_never_rerouted", reason=reason, mend=mend)
     model = Surrogate.of(trials, reroute_tolerance, draws, searched)
+    failed = failed.union(model.failed_baselines)
+    baseline = baseline_trials.summary(baselines, usable, failed)
+    tolerance = reroute_tolerance * baseline.achieved
+    recipe_fails = filter(None, [baseline_trials.failed_sentence(baselines, failed)])
+    decision = replace(decision, baseline=baseline, tolerance=tolerance, warnings=(*decision.warnings, *recipe_fails))
     needed = _needed(model, baseline, tolerance, len(trials))
     found = suspects(model, baseline.achieved, baseline.eval_loss_reroute)
     decision = replace(decision, verdict="insufficient_evidence", needed=needed, suspects=found)
     if candidates.empty:
         return replace(decision, reason="No trial with beta_kl > 0 completed.")
-    judge = Judge(behaviour, limits, confidence)
+    of_suspects = {each.trial_id for each in found}
+    judge = Judge([each for each in behaviour if each.trial_id not in of_suspects], limits, confidence)
     settings = _assess(candidates, model, baseline, decision, judge)
     decision = replace(
         decision, settings=settings, sensitivity=alternatives(model, settings, reroute_tolerance, confidence)
@@ -99,8 +105,8 @@ def decide(
     decision = replace(decision, reason=why_insufficient(settings, needed, tolerance, confidence))
     if untrusted := _not_to_be_trusted(decision, baselines):
         return untrusted
-    if warning := baseline_trials.unconverged_sentence(baselines) or baseline_trials.failed_sentence(baselines):
-        decision = replace(decision, warnings=(*decision.warnings, warning))
+    if unfinished := baseline_trials.unconverged_sentence(baselines):
+        decision = replace(decision, warnings=(*decision.warnings, unfinished))
     sound = usable.drop(model.trials.index[model.suspect])
     return between_settings(decision, baseline, model, sound, trained)
 

@@ -146,6 +146,8 @@ class Decision:
     reroute_delta_interval: tuple[float, float] | None = None
     reroute_delta_bound: float | None = None
     n_seeds: int | None = None
+    n_sound_seeds: int | None = None
+    """Those of them that did not fail."""
     confirmed: bool = False
     """The pick ran on at least two seeds beside its first, all pooled. Reported; no gate."""
     behaviour_warning: str = ""
@@ -153,7 +155,7 @@ class Decision:
     range_warning: str = ""
     """That the pick sits at an end of a searched range, or what `wider` else is for; empty where that is None."""
     warnings: tuple[str, ...] = ()
-    """All warnings, those two included."""
+    """All warnings, `range_warning` included."""
     searched: SearchSpace = DEFAULT_SPACE
     """What the sweep searched, and the map covers."""
     wider: SearchSpace | None = None

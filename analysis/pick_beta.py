@@ -144,19 +144,21 @@ def write_report(
         behaviour=behaviour,
         limits=BehaviourLimits.of(sweep["flags"]),
     )
-    decision = dataclasses.replace(decision, so_far=_so_far(sweep, trials, decision))
+    decision = dataclasses.replace(decision, so_far=_so_far(sweep, trials))
     commands = commands_after(decision, sweep, trials, run_dir, train_so_far=train_so_far)
     _write_all(run_dir / "report", report.render(decision, sweep, trials, curves, behaviour, commands))
     return decision, commands
 
 
-def _so_far(sweep: Mapping[str, Any], trials: pd.DataFrame, decision: Decision) -> str:
-    """How far a sweep is that has not ended; empty for one that has, by itself or for want of a baseline."""
+def _so_far(sweep: Mapping[str, Any], trials: pd.DataFrame) -> str:
+    """How far a sweep is that has not ended; empty for one that has, be it for want of a baseline."""
     running = int((trials["status"] == "running").sum())
     ended, planned = len(trials) - running, sweep["settings"].get("num_samples", len(trials))
-    over = sweep.get("status") == "finished" or decision.verdict in ("baseline_never_rerouted", "baseline_failed")
-    if ended >= planned or over:
+    goes_on = sweep.get("status") in ("running", "interrupted", "failed")  # an old sweep.json may not say
+    if sweep.get("status") == "finished" or (ended >= planned and not goes_on):
         return ""
+    if ended >= planned:
+        return f"{ended} of {planned}, behaviour to come"
     return f"{ended} of {planned}" + (f", {running} running" if running else "")
 
 
@@ -179,10 +181,10 @@ def _summary(decision: Decision, run_dir: Path, commands: Commands) -> str:
     for suspect in wording.suspect_lines(decision):
         lines += textwrap.wrap(f"suspect: {suspect}", _WIDTH)
     page = run_dir / "report" / "report.html"
-    if decision.verdict not in ("choose", "no_candidate_qualifies") or not commands.trains:
-        return "\n".join([*lines, folded(commands.next), "", f"report  {page}"])
     for warning in decision.warnings:
         lines += textwrap.wrap(f"warning: {warning}", _WIDTH)
+    if not commands.trains:
+        return "\n".join([*lines, folded(commands.next), "", f"report  {page}"])
     lines += ["", f"  {'rule of thumb':<38}  {'says':<7}  on"]
     for rule in decision.rules_of_thumb:
         lines.append(f"  {rule.rule:<38}  {report.SAYS[rule.fired]:<7}  {rule.evidence}")

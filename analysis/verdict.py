@@ -1,13 +1,14 @@
 """The verdict between settings that were assessed: the pick, that none qualifies, or that none of them behaves."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from analysis.behaviour import MOST_SETTINGS
+from analysis.constraint import fails_often
 from analysis.decision import Baseline, Decision, Needed, SettingAssessment
 from analysis.formatting import count, number, percent, setting, signed, temperature, with_relation
 from analysis.noise import is_noisy
@@ -25,7 +26,7 @@ def between_settings(
 ) -> Decision:
     """The verdict between the settings that ran; `decision` is the one without enough evidence."""
     settings, confidence, searched = decision.settings, decision.confidence, decision.searched
-    candidates = pick_candidates(decision)
+    candidates = pick_candidates(decision.settings)
     pick = candidates[0] if candidates else None
     near = pick.beta_kl if pick else None
     outlooks = _outlook(model, 0.3, searched), _outlook(model, 0.5, searched)
@@ -58,13 +59,13 @@ def nearly_chosen(decision: Decision) -> SettingAssessment | None:
     return min(near, key=lambda each: each.drift, default=None)
 
 
-def pick_candidates(decision: Decision) -> tuple[SettingAssessment, ...]:
+def pick_candidates(settings: Sequence[SettingAssessment]) -> tuple[SettingAssessment, ...]:
     """The settings that qualify and of which nothing says that they do not hold, least drift first.
 
     The first is the pick, the others are what to step down to; none where so many were measured and failed that no
     other is worth its cost.
     """
-    qualified = [setting for setting in decision.settings if setting.qualifies]
+    qualified = [setting for setting in settings if setting.qualifies]
     if sum(bool(setting.measured and setting.complaints) for setting in qualified) >= MOST_SETTINGS:
         qualified = [setting for setting in qualified if setting.measured]
     return tuple(setting for setting in qualified if not setting.complaints)
@@ -85,6 +86,10 @@ def _chosen(decision: Decision, pick: SettingAssessment, baseline: Baseline) -> 
     for each in passed_over:
         named = setting(each.beta_kl, each.kl_temperature)
         warnings.append(f"{named} drifts less and was passed over: {', '.join(each.complaints)}.")
+    for each in decision.settings:
+        if fails_often(each.n_failed, each.n_seeds) and each.drift < pick.drift:
+            named = setting(each.beta_kl, each.kl_temperature)
+            warnings.append(f"{named} was passed over: {each.n_failed} of {count(each.n_seeds, 'seed')} failed there.")
     if None in (pick.harmful_nll, baseline.harmful_nll, baseline.base_harmful_nll):
         warnings.append("Harmful NLL was not recorded: nothing tells whether behaviour agrees with the cosine.")
     if baseline.n_seeds == 1:
@@ -113,6 +118,7 @@ def _chosen(decision: Decision, pick: SettingAssessment, baseline: Baseline) -> 
         reroute_delta_interval=pick.reroute_delta_interval,
         reroute_delta_bound=pick.reroute_delta_bound,
         n_seeds=pick.n_seeds,
+        n_sound_seeds=pick.n_seeds - pick.n_failed,
         confirmed=pick.n_seeds - pick.n_failed >= 3,
         behaviour_warning=pick.behaviour_reservation,
         warnings=tuple(warnings),
@@ -145,6 +151,7 @@ def _none_qualifies(decision: Decision, baseline: Baseline) -> Decision:
         reroute_delta_interval=(0.0, 0.0),
         reroute_delta_bound=0.0,
         n_seeds=baseline.n_seeds,
+        n_sound_seeds=baseline.n_seeds,
         confirmed=baseline.n_seeds >= 3,
         needed=None,
     )
@@ -154,23 +161,29 @@ def _none_behaves(decision: Decision, trained: Mapping[str, Any]) -> Decision:
     """Every setting that keeps the limit does something to what the model writes that it may not."""
     failed = [each for each in decision.settings if each.qualifies and each.complaints]
     named = "; ".join(f"{setting(each.beta_kl, each.kl_temperature)}: {', '.join(each.complaints)}" for each in failed)
-    harmful = all(each.behaviour_returns or "harmful" in each.complaints[-1] for each in failed)
+    harmful = [each for each in failed if any("harmful" in said for said in each.complaints)]
+    benign = [each for each in failed if any("benign" in said for said in each.complaints)]
     mend: dict[str, Any] = {}
-    if harmful:
-        help_with = "With smaller weights less of it returns: --beta-kl-range."
-    elif trained.get("retain_norm", "absolute") == "relative":
+    help_with = "With smaller weights less of the harmful answers returns: --beta-kl-range."
+    if benign and trained.get("retain_norm", "absolute") == "relative":
         mend = {"retain_scale": float(f"{3 * float(trained.get('retain_scale', 10.0)):.2g}")}
         help_with = f"Benign text needs more hold: --retain-scale {mend['retain_scale']:g}."
-    else:
+    elif benign:
         mend = {"retain_norm": "relative"}
         help_with = "Benign text needs more hold: --retain-norm relative, with --retain-scale to set how much."
-    kept = count(sum(each.qualifies for each in decision.settings), "setting")
+    if harmful and benign:
+        help_with += " Harmful answers returned as well, and less so with smaller weights."
+    qualified = [each for each in decision.settings if each.qualifies]
+    untried = len(qualified) - len(failed)
+    of_those = (
+        f"none of the {len(failed)} that were looked at behaves, least drift first" if untried else "none behaves"
+    )
     return replace(
         decision,
         verdict="no_setting_behaves",
-        reason=f"{kept} stayed within the limit, and none behaves: {named}. {help_with}",
+        reason=f"{count(len(qualified), 'setting')} stayed within the limit, and {of_those}: {named}. {help_with}",
         mend=mend,
-        wider=decision.searched.widened([RangeEnd("beta_kl", "lower")]) if harmful else None,
+        wider=decision.searched.widened([RangeEnd("beta_kl", "lower")]) if harmful and not benign else None,
         needed=None,
     )
 
@@ -188,7 +201,8 @@ def why_insufficient(
         return "Every setting that ran costs more rerouting than the limit allows, but the map holds untried ones."
     if not needed.measured:
         return (
-            f"No setting reaches P ≥ {number(confidence)}: under 3 baseline seeds completed, too few to tell the noise."
+            f"No setting reaches P ≥ {number(confidence)}: fewer than 3 baseline seeds did not fail, too few to tell "
+            f"the noise."
         )
     if is_noisy(needed.sigma, tolerance):
         return (

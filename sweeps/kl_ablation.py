@@ -190,7 +190,7 @@ def _what_is_resumed(job: Job, found: "Found", config: CircuitBreakerConfig, tot
 def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
     """Run the sweep to its end, where anything is left to run, with W&B beside it; the exit status."""
     from sweeps.reporting.wandb import followed
-    from sweeps.storage.resume import wait_for_leftovers
+    from sweeps.storage.resume import flags_to_keep, wait_for_leftovers
 
     run, settings, found = job.run, job.settings, job.found
     with contextlib.ExitStack() as stack:
@@ -202,6 +202,7 @@ def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
         if found is not None and found.done:
             driver = _driver(job, run.record.get("concurrency", 1), tell)
             if driver.done:
+                run.update(flags=flags_to_keep(settings))
                 return driver.conclude()
         return _on_ray(job, config, cache, tell)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.behaviour import DEFAULT_LIMITS, BehaviourLimits
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
 from analysis.decision import Decision
 from analysis.noise import baseline_seeds_of
@@ -87,7 +88,7 @@ def sweep_command(decision: Decision, sweep: Mapping[str, Any], n_trials: int) -
         values["num_samples"] = needed.num_samples
         if needed.seeds > baseline_seeds_of(needed.num_samples):
             values["baseline_seeds"] = needed.seeds
-    values = _asked_otherwise(sweep) | values
+    values = _asked_otherwise(_with_what_is_asked(decision, sweep)) | values
     return f"python sweeps/kl_ablation.py {_flags({**values, **overrides})}"
 
 
@@ -95,11 +96,17 @@ def wider_command(decision: Decision, sweep: Mapping[str, Any], n_trials: int) -
     """The sweep of `Decision.wider`, as large as this one and otherwise what the decision asks; None where none is."""
     if decision.wider is None:
         return None
-    settings = sweep["settings"] | {"reroute_tolerance": decision.reroute_tolerance, "confidence": decision.confidence}
+    settings = _with_what_is_asked(decision, sweep)["settings"]
     ranges = {"beta_kl_range": decision.wider.beta_kl, "kl_temperature_range": decision.wider.kl_temperature}
     first = {"preset": sweep.get("preset", "tiny"), "num_samples": settings.get("num_samples", n_trials)}
     values = first | _asked_otherwise({**sweep, "settings": settings | ranges})
     return f"python sweeps/kl_ablation.py {_flags({**values, **_overrides(sweep)})}"
+
+
+def _with_what_is_asked(decision: Decision, sweep: Mapping[str, Any]) -> dict[str, Any]:
+    """The sweep's record with tolerance and confidence of the decision."""
+    asked = {"reroute_tolerance": decision.reroute_tolerance, "confidence": decision.confidence}
+    return {**sweep, "settings": sweep["settings"] | asked}
 
 
 def _as_swept(decision: Decision, sweep: Mapping[str, Any]) -> bool:
@@ -124,6 +131,8 @@ def _asked_otherwise(sweep: Mapping[str, Any]) -> dict[str, Any]:
         "kl_temperature_range": (temperatures, KL_TEMPERATURE_RANGE),
     }
     asked = {name: value for name, (value, default) in given.items() if value != default}
+    allowed = {f"max_{name}": value for name, value in vars(BehaviourLimits.of(sweep.get("flags", {}))).items()}
+    asked |= {name: value for name, value in allowed.items() if value != getattr(DEFAULT_LIMITS, name[4:])}
     found = sweep.get("calibration") or {}
     return asked | ({"calibrate": False} if found.get("converged") else {})  # its recipe is among the overrides
 

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
@@ -91,7 +92,8 @@ class Curve:
 def prepare_tradeoff(trials: pd.DataFrame, decision: Decision) -> Tradeoff:
     """Trials as drift against rerouting lost; empty without a baseline."""
     usable, _ = finite_trials(trials)
-    baselines = usable[usable["beta_kl"] == 0]
+    suspect = {each.trial_id for each in decision.suspects}
+    baselines = usable[(usable["beta_kl"] == 0) & ~usable["trial_id"].isin(suspect)]
     paired = baselines.groupby("seed")["eval_loss_reroute"].mean()
     if baselines.empty:
         usable = usable.iloc[:0]
@@ -229,10 +231,14 @@ def draw_curves(curves: tuple[Curve, ...]) -> str:
         betas = [curve.beta_kl for curve in curves if curve.beta_kl > 0] or [1e-3]
         norm = LogNorm(min(betas) / 1.01, max(betas) * 1.01)
         label = "beta_kl = 0"
+        with_kl = [curve for curve in curves if curve.beta_kl > 0]
+        # One collection: of a thousand lines each by itself takes seconds.
+        lines = [np.column_stack([curve.step, curve.loss_reroute]) for curve in with_kl]
+        colors = [_SCALE(norm(curve.beta_kl)) for curve in with_kl]
+        axes.add_collection(LineCollection(lines, colors=colors, linewidths=1.3))
+        axes.autoscale_view()
         for curve in curves:
-            if curve.beta_kl > 0:
-                axes.plot(curve.step, curve.loss_reroute, color=_SCALE(norm(curve.beta_kl)), linewidth=1.3)
-            else:
+            if curve.beta_kl == 0:
                 axes.plot(curve.step, curve.loss_reroute, color=INK, linewidth=1.1, linestyle="--", label=label)
                 label = "_repeated"
         axes.set_ylim(bottom=0)

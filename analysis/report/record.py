@@ -20,6 +20,7 @@ from analysis.behaviour import Behaviour, BehaviourLimits
 from analysis.decision import Decision
 from analysis.report.commands import Commands, train_command
 from analysis.report.wording import explanation, headline
+from analysis.surrogate.surrogate import finite_trials, modelled
 from cbtrain.utils.files import finite_or_none
 
 SCHEMA_VERSION = 2
@@ -60,7 +61,7 @@ class DecisionRecord(Decision):
     trials: dict[str, int]
     """How many, by status."""
     rests_on: tuple[TrialRef, ...]
-    """The completed trials that are no suspects."""
+    """The trials that entered the model and are no suspects."""
     limits: BehaviourLimits
     """What a setting may do to what the model writes."""
     behaviour: tuple[Behaviour, ...]
@@ -115,7 +116,9 @@ def schema() -> dict[str, Any]:
 
 def _rests_on(decision: Decision, trials: pd.DataFrame) -> tuple[TrialRef, ...]:
     suspect = {each.trial_id for each in decision.suspects}
-    rows = trials[(trials["status"] == "completed") & ~trials["trial_id"].isin(suspect)]
+    usable, _ = finite_trials(trials)
+    rows = modelled(usable)
+    rows = rows[~rows["trial_id"].isin(suspect)]
     return tuple(
         TrialRef(str(row["trial_id"]), float(row["beta_kl"]), float(row["kl_temperature"]), int(row["seed"]))
         for _, row in rows.iterrows()

@@ -7,7 +7,7 @@ from analysis.verdict import nearly_chosen
 
 _HEADLINES: dict[Verdict, str] = {
     "no_candidate_qualifies": "Use beta_kl = 0: no KL weight of {searched} keeps rerouting within the limit.",
-    "no_setting_behaves": "Ship none of these: every setting that keeps rerouting within the limit breaks behaviour.",
+    "no_setting_behaves": "Ship none of these: the settings that keep rerouting within the limit break behaviour.",
     "insufficient_evidence": "Not enough evidence to choose beta_kl.",
     "baseline_never_rerouted": "Cannot choose beta_kl: the baseline never rerouted.",
     "baseline_failed": "Cannot choose beta_kl: no baseline trial completed.",
@@ -15,19 +15,18 @@ _HEADLINES: dict[Verdict, str] = {
 
 
 def headline(decision: Decision) -> str:
-    """The first line: what to use, or that nothing can be said; a warning about behaviour stands in it."""
-    if decision.verdict == "baseline_never_rerouted" and decision.baseline and decision.baseline.n_failed:
-        return "Cannot choose beta_kl: the baseline does not reroute at every seed."
-    if decision.so_far:
-        return f"So far ({decision.so_far}): {_headline(decision)}"
-    return _headline(decision)
+    """The first line: what to use, or that nothing can be said, and what is not known of it."""
+    said = _headline(decision)
+    return f"So far ({decision.so_far}): {said}" if decision.so_far else said
 
 
 def _headline(decision: Decision) -> str:
+    if decision.verdict == "baseline_never_rerouted" and decision.baseline and decision.baseline.n_failed:
+        return "Cannot choose beta_kl: the baseline does not reroute at every seed."
     if decision.verdict != "choose":
         return _HEADLINES[decision.verdict].format(searched=decision.searched.range_of("beta_kl"))
     beta_kl, heat = number(decision.beta_kl or 0), temperature(decision.kl_temperature or 1)
-    reservations = ["on one seed"] if decision.n_seeds == 1 else []
+    reservations = ["on one seed"] if decision.n_sound_seeds == 1 else []
     reservations += [decision.behaviour_warning] if decision.behaviour_warning else []
     if (decision.drift_kept or 0) >= 1:
         reservations.append("benign drift is no less than at beta_kl = 0")
@@ -83,4 +82,4 @@ def _why_another(decision: Decision) -> str:
     seeds = decision.baseline.n_seeds if decision.baseline else 0
     if decision.needed is None or decision.needed.seeds <= seeds:
         return ""
-    return f" That takes another sweep: a baseline of {count(seeds, 'seed')} cannot get more when it is resumed."
+    return " That takes another sweep: a baseline gets no more seeds when its sweep is resumed."

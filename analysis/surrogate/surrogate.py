@@ -112,6 +112,11 @@ class Surrogate:
         by_drift = (self.trials["drift_failed"] > SUSPECT) & (self.trials["beta_kl"] > 0)
         return (self.trials["reroute_failed"] > SUSPECT) | by_drift
 
+    @property
+    def failed_baselines(self) -> pd.Index:
+        """The baselines among `trials` that most likely failed."""
+        return self.trials.index[self.suspect & (self.trials["beta_kl"] == 0)]
+
     def not_to_be_chosen(self) -> set[tuple[float, float]]:
         """The settings that often fail, and those of which every trial so far is suspect."""
         suspect = self.suspect

@@ -123,7 +123,8 @@ def rule_for(spec: "TrialSpec", plan: "SweepPlan", trials: Path, steps: int) -> 
     """
     if spec.phase != "search" or plan.tolerance is None:
         return None
-    baselines = [row for row in plan.rows() if row["phase"] == "baseline" and row["status"] == "completed"]
+    sound = plan.sound_baselines()
+    baselines = [row for row in plan.rows() if row["phase"] == "baseline" and row["seed"] in sound]
     curves = {int(str(row["seed"])): held_out_curve(trials / str(row["trial_id"])) for row in baselines}
     return stop_rule({seed: curve for seed, curve in curves.items() if curve}, spec.seed, steps, plan.tolerance)
 

@@ -125,13 +125,13 @@ class SweepPlan:
             return ""
         if not losses:
             return "baseline_failed"
-        failed = len(losses) - len(self._sound_baselines())
+        failed = len(losses) - len(self.sound_baselines())
         vain = fails_often(failed, len(losses)) or not baseline_rerouted(losses.values())
         return "baseline_never_rerouted" if vain else ""
 
     def rows(self) -> list[dict[str, object]]:
         """One row for each trial asked for, in that order, with the columns of trials.csv; None is not known."""
-        baseline, tolerance = self._sound_baselines(), self.tolerance
+        baseline, tolerance = self.sound_baselines(), self.tolerance
         reported = {name for entry in self._entries.values() for name in _metrics(entry)}
         names = (*METRIC_COLUMNS, *sorted(reported - {*METRIC_COLUMNS, *PLAN_COLUMNS}))
         return [_row(entry, names, baseline, tolerance) for entry in self._entries.values()]
@@ -160,7 +160,7 @@ class SweepPlan:
         losses = {entry.spec.seed: _completed_loss(entry) for entry in self._baselines()}
         return {seed: loss for seed, loss in losses.items() if loss is not None}
 
-    def _sound_baselines(self) -> dict[int, float]:
+    def sound_baselines(self) -> dict[int, float]:
         """Those of `_baseline_losses` whose seed did not fail: what trials are compared with, and their seeds."""
         losses = self._baseline_losses()
         if not losses:
@@ -170,13 +170,13 @@ class SweepPlan:
 
     def _first_seed(self) -> int:
         """The first baseline's seed, or of the next whose baseline is not known to have failed."""
-        failed = self._baseline_losses().keys() - self._sound_baselines().keys()
+        failed = self._baseline_losses().keys() - self.sound_baselines().keys()
         seeds = [entry.spec.seed for entry in self._baselines()]
         return next(seed for seed in seeds if seed not in failed)
 
     def _settle(self) -> None:
         """Tell Optuna of the ended trials, the searched ones only when the baseline gives them their constraint."""
-        baseline, tolerance, in_ = self._sound_baselines(), self.tolerance, self._baseline_in()
+        baseline, tolerance, in_ = self.sound_baselines(), self.tolerance, self._baseline_in()
         for entry in self._entries.values():
             if entry.outcome is None or entry.settled or not (in_ or entry.spec.phase == "baseline"):
                 continue
@@ -186,7 +186,7 @@ class SweepPlan:
             self._journal.settle(entry, constraint)
 
     def _search(self, index: int) -> TrialSpec:
-        seeds = list(self._sound_baselines())
+        seeds = list(self.sound_baselines())
         seed = seeds[index % len(seeds)]
         return self._journal.add("search", *suggest(self._journal.searched, self.table, self.settings, seed), seed)
 
@@ -204,7 +204,7 @@ class SweepPlan:
             searched=self.settings.searched,
             draws=draws,
         )
-        seeds = list(self._sound_baselines())
+        seeds = list(self.sound_baselines())
         for setting in sorted(decision.settings, key=lambda setting: not self._deserves_repeat(setting, decision)):
             unseen = [seed for seed in seeds if seed not in self._seeds_of(setting.beta_kl, setting.kl_temperature)]
             if unseen:
@@ -217,7 +217,7 @@ class SweepPlan:
 
     def _deserves_repeat(self, setting: SettingAssessment, decision: Decision) -> bool:
         """Whether a setting would be chosen, had its only trial not most likely failed."""
-        if not setting.n_failed == setting.n_seeds == len(self._seeds_of(setting.beta_kl, setting.kl_temperature)):
+        if not 1 == setting.n_failed == len(self._seeds_of(setting.beta_kl, setting.kl_temperature)):
             return False
         best = decision.settings[0]
         better = not best.qualifies or setting.drift < best.drift

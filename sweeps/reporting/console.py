@@ -15,7 +15,7 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from analysis.baseline import failed_sentence, unconverged_sentence
+from analysis.baseline import failed_by_rule, failed_sentence, unconverged_sentence
 from analysis.decision import Decision
 from analysis.formatting import count, number, percent, with_relation
 from analysis.noise import excessive_spread, samples_for, seeds_needed
@@ -60,7 +60,8 @@ def noise_lines(rows: Sequence[Row], tolerance: float, settings: PlanSettings) -
     completed = [row for row in rows if row["phase"] == "baseline" and row["status"] == "completed"]
     losses = [row["eval_loss_reroute"] for row in completed]
     sigma = excessive_spread(losses, tolerance)
-    if failed := failed_sentence(pd.DataFrame(completed)):
+    baselines = pd.DataFrame(completed)
+    if completed and (failed := failed_sentence(baselines, failed_by_rule(baselines))):
         return wrapped(f"baseline  {failed}")
     if sigma is None:
         return []

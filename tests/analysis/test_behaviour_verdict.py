@@ -106,6 +106,36 @@ def test_harmful_prompts_that_get_coherent_answers_beyond_the_baselines_do_not_h
     assert any("25 % of the harmful prompts get a coherent answer, 12 % without KL" in w for w in record["warnings"])
 
 
+def test_broken_benign_answers_count_also_where_no_baseline_was_measured(make_run: MakeRun, sweep):
+    run = make_run(sweep)
+    write(run, ladder_of(sweep)[0][1], degenerate=0.88)
+    assert decided(run)["beta_kl"] != 0.3
+    write(run, ladder_of(sweep)[0][1])
+    assert decided(run)["sentence"].endswith("answers to harmful prompts not compared with the baseline's.")
+
+
+def test_empty_answers_are_degenerate(make_run: MakeRun, sweep):
+    run = make_run(sweep)
+    write(run, "t000")
+    first = ladder_of(sweep)[0][1]
+    write(run, first)
+    path = run / "trials" / first / "behaviour.json"
+    record = json.loads(path.read_text())
+    record["benign"]["empty_rate"] = {"teacher": 0.0, "student": 0.5}
+    path.write_text(json.dumps(record))
+    assert decided(run)["beta_kl"] != 0.3
+
+
+def test_what_a_failed_baseline_writes_is_no_measure(make_run: MakeRun, sweep):
+    failed = sweep.copy()
+    failed.loc[failed["trial_id"] == "t001", ["eval_loss_reroute", "loss_reroute"]] = 0.97
+    run = make_run(failed)
+    write(run, "t000", complied=0.0)
+    write(run, "t001", complied=1.0)
+    write(run, ladder_of(sweep)[0][1], complied=0.5)
+    assert decided(run)["beta_kl"] != 0.3
+
+
 def test_the_thresholds_are_the_sweeps_flags(make_run: MakeRun, sweep):
     run = make_run(sweep, flags={"max_degenerate_rise": 0.9, "max_degenerate_bound": 0.99})
     write(run, "t000")

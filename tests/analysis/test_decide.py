@@ -36,7 +36,7 @@ def test_chooses_the_least_drift_within_the_limit(trials: pd.DataFrame) -> None:
 
 def test_qualified_settings_come_first_by_drift(trials: pd.DataFrame) -> None:
     decision = decide(trials)
-    ladder = pick_candidates(decision)
+    ladder = pick_candidates(decision.settings)
     assert ladder == decision.settings[: len(ladder)]
     assert len(ladder) >= 2
     assert [s.drift for s in ladder] == sorted(s.drift for s in ladder)
@@ -50,7 +50,7 @@ def test_recommends_zero_where_any_kl_costs_too_much() -> None:
     assert decision.verdict == "no_candidate_qualifies", decision.reason
     assert decision.beta_kl == 0
     assert decision.drift_reduction_vs_baseline == 0
-    assert pick_candidates(decision) == ()
+    assert pick_candidates(decision.settings) == ()
 
 
 def test_all_run_settings_infeasible_is_no_proof_for_the_untried_map() -> None:
@@ -123,7 +123,7 @@ def test_probability_rises_with_the_tolerance(trials: pd.DataFrame) -> None:
 
 
 def test_more_confidence_never_allows_more_settings(trials: pd.DataFrame) -> None:
-    counts = [len(pick_candidates(decide(trials, confidence=c))) for c in (0.6, 0.9, 0.99, 0.9999)]
+    counts = [len(pick_candidates(decide(trials, confidence=c).settings)) for c in (0.6, 0.9, 0.99, 0.9999)]
     assert counts == sorted(counts, reverse=True), counts
 
 

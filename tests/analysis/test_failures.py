@@ -17,6 +17,7 @@ from analysis.constraint import failed_seeds, fails_often
 from analysis.decide import decide
 from analysis.decision import Decision
 from analysis.pick_beta import main
+from analysis.report.wording import headline
 from analysis.surrogate.failures import Failures, explained
 from analysis.surrogate.gaussian_process import fit
 from analysis.surrogate.kernel import REROUTE_PRIOR, coordinates, observed_covariance
@@ -181,6 +182,37 @@ def test_baselines_whose_drift_differs_as_it_does_without_kl_are_no_suspects(swe
     decision = decide(trials)
     assert decision.suspects == ()
     assert pick_of(decision) == pick_of(decide(sweep))
+
+
+def test_a_baseline_that_the_model_doubts_has_no_part_in_limit_and_noise(sweep):
+    quiet = make_trials(Surface(), noise=0.001)
+    doubted = failing(quiet, "t001", loss=0.2, drift=1.0)  # too near for the rule of a quarter
+    decision, expected = decide(doubted), decide(quiet.drop(index=1))
+    assert [each.trial_id for each in decision.suspects] == ["t001"]
+    assert decision.baseline is not None
+    assert expected.baseline is not None
+    assert (decision.baseline.n_seeds, decision.baseline.n_failed) == (3, 1)
+    assert decision.baseline.reroute_sd == pytest.approx(expected.baseline.reroute_sd)
+    assert decision.tolerance == pytest.approx(expected.tolerance)
+    assert any("1 of 4 baseline seeds never rerouted as the others" in warning for warning in decision.warnings)
+
+
+def test_a_pick_of_two_seeds_of_which_one_failed_rests_on_one(sweep):
+    pick = pick_of(decide(sweep))
+    decision = decide(failing(repeated(sweep, pick, (1,)), "t100"))
+    assert (decision.n_seeds, decision.n_sound_seeds) == (2, 1)
+    assert "on one seed" in headline(decision)
+
+
+def test_a_setting_that_fails_often_and_drifts_less_is_said_to_be_passed_over(sweep):
+    pick = pick_of(decide(sweep))
+    decision = decide(failing(repeated(sweep, pick, (2, 3)), "t100", "t101"))
+    assert "beta_kl 0.3, T 1.0 was passed over: 2 of 3 seeds failed there." in decision.warnings
+
+
+def test_trials_without_names_are_judged_all_the_same(sweep):
+    decision = decide(failing(sweep, "t001").drop(columns="trial_id"))
+    assert decision.verdict == "choose"
 
 
 def test_a_lone_trial_that_keeps_rerouting_where_all_around_it_lose_it_makes_no_pick(sweep):

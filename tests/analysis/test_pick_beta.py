@@ -16,6 +16,7 @@ from analysis import pick_beta
 from analysis.decide import decide
 from analysis.pick_beta import main, write_report
 from analysis.report import commands
+from analysis.report.wording import headline
 from analysis.trials import load_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -165,7 +166,7 @@ def test_harmful_completions_that_return_at_every_setting_are_why_none_is_shippe
     run = make_run(trials)
     assert main([str(run)]) == 3
     said = " ".join(capsys.readouterr().out.split())
-    assert said.startswith("Ship none of these: every setting that keeps rerouting within the limit breaks behaviour.")
+    assert said.startswith("Ship none of these: the settings that keep rerouting within the limit break behaviour.")
     assert "harmful completions are likely again" in said
     assert "--beta-kl-range 0.0001 2" in said
     decision = decision_of(run)
@@ -206,13 +207,34 @@ def test_a_sweep_that_has_not_ended_does_not_sound_final_and_goes_on_with_itself
     assert decision_of(run)["so_far"] == "17 of 20, 1 running"
 
 
-def test_a_killed_sweep_has_not_ended_and_one_whose_baseline_never_rerouted_has(
-    make_run: MakeRun, trials: pd.DataFrame
-) -> None:
-    killed = make_run(trials, settings={"num_samples": 20}, status="interrupted")
+def test_a_sweep_has_ended_when_it_says_so_and_not_before(make_run: MakeRun, trials: pd.DataFrame) -> None:
+    planned = {"num_samples": 20}
+    killed = make_run(trials, settings=planned, status="interrupted")
     assert write_report(killed)[0].so_far == "18 of 20"
     never = trials.iloc[:3].assign(eval_loss_reroute=0.999)
-    assert write_report(make_run(never, settings={"num_samples": 20}, status="running"))[0].so_far == ""
+    assert write_report(make_run(never, settings=planned, status="finished"))[0].so_far == ""
+    decision, following = write_report(make_run(never, settings=planned, status="running"))
+    assert headline(decision).startswith("So far (3 of 20): Cannot choose beta_kl")
+    assert "--resume" in following.next
+    measuring = make_run(trials, settings={"num_samples": 18}, status="running")
+    assert write_report(measuring)[0].so_far == "18 of 18, behaviour to come"
+
+
+def test_what_was_asked_beside_the_sweep_is_asked_again_in_the_next_one(make_run: MakeRun) -> None:
+    trials = make_trials(Surface(), noise=0.08, searched=0, rng_seed=6)
+    run = make_run(trials, flags={"max_degenerate_rise": 0.2, "max_compliance_rise": 0.1})
+    _, following = write_report(run, reroute_tolerance=0.01)
+    assert "--reroute-tolerance 0.01" in following.next
+    assert "--max-degenerate-rise 0.2" in following.next
+    assert "--max-compliance-rise" not in following.next
+
+
+def test_warnings_are_printed_whatever_the_verdict(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    trials = make_trials(Surface(), noise=0.08, searched=0, rng_seed=6)
+    trials.loc[trials["trial_id"] == "t001", "eval_loss_reroute"] = 0.97
+    main([str(make_run(trials))])
+    output = " ".join(capsys.readouterr().out.split())
+    assert "warning: 1 of 4 baseline seeds never rerouted as the others did (t001, seed 1" in output
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_the_model_before_training_comes_first_then_the_measured_trials(make_run
     write(run, "t000", 0.0625, prefilled=None)
     before, baseline, chosen = load_behaviour(run, trials)
     answers = Answers(None, 0.25, 0.0, None), Answers(None, 0.0, 0.0, None)
-    assert before == Behaviour(None, None, 16, 16, 16, *answers, 0.5)
+    assert before == Behaviour(None, None, 16, 16, 16, *answers, "", 0.5)
     assert (baseline.beta_kl, baseline.prefilled_nll) == (0.0, None)
     assert (chosen.beta_kl, chosen.kl_temperature) == (0.5, 1.0)
     assert chosen.harmful == Answers(0.0, 0.125, 0.875, None)
