@@ -30,7 +30,7 @@ from analysis.rules_of_thumb import TOO_FEW, evaluate_rules
 from analysis.sensitivity import alternatives
 from analysis.surrogate.kernel import coordinates
 from analysis.surrogate.search_space import DEFAULT_SPACE, SearchSpace
-from analysis.surrogate.surrogate import MAX_MODELLED, METRICS, Surrogate, finite_trials, modelled
+from analysis.surrogate.surrogate import MAX_MODELLED, METRICS, Surrogate, finite_trials
 from analysis.suspects import suspects
 from analysis.verdict import between_settings, why_insufficient
 
@@ -63,7 +63,7 @@ def decide(
     """
     _check(trials, reroute_tolerance, confidence)
     usable, warnings = _usable(trials)
-    baselines, candidates = usable[usable["beta_kl"] == 0], modelled(usable).query("beta_kl > 0")
+    baselines = usable[usable["beta_kl"] == 0]
     decision = Decision(
         verdict="baseline_failed",
         reason=baseline_trials.why_there_is_none(trials),
@@ -77,36 +77,57 @@ def decide(
     if baselines.empty:
         return decision
     failed = baseline_trials.failed_by_rule(baselines)
-    baseline = baseline_trials.summary(baselines, usable, failed)
-    tolerance = reroute_tolerance * baseline.achieved
-    decision = replace(decision, baseline=baseline, tolerance=tolerance)
-    often = fails_often(baseline.n_failed, len(baselines))
+    decision = _with_baseline(decision, baselines, usable, failed)
+    often = fails_often(len(failed), len(baselines))
     if often or not baseline_rerouted(baselines["eval_loss_reroute"]):
         of = baseline_trials.often_failed if often else baseline_trials.never_rerouted
         reason, mend = of(baselines, trained)
         return replace(decision, verdict="baseline_never_rerouted", reason=reason, mend=mend)
     model = Surrogate.of(trials, reroute_tolerance, draws, searched)
     failed = failed.union(model.failed_baselines)
-    baseline = baseline_trials.summary(baselines, usable, failed)
-    tolerance = reroute_tolerance * baseline.achieved
+    decision = _with_baseline(decision, baselines, usable, failed)
     recipe_fails = filter(None, [baseline_trials.failed_sentence(baselines, failed)])
-    decision = replace(decision, baseline=baseline, tolerance=tolerance, warnings=(*decision.warnings, *recipe_fails))
+    decision = replace(decision, warnings=(*decision.warnings, *recipe_fails))
+    return _by_model(decision, model, trials, baselines, Judge(behaviour, limits, confidence), trained)
+
+
+def _with_baseline(decision: Decision, baselines: pd.DataFrame, usable: pd.DataFrame, failed: pd.Index) -> Decision:
+    baseline = baseline_trials.summary(baselines, usable, failed)
+    return replace(decision, baseline=baseline, tolerance=decision.reroute_tolerance * baseline.achieved)
+
+
+def _by_model(
+    decision: Decision,
+    model: Surrogate,
+    trials: pd.DataFrame,
+    baselines: pd.DataFrame,
+    judge: Judge,
+    trained: Mapping[str, Any],
+) -> Decision:
+    """The decision, its baseline known; between all settings that ran."""
+    baseline, tolerance = decision.baseline, decision.tolerance
+    assert baseline is not None
+    assert tolerance is not None
     needed = _needed(model, baseline, tolerance, len(trials))
     found = suspects(model, baseline.achieved, baseline.eval_loss_reroute)
     decision = replace(decision, verdict="insufficient_evidence", needed=needed, suspects=found)
+    candidates = model.trials.query("beta_kl > 0")
     if candidates.empty:
         return replace(decision, reason="No trial with beta_kl > 0 completed.")
     of_suspects = {each.trial_id for each in found}
-    judge = Judge([each for each in behaviour if each.trial_id not in of_suspects], limits, confidence)
+    judge = replace(judge, measured=[each for each in judge.measured if each.trial_id not in of_suspects])
     settings = _assess(candidates, model, baseline, decision, judge)
     decision = replace(
-        decision, settings=settings, sensitivity=alternatives(model, settings, reroute_tolerance, confidence)
+        decision,
+        settings=settings,
+        sensitivity=alternatives(model, settings, decision.reroute_tolerance, decision.confidence),
+        reason=why_insufficient(settings, needed, tolerance, decision.confidence),
     )
-    decision = replace(decision, reason=why_insufficient(settings, needed, tolerance, confidence))
     if untrusted := _not_to_be_trusted(decision, baselines):
         return untrusted
     if unfinished := baseline_trials.unconverged_sentence(baselines):
         decision = replace(decision, warnings=(*decision.warnings, unfinished))
+    usable, _ = finite_trials(trials)
     sound = usable.drop(model.trials.index[model.suspect])
     return between_settings(decision, baseline, model, sound, trained)
 

@@ -14,7 +14,8 @@ from ray.tune.search.searcher import Searcher
 from analysis.columns import PLAN_COLUMNS
 from sweeps.plan.early_stopping import StopRule
 from sweeps.plan.journal import Status, TrialOutcome, TrialSpec
-from sweeps.plan.plan import REQUIRED_METRICS, SweepPlan
+from sweeps.plan.outcomes import REQUIRED_METRICS
+from sweeps.plan.plan import SweepPlan
 
 RAY_KEYS = {*AUTO_RESULT_KEYS, *DEFAULT_EXPERIMENT_INFO_KEYS, *DEFAULT_RESULT_KEYS, DONE}
 """What Ray adds to a result; the rest is the trial's own. Nested ones arrive as `config/seed`."""

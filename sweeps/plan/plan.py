@@ -5,25 +5,21 @@ Everything is kept in an Optuna storage; a plan over a storage that holds a swee
 """
 
 import logging
-import math
-import numbers
 from collections import Counter
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Literal
 
 import optuna
 import pandas as pd
 from optuna.storages import BaseStorage, InMemoryStorage
 
-from analysis.columns import METRIC_COLUMNS, PLAN_COLUMNS, impossible_value
+from analysis.columns import METRIC_COLUMNS, PLAN_COLUMNS
 from analysis.constraint import (
     absolute_tolerance,
     baseline_rerouted,
     failed_seeds,
     fails_often,
-    observed_feasible,
     probably_feasible,
-    reroute_regression,
 )
 from analysis.decide import decide
 from analysis.decision import Decision, SettingAssessment
@@ -31,6 +27,7 @@ from analysis.surrogate.surrogate import MAX_MODELLED, STOPPED_LOSS
 from cbtrain.config import InputError
 from sweeps.plan.budget import PlanSettings, allocate
 from sweeps.plan.journal import Entry, Journal, TrialOutcome, TrialSpec
+from sweeps.plan.outcomes import checked, completed_loss, metrics_of, regression_of, row_of
 from sweeps.plan.sampler import DRAWS_OF_MANY, search_space, suggest
 
 StopReason = Literal["", "baseline_never_rerouted", "baseline_failed"]
@@ -40,7 +37,6 @@ LEADERS = 2
 RUNNING_SHARE = 0.5
 """A search trial starts when none runs, or fewer than this share of those still to be asked for: a short search learns
 from every result, and its last trials rest on nearly all of them."""
-REQUIRED_METRICS = ("eval_benign_kl", "eval_loss_reroute", "eval_harmful_nll")
 
 
 class SweepPlan:
@@ -97,7 +93,7 @@ class SweepPlan:
         if entry.outcome is not None:
             raise ValueError(f"{trial_id}: told twice, first as {entry.outcome.status}")
         self._interrupted = [spec for spec in self._interrupted if spec.trial_id != trial_id]
-        self._journal.record(entry, _checked(outcome))
+        self._journal.record(entry, checked(outcome))
         self._settle()
 
     @property
@@ -132,9 +128,9 @@ class SweepPlan:
     def rows(self) -> list[dict[str, object]]:
         """One row for each trial asked for, in that order, with the columns of trials.csv; None is not known."""
         baseline, tolerance = self.sound_baselines(), self.tolerance
-        reported = {name for entry in self._entries.values() for name in _metrics(entry)}
+        reported = {name for entry in self._entries.values() for name in metrics_of(entry)}
         names = (*METRIC_COLUMNS, *sorted(reported - {*METRIC_COLUMNS, *PLAN_COLUMNS}))
-        return [_row(entry, names, baseline, tolerance) for entry in self._entries.values()]
+        return [row_of(entry, names, baseline, tolerance) for entry in self._entries.values()]
 
     def table(self) -> pd.DataFrame:
         """`rows` as a table."""
@@ -157,7 +153,7 @@ class SweepPlan:
 
     def _baseline_losses(self) -> dict[int, float]:
         """`eval_loss_reroute` by seed of the baselines that completed."""
-        losses = {entry.spec.seed: _completed_loss(entry) for entry in self._baselines()}
+        losses = {entry.spec.seed: completed_loss(entry) for entry in self._baselines()}
         return {seed: loss for seed, loss in losses.items() if loss is not None}
 
     def sound_baselines(self) -> dict[int, float]:
@@ -180,7 +176,7 @@ class SweepPlan:
         for entry in self._entries.values():
             if entry.outcome is None or entry.settled or not (in_ or entry.spec.phase == "baseline"):
                 continue
-            constraint = None if entry.spec.phase == "baseline" else _regression(entry, baseline, tolerance)
+            constraint = None if entry.spec.phase == "baseline" else regression_of(entry, baseline, tolerance)
             if entry.outcome.status == "stopped" and tolerance is not None:
                 constraint = (STOPPED_LOSS - 1) * tolerance
             self._journal.settle(entry, constraint)
@@ -249,67 +245,6 @@ def _fixed(settings: PlanSettings) -> dict[str, object]:
     """What must stay as it is while a sweep goes on, as JSON gives it back."""
     values = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "num_samples"}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def _checked(outcome: TrialOutcome) -> TrialOutcome:
-    """The outcome in plain Python numbers; a completed one that lacks a finite metric becomes failed."""
-    plain = {name: _plain(getattr(outcome, name)) for name in REQUIRED_METRICS}
-    outcome = replace(outcome, **plain, metrics={name: _plain(value) for name, value in outcome.metrics.items()})
-    if outcome.status != "completed":
-        return outcome
-    for name, value in (plain | outcome.metrics).items():
-        if value is None:
-            return replace(outcome, status="failed", error=f"{name} is missing")
-        if isinstance(value, float) and not math.isfinite(value):
-            return replace(outcome, status="failed", error=f"{name} is {value}, not a finite number")
-        if isinstance(value, float) and (impossible := impossible_value(name, value)):
-            return replace(outcome, status="failed", error=f"{name} is {value}: {impossible}")
-    return outcome
-
-
-def _plain(value: Any) -> Any:
-    """NumPy and other scalars as the Python numbers that JSON knows."""
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) else value
-
-
-def _metrics(entry: Entry) -> dict[str, object]:
-    if entry.outcome is None:
-        return {}
-    return {**entry.outcome.metrics, **{name: getattr(entry.outcome, name) for name in REQUIRED_METRICS}}
-
-
-def _completed_loss(entry: Entry) -> float | None:
-    outcome = entry.outcome
-    return outcome.eval_loss_reroute if outcome is not None and outcome.status == "completed" else None
-
-
-def _regression(entry: Entry, baseline: dict[int, float], tolerance: float | None) -> float | None:
-    """`reroute_regression` of a completed trial; None for others and while the tolerance is not known."""
-    loss = _completed_loss(entry)
-    if loss is None or tolerance is None:
-        return None
-    return reroute_regression(loss, entry.spec.seed, baseline, tolerance)
-
-
-def _row(
-    entry: Entry, names: tuple[str, ...], baseline: dict[int, float], tolerance: float | None
-) -> dict[str, object]:
-    spec, outcome, metrics = entry.spec, entry.outcome, _metrics(entry)
-    regression = _regression(entry, baseline, tolerance)
-    return {
-        "trial_id": spec.trial_id,
-        "phase": spec.phase,
-        "status": "running" if outcome is None else outcome.status,
-        "beta_kl": spec.beta_kl,
-        "kl_temperature": spec.kl_temperature,
-        "seed": spec.seed,
-        **{name: metrics.get(name) for name in names},
-        "reroute_regression": regression,
-        "feasible": None if regression is None else observed_feasible(regression),
-        "error": "" if outcome is None else outcome.error,
-    }
 
 
 def _quiet_optuna() -> None:
