@@ -34,6 +34,7 @@ Two shared x86-64 cores, softplus, seed 0 (mean and 95 % interval), sweeps a cel
     drift 5 %        60     1%   0.054 [0.037, 0.073]            0.0            78
     seed 25 %        60     1%   0.069 [0.044, 0.097]            0.0            78
     trials 5 %       60     1%   0.054 [0.031, 0.094]            0.0            85    cliff
+    trials 5 %       60     1%   0.102 [0.062, 0.154]            0.0            68    valley
 
 With 5 % failing 98.6, 98.6 and 98.1 % of the sweeps choose; 99.4 % of 620 recommendations are truly feasible, and all
 378 surfaces with nothing to recommend are refused. A model without failures (2026-11-23) lost 0.374 there, and 29 % of
