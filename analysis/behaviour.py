@@ -173,6 +173,10 @@ class Judge:
     limits: BehaviourLimits
     confidence: float
 
+    def has(self, beta_kl: float, kl_temperature: float) -> bool:
+        """Whether a setting was measured."""
+        return bool(self._of(beta_kl, kl_temperature))
+
     def reservation(self, beta_kl: float, kl_temperature: float) -> str:
         """What is not known of a setting's answers; empty where they were measured, and are enough to tell."""
         here = self._of(beta_kl, kl_temperature)

@@ -41,10 +41,14 @@ def absolute_tolerance(baseline_losses: Iterable[float], reroute_tolerance: floa
     return reroute_tolerance * _achieved(baseline_losses)
 
 
-def _achieved(losses: Iterable[float]) -> float:
-    """Mean over the seeds that did not fail."""
+def sound_losses(losses: Iterable[float]) -> list[float]:
+    """Those of one setting whose seed did not fail, of at least one."""
     losses = [*losses]
-    return 1 - fmean(loss for loss, failed in zip(losses, failed_seeds(losses), strict=True) if not failed)
+    return [loss for loss, failed in zip(losses, failed_seeds(losses), strict=True) if not failed]
+
+
+def _achieved(losses: Iterable[float]) -> float:
+    return 1 - fmean(sound_losses(losses))
 
 
 def reroute_regression(loss: float, seed: int, baseline: Mapping[int, float], tolerance: float) -> float:

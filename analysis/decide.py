@@ -202,8 +202,8 @@ def _assess(
                 harmful_nll=harmful_nll,
                 behaviour_returns=returns,
                 complaints=complaints,
-                measured=not (reservation := judge.reservation(float(beta_kl), float(heat))).endswith("not measured"),
-                behaviour_reservation=reservation,
+                measured=judge.has(float(beta_kl), float(heat)),
+                behaviour_reservation=judge.reservation(float(beta_kl), float(heat)),
                 n_failed=len(rows) - len(sound),
             )
         )

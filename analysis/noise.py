@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from statistics import stdev
 
-from analysis.constraint import failed_seeds
+from analysis.constraint import sound_losses
 
 NOISY = 1 / 2.5
 """Spread between seeds, in units of the limit, beyond which twenty trials are unlikely to hold an answer."""
@@ -22,8 +22,7 @@ def is_noisy(sigma: float, tolerance: float) -> bool:
 def excessive_spread(baseline_losses: Sequence[float], tolerance: float) -> float | None:
     """σ between the baseline's seeds that did not fail, where it is too much for the limit; None where it is not, or
     they are too few."""
-    failed = failed_seeds(baseline_losses) if baseline_losses else ()
-    losses = [loss for loss, out in zip(baseline_losses, failed, strict=True) if not out]
+    losses = sound_losses(baseline_losses) if baseline_losses else []
     if len(losses) < MIN_SEEDS:
         return None
     sigma = stdev(losses)

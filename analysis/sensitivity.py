@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis.behaviour import MOST_SETTINGS
 from analysis.constraint import probably_feasible
 from analysis.decision import Alternative, SettingAssessment
 from analysis.surrogate.kernel import coordinates
 from analysis.surrogate.surrogate import Surrogate
+from analysis.verdict import out_by_behaviour
 
 TOLERANCES = (0.02, 0.05, 0.1)
 CONFIDENCES = (0.9, 0.99)
@@ -24,12 +24,9 @@ def alternatives(
     points = coordinates([each.beta_kl for each in settings], [each.kl_temperature for each in settings], model.space)
     lost, barred = model.lost(points), model.not_to_be_chosen()
     drift = np.array([each.drift for each in settings])
-    looked_at = sum(bool(each.measured and each.complaints) for each in settings if each.qualifies)
     out = [
-        (each.beta_kl, each.kl_temperature) in barred
-        or bool(each.complaints)
-        or (looked_at >= MOST_SETTINGS and not each.measured)
-        for each in settings
+        is_out or (each.beta_kl, each.kl_temperature) in barred
+        for each, is_out in zip(settings, out_by_behaviour(settings), strict=True)
     ]
     asked = [(tolerance, confidence) for tolerance in TOLERANCES] + [(reroute_tolerance, each) for each in CONFIDENCES]
     found = []

@@ -65,10 +65,14 @@ def pick_candidates(settings: Sequence[SettingAssessment]) -> tuple[SettingAsses
     The first is the pick, the others are what to step down to; none where so many were measured and failed that no
     other is worth its cost.
     """
-    qualified = [setting for setting in settings if setting.qualifies]
-    if sum(bool(setting.measured and setting.complaints) for setting in qualified) >= MOST_SETTINGS:
-        qualified = [setting for setting in qualified if setting.measured]
-    return tuple(setting for setting in qualified if not setting.complaints)
+    out = out_by_behaviour(settings)
+    return tuple(each for each, is_out in zip(settings, out, strict=True) if each.qualifies and not is_out)
+
+
+def out_by_behaviour(settings: Sequence[SettingAssessment]) -> list[bool]:
+    """Which settings do what they may not; of the others also those unmeasured where so many measured ones did."""
+    failed = sum(bool(each.qualifies and each.measured and each.complaints) for each in settings)
+    return [bool(each.complaints) or (failed >= MOST_SETTINGS and not each.measured) for each in settings]
 
 
 def _outlook(model: Surrogate, beta_kl: float, searched: SearchSpace) -> Outlook | str:

@@ -36,8 +36,8 @@ ROOMS = (
     "analysis.behaviour",  #     what measured models write, and whether it will do
     "analysis.baseline",  #      what the trials without KL say
     "analysis.suspects",  #      trials that most likely failed
-    "analysis.sensitivity",  #   what another limit would choose
     "analysis.verdict",  #       between settings that were assessed
+    "analysis.sensitivity",  #   what another limit would choose
     "analysis.decide",  #        trials in, a decision out
     "analysis.trials",  #        a run directory's tables
     "analysis.report",  #        texts, figures, commands

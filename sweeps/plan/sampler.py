@@ -143,10 +143,8 @@ def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw
         return saved, model.probability_of_qualifying(points, seed, settings.confidence, left)
 
     # 3. A setting whose only trial most likely failed: a second one tells more than any new point.
-    tried = asked.groupby(["beta_kl", "kl_temperature"]).size()
-    for *setting, failed_on in model.not_yet_repeated():
-        if failed_on != seed and tried[*setting] == 1:
-            return float(setting[0]), float(setting[1])
+    if (in_doubt := _in_doubt(model, asked, seed)) is not None:
+        return in_doubt
     # 4. The worth of every grid point. Along a row, of one temperature, a larger weight saves no less drift than the
     #    weights below it, and is proved to be feasible no more easily: hence the running maximum and minimum.
     unit = _grid(draw, 1 if space.single_temperature else _TEMPERATURES)
@@ -176,6 +174,15 @@ def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw
         unit, worth = np.random.default_rng(draw).random((1, 2)), np.zeros(1)
     beta_kl, kl_temperature = space.from_unit(unit[[np.argmax(worth)]])
     return float(beta_kl[0]), float(kl_temperature[0])
+
+
+def _in_doubt(model: Surrogate, asked: pd.DataFrame, seed: int) -> tuple[float, float] | None:
+    """A setting that was asked for once, on another seed, where it most likely failed; None where there is none."""
+    tried = asked.groupby(["beta_kl", "kl_temperature"]).size()
+    for beta_kl, kl_temperature, failed_on in model.not_yet_repeated():
+        if failed_on != seed and tried[beta_kl, kl_temperature] == 1:
+            return float(beta_kl), float(kl_temperature)
+    return None
 
 
 def _noisy(trials: pd.DataFrame, settings: PlanSettings) -> bool:
