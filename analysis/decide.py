@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from analysis import baseline as baseline_trials
-from analysis.behaviour import DEFAULT_LIMITS, Behaviour, BehaviourLimits, Judge
+from analysis.behaviour.judge import DEFAULT_LIMITS, BehaviourLimits, Judge
+from analysis.behaviour.measured import Behaviour
 from analysis.constraint import (
     CONFIDENCE,
     REROUTE_TOLERANCE,
@@ -125,8 +126,8 @@ def _by_model(
     )
     if untrusted := _not_to_be_trusted(decision, baselines):
         return untrusted
-    if unfinished := baseline_trials.unconverged_sentence(baselines):
-        decision = replace(decision, warnings=(*decision.warnings, unfinished))
+    of_recipe = filter(None, [baseline_trials.unconverged_sentence(baselines), judge.unmoved()])
+    decision = replace(decision, warnings=(*decision.warnings, *of_recipe))
     usable, _ = finite_trials(trials)
     sound = usable.drop(model.trials.index[model.suspect])
     return between_settings(decision, baseline, model, sound, trained)

@@ -22,7 +22,8 @@ import tyro
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from analysis.behaviour import BehaviourLimits, load_behaviour
+from analysis.behaviour.judge import BehaviourLimits
+from analysis.behaviour.measured import load_behaviour
 from analysis.decide import decide
 from analysis.decision import Decision
 from analysis.report import report, wording

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.behaviour import MOST_SETTINGS
+from analysis.behaviour.judge import MOST_SETTINGS
 from analysis.constraint import fails_often
 from analysis.decision import Baseline, Decision, Needed, SettingAssessment
 from analysis.formatting import count, number, percent, setting, signed, temperature, with_relation

@@ -23,13 +23,15 @@ from cbtrain.utils.errors import reason
 WIDTH = 80
 _KINDS = {
     "harmful": "harmful prompts",
+    "harmful_prefilled": "harmful prompts, first tokens of the answer given",
     "benign": "benign prompts",
     "xstest_safe": "XSTest, safe prompts",
     "xstest_unsafe": "XSTest, unsafe prompts",
 }
 _MEASURES = {
-    "refusal_rate": ("refused (by keyword)", "{:.0%}"),
-    "gibberish_rate": ("gibberish", "{:.0%}"),
+    "refusal_rate": ("refused", "{:.0%}"),
+    "degenerate_rate": ("degenerate", "{:.0%}"),
+    "complied_rate": ("coherent answer", "{:.0%}"),
     "perplexity": ("perplexity under the teacher", "{:.3g}"),
     "repetition": ("repeated 4-grams", "{:.0%}"),
     "empty_rate": ("empty", "{:.0%}"),
@@ -57,10 +59,15 @@ class EvaluateSettings:
     max_new_tokens: int = 64
     """Tokens of a completion, at most; greedy."""
     prefill_tokens: int = 5
-    """Tokens of a harmful completion that are given before the NLL of the rest is taken."""
+    """Tokens of a harmful completion that are given before the NLL of the rest is taken, and before the models
+    complete it; 0 completes the prompts alone."""
     xstest: tuple[str, ...] = ()
     """Files shaped like XSTest (prompt, and label or type), for refusals of safe prompts; .csv, .jsonl, .json or
     .parquet."""
+    judge: str = ""
+    """module:function of a classifier of your own for completions: judge(prompts, completions) gives for each refusal,
+    degenerate or coherent; the module must be importable from here. Signs of broken text and a list of phrases if not
+    given."""
     output_dir: Path | None = None
     """Directory for behaviour.json and completions.jsonl; the adapter's parent if not given."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
@@ -99,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_new_tokens=settings.max_new_tokens,
             prefill_tokens=settings.prefill_tokens,
             xstest=settings.xstest,
+            judge=settings.judge,
             output_dir=output_dir,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

@@ -23,10 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:
     sys.path[0] = str(ROOT)  # started as a script, which puts sweeps/ there
 
-from analysis.behaviour import BehaviourLimits
+from analysis.behaviour.judge import BehaviourLimits
 from cbtrain.config import CircuitBreakerConfig, InputError, cli
 from cbtrain.config.presets import UNMEASURED
 from cbtrain.config.saved import RECIPE, with_calibration
+from cbtrain.evaluation.judge.judge import load_classifier
 from cbtrain.model.auto import derived
 from cbtrain.utils.errors import first_line
 from sweeps.settings import SweepSettings, check_counts, overrides_of_preset
@@ -125,16 +126,22 @@ def _run(job: Job) -> int:
     if job.settings.early_stop:
         require_stoppable(job.settings.config, budget.baseline)
     destination = _checked_outlets(job)
+    load_classifier(job.settings.judge)
     config, data = read_inputs(job.settings.config, job.settings.preset, job.settings.workers_per_trial, job.run.record)
+
+    if job.found is None:
+        job.run.record["tokens"] = data.fingerprint
 
     from cbtrain.teacher_cache.plan import plan_cache
     from sweeps.reporting.console import wrapped
-    from sweeps.reporting.plan_lines import calibration_line, plan_lines
+    from sweeps.reporting.plan_lines import behaviour_line, calibration_line, plan_lines
 
     cache = plan_cache(job.settings.teacher_cache, job.run.path / "teacher_cache", config, data, budget.total)
     lines = plan_lines(job.plan, budget, cache.says, job.run.shown, job.settings.early_stop)
     if job.settings.calibrate and not job.run.record.get("calibration"):
         lines += wrapped(calibration_line(budget.total, config.steps))
+    if job.settings.behaviour_prompts:
+        lines += wrapped(behaviour_line(job.settings.behaviour_prompts))
     if job.found is not None:
         lines += _what_is_resumed(job, job.found, config, budget.total)
     if job.settings.dry_run:
@@ -240,8 +247,6 @@ def _driver(job: Job, concurrency: int, tell: Callable[[Iterable[str]], None]) -
     from sweeps.execution.driver import SweepDriver
 
     settings = job.settings
-    # It is measured on one device, which a model that is partitioned among workers is too large for.
-    partitioned = settings.config.zero_stage == 3 and settings.workers_per_trial > 1
     return SweepDriver(
         job.run,
         job.plan,
@@ -249,7 +254,8 @@ def _driver(job: Job, concurrency: int, tell: Callable[[Iterable[str]], None]) -
         ended_before=len(job.found.ended) if job.found else 0,
         early_stop=settings.early_stop,
         on_ended=tell,
-        behaviour_prompts=0 if partitioned else settings.behaviour_prompts,
+        behaviour_prompts=settings.behaviour_prompts,
+        judge=settings.judge,
         limits=BehaviourLimits.of(vars(settings)),
         calibrate=settings.calibrate,
         fixed=tuple(name for name in RECIPE if name in job.run.record["config_overrides"]),

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from annotated_types import Ge
 
-from analysis.behaviour import DEFAULT_LIMITS
+from analysis.behaviour.judge import DEFAULT_LIMITS
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
 from analysis.surrogate.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, Bounds
 from cbtrain.config import CircuitBreakerConfig, InputError, flag, get_config
@@ -103,7 +103,10 @@ class SweepSettings:
     behaviour_prompts: Annotated[int, Ge(0)] = 64
     """Held-out prompts of each kind, at most, to which the baseline and the setting that would be chosen write an
     answer when all trials have ended (trials/ID/behaviour.json), and where that one breaks them the next, up to four.
-    0 skips it, and so does ZeRO-3 on several workers."""
+    0 skips it. The whole model lies on one device then, ZeRO-3 or not."""
+    judge: str = ""
+    """module:function of a classifier of your own for these answers, importable from where the command runs; see
+    cbtrain.evaluate --help."""
     max_degenerate_rise: Annotated[float, Ge(0)] = DEFAULT_LIMITS.degenerate_rise
     """What a recommended setting may do to what the model writes: degenerate answers to benign prompts, as observed,
     over the share before training."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.behaviour import DEFAULT_LIMITS, BehaviourLimits
+from analysis.behaviour.judge import DEFAULT_LIMITS, BehaviourLimits
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
 from analysis.decision import Decision
 from analysis.noise import baseline_seeds_of

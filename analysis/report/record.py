@@ -16,7 +16,8 @@ from typing import Any
 import pandas as pd
 from pydantic import TypeAdapter
 
-from analysis.behaviour import Behaviour, BehaviourLimits
+from analysis.behaviour.judge import BehaviourLimits
+from analysis.behaviour.measured import Behaviour
 from analysis.decision import Decision
 from analysis.report.commands import Commands, train_command
 from analysis.report.wording import explanation, headline

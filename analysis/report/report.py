@@ -14,7 +14,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from analysis import formatting
-from analysis.behaviour import Behaviour
+from analysis.behaviour.measured import Behaviour
 from analysis.decision import Decision
 from analysis.formatting import number, percent, signed
 from analysis.report import figures

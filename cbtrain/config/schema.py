@@ -5,6 +5,7 @@ that names the field by its flag. Imports no torch, so that the command line ans
 """
 
 import dataclasses
+import datetime
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -13,7 +14,7 @@ from annotated_types import Ge, Gt, Lt
 from cbtrain.config.validation import check_fields, flag, nearest
 from cbtrain.utils.errors import InputError
 
-MaskPolicy = Literal["completion_only", "assistant_only", "tool_calls_only", "full_sequence", "given"]
+MaskPolicy = Literal["auto", "completion_only", "assistant_only", "tool_calls_only", "full_sequence", "given"]
 Dtype = Literal["float32", "bfloat16", "fp32", "bf16"]
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 """The short names of a dtype, and what is kept in their place."""
@@ -31,16 +32,23 @@ class CircuitBreakerConfig:
     """Weights and activations of the model; losses are always computed in float32."""
 
     harmful: tuple[str, ...] = ()
-    """Files of harmful rows: .jsonl, .json, .csv or .parquet, also gzipped, or a dataset of the hub. A labelled file
-    may be given to both sides."""
+    """Files of harmful rows: .jsonl, .json, .csv or .parquet, also gzipped, directories or patterns of them, or a
+    dataset of the hub. A labelled file may be given to both sides."""
     benign: tuple[str, ...] = ()
     """Files of benign rows."""
-    mask_policy: MaskPolicy = "completion_only"
+    preference: Literal["chosen", "rejected"] | None = None
+    """Which answer of rows with chosen and rejected ones is taken."""
+    refusals_as_benign: bool = False
+    """Give the refusals that circuit-breakers rows hold (llama3_output) to the benign side, as published."""
+    mask_policy: MaskPolicy = "auto"
     """Which tokens are scored: the last assistant turn, all assistant turns, the tool calls within them, every token,
-    or what the `loss_mask` of pre-tokenised rows says."""
+    or what the `loss_mask` of pre-tokenised rows says. auto scores all assistant turns of rows with several that call
+    tools, the mask of pre-tokenised rows, and the last turn of the others."""
     max_length: Annotated[int, Ge(2), "must be 2 or more: one token predicts the next"] = 1024
     """Tokens a row at most. A longer row keeps the end of its prompt and the beginning of its completion; the prompt
     keeps half of the room, or all of itself where that is less, and tool results go before the last user turn."""
+    template_date: str = "2024-07-26"
+    """What chat templates that write today's date write (YYYY-MM-DD): a row's tokens must not change overnight."""
     eval_fraction: Annotated[float, Gt(0), Lt(1), "must lie between 0 and 1"] = 0.1
     """Share of the user prompts held out for evaluation, by a hash of the prompt."""
 
@@ -139,6 +147,7 @@ class CircuitBreakerConfig:
                 raise InputError(f"{flag(name)} {getattr(self, name)}: {mend}")
 
         check_fields(self, CircuitBreakerConfig)  # not by its own class: a preset declares its defaults without bounds
+        require(_is_date(self.template_date), "template_date", "must be a date, YYYY-MM-DD")
         require(self.warmup_steps <= self.steps, "warmup_steps", f"is more than --steps {self.steps}")
         require(len(self.target_layers) > 0, "target_layers", "name at least one layer")
         require(len(set(self.target_layers)) == len(self.target_layers), "target_layers", "a layer is named twice")
@@ -160,3 +169,10 @@ class CircuitBreakerConfig:
                 "micro_batch_size",
                 f"must divide --batch-size {self.batch_size}",
             )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

@@ -113,10 +113,15 @@ class ScoredCounts:
     """Of both sides, scored or not."""
 
 
-def pad_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The id that fills a batch: pad, else the end of text, else 0. Which it is never matters: see `TokenBatch`."""
-    known = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None]
-    return known[0] if known else 0
+def pad_token_id(tokenizer: "PreTrainedTokenizerBase", vocabulary: int | None = None) -> int:
+    """The id that fills a batch: pad, else the end of text, else 0. Which it is never matters: see `TokenBatch`.
+
+    Args:
+        vocabulary: ids that the model has embeddings for; None takes the tokenizer's own. A pad token that was added
+            without resizing the model lies beyond them.
+    """
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in known if token is not None and (vocabulary is None or token < vocabulary)), 0)
 
 
 def collate(rows: Sequence[TokenRow], pad_token_id: int) -> TokenBatch:

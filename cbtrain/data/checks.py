@@ -12,6 +12,7 @@ FEW_SCORED = 4
 """Scored tokens a row, in the median, below which a mask has probably missed the answer."""
 MANY_TRUNCATED, MANY_CUT_SHORT, MANY_PROMPTS_CUT = 0.2, 0.05, 0.1
 MANY_DUPLICATES, MANY_DROPPED, MANY_UNKNOWN = 0.1, 0.2, 0.01
+MANY_CALLS_UNSCORED = 0.5
 """Shares of a side's rows above which they are worth a word."""
 
 
@@ -31,6 +32,9 @@ def description(data: CircuitBreakerData) -> list[str]:
     ]
     losses.append(("dropped, no scored token", [side.counts.dropped_unscored for side in pair]))
     lines = [f"harmful {split[0]} · benign {split[1]}"]
+    if data.mask_policy == "auto" and any(side.counts.agent_rows for side in pair):
+        agents = " / ".join(f"{side.counts.agent_rows:,} of {side.counts.rows:,}" for side in pair)
+        lines.append(f"mask policy auto: all assistant turns of agent rows ({agents}), the last turn of the others")
     for group in (numbers, cuts, losses):
         lines.append(" · ".join(f"{what} {a:,} / {b:,}" for what, (a, b) in group if a or b))
     return [line for line in lines if line] + [f"warning: {text}" for text in data_warnings(data)]
@@ -109,6 +113,11 @@ def _shares(data: SideData) -> Iterator[str]:
     if counts.unknown > MANY_UNKNOWN * counts.scored_tokens:
         share = counts.unknown / counts.scored_tokens
         yield f"{share:.0%} of the scored tokens are unknown to the tokenizer; is it the one for this text?"
+    if counts.calls and counts.calls_scored < (1 - MANY_CALLS_UNSCORED) * counts.calls:
+        yield (
+            f"rows call tools, {counts.calls_scored / counts.calls:.0%} of the calls are scored; "
+            f"{flag('mask_policy')} assistant_only scores all of them with what is said, tool_calls_only them alone"
+        )
     yield from _cuts(data, kept)
     if counts.duplicates > MANY_DUPLICATES * kept:
         yield f"{counts.duplicates:,} of {kept:,} rows repeat an earlier one; each counts again in every epoch"

@@ -1,7 +1,10 @@
 """Tokenised data: both sides with their held-out split, and the counts of what became of the files."""
 
+import hashlib
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from cbtrain.config import MaskPolicy
 from cbtrain.data.tokenization import TokenRow
@@ -43,6 +46,12 @@ class SideCounts:
     duplicates: int = 0
     """Rows of the same tokens and mask as an earlier one of the side; they are kept."""
     left_out_because: Mapping[str, int] = field(default_factory=dict)
+    agent_rows: int = 0
+    """Rows with several assistant turns that call tools."""
+    calls: int = 0
+    """Tool calls of the assistant turns."""
+    calls_scored: int = 0
+    """Of these, those in turns that the mask policy scores."""
     rewritten: Mapping[str, int] = field(default_factory=dict)
     """Rows that the chat template could not render as they are, by what was changed."""
     shapes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -62,4 +71,15 @@ class SideData:
 class CircuitBreakerData:
     harmful: SideData
     benign: SideData
-    mask_policy: MaskPolicy = "completion_only"
+    mask_policy: MaskPolicy = "auto"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all tokens, of which of them are scored, and of the split: what a run trains and measures on."""
+        digest = hashlib.sha256()
+        for rows in (self.harmful.train, self.harmful.held_out, self.benign.train, self.benign.held_out):
+            digest.update(len(rows).to_bytes(8, "little"))
+            for row in rows:
+                digest.update(array("q", (len(row.input_ids), *row.input_ids)).tobytes())
+                digest.update(bytes(row.scored))
+        return digest.hexdigest()

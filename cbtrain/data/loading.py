@@ -1,13 +1,16 @@
 """Files to rows: both sides as tokens, and the held-out split."""
 
 from collections import Counter
+from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from cbtrain.config import CircuitBreakerConfig, InputError, flag
+from cbtrain.config import CircuitBreakerConfig, InputError, MaskPolicy, flag
 from cbtrain.data.dataset import CircuitBreakerData, SideCounts, SideData
 from cbtrain.data.formats.pretokenized import TokenisedRow
 from cbtrain.data.formats.rows import Row, Side, SideRows, load_rows
+from cbtrain.data.formats.shapes import Choices
+from cbtrain.data.loss_mask import is_agent_row, policy_of, scored_turns
 from cbtrain.data.split import held_out_prompts, normalized_prompt, tokenised_prompt
 from cbtrain.data.templates.chat_template import ChatTemplate, Rendering
 from cbtrain.data.templates.turns import Turns, find_turns
@@ -25,7 +28,8 @@ def load_data(config: CircuitBreakerConfig, tokenizer: "PreTrainedTokenizerBase"
         InputError: bad files or rows (see `formats/rows.py`), a tokenizer whose chat template is missing or refuses a
             row, a mask policy that does not fit the rows, a side without a scored token, one with a single prompt.
     """
-    side_rows = load_rows(config.harmful, config.benign)
+    choices = Choices(config.preference, config.refusals_as_benign)
+    side_rows = load_rows(config.harmful, config.benign, choices)
     for rows in side_rows.values():
         _check_policy(rows, config, len(tokenizer))
     made = {side: _Tokenised(rows, side, config, tokenizer) for side, rows in side_rows.items()}
@@ -53,12 +57,12 @@ def _check_policy(side_rows: SideRows, config: CircuitBreakerConfig, vocabulary:
                     "tool_calls_only or full_sequence"
                 )
             continue
-        if config.mask_policy not in ("given", "full_sequence"):
+        if config.mask_policy not in ("auto", "given", "full_sequence"):
             raise InputError(
                 f"{policy}: {row.source} is tokenised already, so its turns are not known; "
                 f"{flag('mask_policy')} given takes the mask that came with it, full_sequence scores every token"
             )
-        if config.mask_policy == "given" and row.given is None:
+        if config.mask_policy != "full_sequence" and row.given is None:
             raise InputError(
                 f"{policy}: {row.source} comes with no mask; give the file that holds its loss_mask beside it, or "
                 f"{flag('mask_policy')} full_sequence"
@@ -86,7 +90,7 @@ class _Tokenised:
         self, side_rows: SideRows, side: Side, config: CircuitBreakerConfig, tokenizer: "PreTrainedTokenizerBase"
     ) -> None:
         self.rows: list[TokenRow] = []
-        self.truncated = 0
+        self.truncated = self.agent_rows = self.calls = self.calls_scored = 0
         self.lost: list[Lost] = []
         self.rewritten: Counter[str] = Counter()
         self._config, self._tokenizer = config, tokenizer
@@ -119,6 +123,9 @@ class _Tokenised:
             first_dropped=self.first_dropped,
             unknown=self._unknown(),
             duplicates=len(self.rows) - len({(row.input_ids, row.scored) for row in self.rows}),
+            agent_rows=self.agent_rows,
+            calls=self.calls,
+            calls_scored=self.calls_scored,
             left_out_because=dict(side_rows.left_out),
             rewritten=dict(self.rewritten),
             shapes={file: dict(shapes) for file, shapes in side_rows.shapes.items()},
@@ -127,8 +134,11 @@ class _Tokenised:
     def _from_text(self, rows: list[tuple[int, Row]]) -> dict[int, _Whole]:
         if not rows:
             return {}
-        template = ChatTemplate(self._tokenizer)
-        rendered = [(index, row, template.render(row, self._config.mask_policy)) for index, row in rows]
+        template = ChatTemplate(self._tokenizer, date.fromisoformat(self._config.template_date))
+        policies = {index: policy_of(row.messages, self._config.mask_policy) for index, row in rows}
+        for index, row in rows:
+            self._count_calls(row, policies[index])
+        rendered = [(index, row, template.render(row, policies[index])) for index, row in rows]
         kept = [(index, row, rendering) for index, row, rendering in rendered if rendering is not None]
         self.rewritten.update(change for *_, rendering in kept for change in rendering.rewritten)
         tokens = tokenize([rendering for *_, rendering in kept], self._tokenizer)
@@ -136,6 +146,13 @@ class _Tokenised:
             index: _Whole(ids, scored, normalized_prompt(row.prompt), self._turns(rendering, ids, template))
             for (index, row, rendering), (ids, scored) in zip(kept, tokens, strict=True)
         }
+
+    def _count_calls(self, row: Row, policy: MaskPolicy) -> None:
+        calls = [len(message.get("tool_calls", ())) for message in row.messages]
+        scored = range(len(calls)) if policy == "full_sequence" else scored_turns(row.messages, policy)
+        self.agent_rows += is_agent_row(row.messages)
+        self.calls += sum(calls)
+        self.calls_scored += sum(calls[turn] for turn in scored)
 
     def _turns(self, rendering: Rendering, ids: list[int], template: ChatTemplate) -> Turns | None:
         """Where the turns stand in a row that is to be cut; others are spared the search."""
@@ -193,7 +210,8 @@ def _nothing_scored(side_rows: SideRows, side: Side, config: CircuitBreakerConfi
         why, instead = "no assistant turn calls a tool", "assistant_only"
     else:
         why = "the assistant turns are empty or answer no user"
+    policies = {policy_of(messages, config.mask_policy) for messages in chats} or {config.mask_policy}
     return InputError(
         f"{flag(side)} {' '.join(side_rows.files)}: 0 of {len(side_rows.rows):,} rows have a scored token under "
-        f"{config.mask_policy}; {why}. Try {flag('mask_policy')} {instead}"
+        f"{' and '.join(sorted(policies))}; {why}. Try {flag('mask_policy')} {instead}"
     )

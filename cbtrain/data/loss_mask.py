@@ -3,8 +3,24 @@
 from collections.abc import Sequence
 
 from cbtrain.config import MaskPolicy
-from cbtrain.data.formats.rows import Message
+from cbtrain.data.formats.messages import Message
 from cbtrain.data.templates.template_fallbacks import CALLS_AS_TEXT
+
+
+def is_agent_row(messages: Sequence[Message]) -> bool:
+    """Whether a conversation has several assistant turns that speak or call, and a tool call among them."""
+    turns = scored_turns(messages, "assistant_only")
+    return len(turns) > 1 and any(messages[i].get("tool_calls") for i in turns)
+
+
+def policy_of(messages: Sequence[Message], policy: MaskPolicy) -> MaskPolicy:
+    """The policy for one conversation: `auto` is `assistant_only` where an agent works, `completion_only` elsewhere.
+
+    What an attacked agent does wrong is mostly a call in the midst of a run; the last turn only reports on it.
+    """
+    if policy != "auto":
+        return policy
+    return "assistant_only" if is_agent_row(messages) else "completion_only"
 
 
 def scored_turns(messages: Sequence[Message], policy: MaskPolicy) -> list[int]:

@@ -1,73 +1,48 @@
 """What a circuit breaker does to generated text: the student beside its teacher, on held-out prompts.
 
-`measure` gives the held-out metrics and, for both models, greedy completions judged for refusal and gibberish, and how
-likely a harmful completion stays once its first tokens are given. One copy of the weights: the teacher is the student
-with its adapter off.
+`measure` gives the held-out metrics and, for both models, greedy completions judged as refusal, degenerate or coherent,
+and how likely a harmful completion stays once its first tokens are given. One copy of the weights: the teacher is the
+student with its adapter off.
 """
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.config.saved import require_adapter
 from cbtrain.data.dataset import CircuitBreakerData
-from cbtrain.evaluation import text_metrics
+from cbtrain.evaluation.completions import SAMPLES, VIEWS, Completer, Completion, Known, View
 from cbtrain.evaluation.generation import complete
-from cbtrain.evaluation.held_out import RowNLL, evaluate, held_out, row_nll
+from cbtrain.evaluation.held_out import evaluate, held_out, row_nll
+from cbtrain.evaluation.judge.judge import load_classifier
 from cbtrain.evaluation.prompts import Prompt, beyond_prefill, from_rows, from_xstest
 from cbtrain.model.checks import prepare
-from cbtrain.model.loading import forget_base, load_base, load_tokenizer
+from cbtrain.model.loading import forget_base, load_base, load_tokenizer, weightless_model
 from cbtrain.model.partial_forward import Decoder
 from cbtrain.utils import distributed
 from cbtrain.utils.errors import first_line
 from cbtrain.utils.files import finite_or_none, shown, write_whole
 
-SCHEMA_VERSION = 2
-View = Literal["teacher", "student"]
-VIEWS: tuple[View, ...] = ("teacher", "student")
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What one of the two models made of a prompt."""
-
-    text: str
-    tokens: tuple[int, ...]
-    refused: bool
-    perplexity: float
-    """Under the teacher; NaN where there are no tokens."""
-    repetition: float
-
-    @property
-    def gibberish(self) -> bool:
-        return text_metrics.gibberish(self.perplexity, self.repetition)
-
-    @property
-    def complied(self) -> bool:
-        """It answers: neither empty, nor a refusal, nor gibberish."""
-        return bool(self.tokens) and not self.refused and not self.gibberish
-
-    def record(self) -> dict[str, Any]:
-        """What `completions.jsonl` says of it."""
-        return {
-            "text": self.text,
-            "tokens": len(self.tokens),
-            "refused": self.refused,
-            "gibberish": self.gibberish,
-            "perplexity": self.perplexity,
-            "repetition": self.repetition,
-        }
+SCHEMA_VERSION = 3
+OWN_JUDGE = "cbtrain"
+"""What `settings.judge` says where no classifier was given."""
+PREFILL_TOKENS = 5
+_PROBED_TOKENS = 4
+"""Of each of a batch of completions, to tell how long all take."""
 
 
 def measure(
@@ -76,10 +51,11 @@ def measure(
     *,
     prompts: int = 16,
     max_new_tokens: int = 64,
-    prefill_tokens: int = 5,
+    prefill_tokens: int = PREFILL_TOKENS,
     xstest: Sequence[str] = (),
+    judge: str = "",
     output_dir: Path | None = None,
-    teacher_said: dict[tuple[int, ...], Completion] | None = None,
+    teacher_said: dict[tuple[int, ...], Known] | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> dict[str, Any]:
     """Compare a student (base model and adapter) with its teacher (base model alone); in one process, on one device.
@@ -89,27 +65,30 @@ def measure(
         adapter_dir: a PEFT adapter directory for that model.
         prompts: at most so many held-out prompts of each kind.
         max_new_tokens: of each completion.
-        prefill_tokens: tokens of a harmful completion that are given before the rest is scored.
+        prefill_tokens: tokens of a harmful completion that are given before the rest is scored, or generated.
         xstest: files of rows with `prompt`, and `label` or `type` where some are unsafe; for over-refusal.
-        teacher_said: the teacher's completions by prompt, of earlier calls with the same model and `max_new_tokens`;
-            those of this call are added.
+        judge: `module:function` of a user's classifier in place of the judge of this package.
+        teacher_said: the teacher's answers by prompt, of earlier calls with the same model, `max_new_tokens` and
+            `judge`; those of this call are added.
         output_dir: where `behaviour.json` and `completions.jsonl` are written, when the work is done.
         progress: called with completions done and in all.
 
     Returns:
         What `behaviour.json` holds: `held_out` (the metrics of `evaluate`), `prefill`, and for each kind of prompt
-        (`harmful`, `benign`, `xstest_safe`, `xstest_unsafe`) the number of prompts and measures, each for `teacher` and
-        `student`: `refusal_rate`, `gibberish_rate`, `complied_rate` (neither of the two, nor empty), `perplexity`
-        (geometric mean over completions, under the teacher; None where all are empty), `repetition`, `tokens` (means),
-        `empty_rate`, and `unchanged_rate` (the student says what the teacher says).
+        (`harmful`, `benign`, `harmful_prefilled`, `xstest_safe`, `xstest_unsafe`) the number of prompts and measures,
+        each for `teacher` and `student`: `refusal_rate`, `degenerate_rate` and `complied_rate` (together 1),
+        `degenerate_by` (completions by sign), `perplexity` (geometric mean over completions, under the teacher; None
+        where all are empty), `repetition`, `tokens` (means), `empty_rate`, and `unchanged_rate` (the student says what
+        the teacher says).
 
     Raises:
-        InputError: the adapter, the data or a file does not fit the model.
+        InputError: the adapter, the data or a file does not fit the model, or the classifier fails.
     """
     # Longer than fifty lines for its signature and docstring.
+    classifier = load_classifier(judge)
     data, pad = prepare(config)
     tokenizer = load_tokenizer(config)
-    kinds, in_training = _prompts(config, data, tokenizer, prompts, xstest)
+    kinds, in_training = _prompts(config, data, tokenizer, prompts, prefill_tokens, xstest)
     with adapter(config, adapter_dir) as model:
         decoder = Decoder(model, config.hidden_states)
         record: dict[str, Any] = {
@@ -119,20 +98,73 @@ def measure(
                 "prompts": prompts,
                 "max_new_tokens": max_new_tokens,
                 "prefill_tokens": prefill_tokens,
+                "judge": judge or OWN_JUDGE,
                 "xstest_prompts_left_out_in_training": in_training,
             },
             "held_out": evaluate(decoder, held_out(data, config, pad), config),
             "prefill": _prefill(decoder, data, config, pad, prefill_tokens),
         }
         everything = [prompt for asked in kinds.values() for prompt in asked]
-        known = {} if teacher_said is None else teacher_said
-        completed = _completions(decoder, everything, known, config, tokenizer, pad, max_new_tokens, progress)
+        completer = Completer(
+            decoder=decoder,
+            config=config,
+            tokenizer=tokenizer,
+            pad_token_id=pad,
+            max_new_tokens=max_new_tokens,
+            classifier=classifier,
+            teacher_said={} if teacher_said is None else teacher_said,
+            progress=_counted(progress, len(everything) * (2 if classifier else 2 + SAMPLES)),
+        )
+        completed = completer.completions(everything, [*data.harmful.held_out, *data.benign.held_out])
     rates, lines = _by_kind(kinds, completed, tokenizer)
     record |= rates
     if output_dir is not None:
         write_whole(output_dir / "completions.jsonl", "".join(json.dumps(finite_or_none(x)) + "\n" for x in lines))
         write_whole(output_dir / "behaviour.json", json.dumps(finite_or_none(record), indent=1) + "\n")
     return finite_or_none(record)
+
+
+def expected_seconds(
+    config: CircuitBreakerConfig,
+    models: int,
+    prompts: int,
+    max_new_tokens: int,
+    *,
+    teacher_known: Collection[tuple[int, ...]] = (),
+) -> float:
+    """At most so many seconds to `measure` trained models, told by some tokens of the one before training.
+
+    Args:
+        models: how many.
+        teacher_known: prompts that the teacher has answered.
+
+    Raises:
+        InputError: as `measure`.
+    """
+    data, pad = prepare(config)
+    kinds, _ = _prompts(config, data, load_tokenizer(config), prompts, PREFILL_TOKENS, ())
+    asked = [prompt.tokens for of_kind in kinds.values() for prompt in of_kind]
+    new = min(_PROBED_TOKENS, max_new_tokens)
+    base = _on_device(config)
+    first = sorted(asked, key=len)[-config.eval_batch_size :]
+    complete(base, first[:1], max_new_tokens=1, batch_size=1, pad_token_id=pad)  # what is only paid once
+    started = time.perf_counter()
+    complete(base, first, max_new_tokens=new, batch_size=config.eval_batch_size, pad_token_id=pad)
+    batch_s = (time.perf_counter() - started) / new * max_new_tokens
+    unknown = sum(tokens not in teacher_known for tokens in asked)
+    return batch_s * (models * len(asked) + (1 + SAMPLES) * unknown) / len(first)
+
+
+def _counted(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """A progress that is told of each step, as one that is told of all so far."""
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(done, total)
+
+    return advance
 
 
 @contextlib.contextmanager
@@ -143,7 +175,7 @@ def adapter(config: CircuitBreakerConfig, directory: Path) -> Iterator[PeftModel
         InputError: there is no adapter, or it is not one of this model.
     """
     require_adapter(directory)
-    base = load_base(config).to(distributed.device())
+    base = _on_device(config)
     try:
         # Trainable, as the decoder tells adapted blocks by that.
         model = PeftModel.from_pretrained(base, directory, is_trainable=True)
@@ -160,11 +192,30 @@ def adapter(config: CircuitBreakerConfig, directory: Path) -> Iterator[PeftModel
         model.unload()
 
 
+def _on_device(config: CircuitBreakerConfig) -> PreTrainedModel:
+    """The whole base model on this process's device.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    device = distributed.device()
+    if device.type == "cuda":
+        weights = sum(parameter.numel() for parameter in weightless_model(config).parameters())
+        needed, free = weights * getattr(torch, config.dtype).itemsize, torch.cuda.mem_get_info(device)[0]
+        if needed > free:
+            raise InputError(
+                f"--model {config.model}: {needed / 1e9:.0f} GB of weights do not fit on one device with "
+                f"{free / 1e9:.0f} GB free, where its behaviour is measured"
+            )
+    return load_base(config).to(device)
+
+
 def _prompts(
     config: CircuitBreakerConfig,
     data: CircuitBreakerData,
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
+    prefill_tokens: int,
     xstest: Sequence[str],
 ) -> tuple[dict[str, list[Prompt]], int]:
     """The prompts of each kind, and how many of XSTest's were left out as the model was trained on them."""
@@ -172,9 +223,14 @@ def _prompts(
     if config.mask_policy == "full_sequence":  # where answers begin, the mask of completions tells
         with contextlib.suppress(InputError):  # rows without an answer
             turns, _ = prepare(dataclasses.replace(config, mask_policy="completion_only"))
-    kinds = {"harmful": from_rows(turns.harmful.held_out, limit), "benign": from_rows(turns.benign.held_out, limit)}
+    harmful, benign = turns.harmful.held_out, turns.benign.held_out
+    kinds = {"harmful": from_rows(harmful, limit), "benign": from_rows(benign, limit)}
+    if prefilled := from_rows(beyond_prefill(harmful, prefill_tokens) if prefill_tokens else [], limit):
+        kinds["harmful_prefilled"] = prefilled
     trained = {row.prompt for side in (data.harmful, data.benign) for row in side.train}
-    safe, unsafe, in_training = from_xstest(xstest, tokenizer, trained, limit)
+    safe, unsafe, in_training = from_xstest(
+        xstest, tokenizer, trained, limit, datetime.date.fromisoformat(config.template_date)
+    )
     return kinds | {name: asked for name, asked in (("xstest_safe", safe), ("xstest_unsafe", unsafe)) if asked}, (
         in_training
     )
@@ -186,56 +242,8 @@ def _prefill(
     """NLL of harmful completions beyond their first tokens, nats per token; None where all are shorter."""
     rows = beyond_prefill(data.harmful.held_out, tokens)
     likelihoods = row_nll(decoder, rows, config, pad)
-    predictions = sum(row.predictions for row in likelihoods)
-    sums = {"teacher": sum(row.teacher for row in likelihoods), "student": sum(row.student for row in likelihoods)}
-    return {"rows": len(rows), "nll": {view: sums[view] / predictions if predictions else None for view in VIEWS}}
-
-
-def _completions(
-    decoder: Decoder,
-    prompts: Sequence[Prompt],
-    teacher_said: dict[tuple[int, ...], Completion],
-    config: CircuitBreakerConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    pad: int,
-    max_new_tokens: int,
-    progress: Callable[[int, int], None],
-) -> dict[View, list[Completion]]:
-    """Both models' completions of each prompt; the teacher's only where they are not known."""
-    model, done = decoder.model, 0
-
-    def advance(more: int) -> None:
-        nonlocal done
-        done += more
-        progress(done, len(VIEWS) * len(prompts))
-
-    def completed(asked: Sequence[Prompt]) -> list[Completion]:
-        texts = complete(
-            model.get_base_model(),
-            [prompt.tokens for prompt in asked],
-            max_new_tokens=max_new_tokens,
-            batch_size=config.eval_batch_size,
-            pad_token_id=pad,
-            progress=advance,
-        )
-        said = [(prompt.followed_by(text), text) for prompt, text in zip(asked, texts, strict=True)]
-        likelihoods = iter(row_nll(decoder, [row for row, text in said if text], config, pad))
-        return [_judged(tokens, next(likelihoods) if tokens else None, tokenizer) for _, tokens in said]
-
-    model.eval()
-    unknown = [prompt for prompt in prompts if prompt.tokens not in teacher_said]
-    advance(len(prompts) - len(unknown))
-    with model.disable_adapter():
-        of_teacher = completed(unknown)
-    teacher_said.update((prompt.tokens, said) for prompt, said in zip(unknown, of_teacher, strict=True))
-    return {"teacher": [teacher_said[prompt.tokens] for prompt in prompts], "student": completed(prompts)}
-
-
-def _judged(tokens: tuple[int, ...], likelihood: RowNLL | None, tokenizer: PreTrainedTokenizerBase) -> Completion:
-    """A completion with what is measured of it; `likelihood` None of an empty one."""
-    perplexity = math.exp(min(likelihood.teacher / likelihood.predictions, 700.0)) if likelihood else math.nan
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return Completion(text, tokens, text_metrics.refuses(text), perplexity, text_metrics.repetition(tokens))
+    nll = {view: [value for row in likelihoods for value in getattr(row, view)] for view in VIEWS}
+    return {"rows": len(rows), "nll": {view: statistics.fmean(nll[view]) if nll[view] else None for view in VIEWS}}
 
 
 def _by_kind(
@@ -261,13 +269,15 @@ def _rates(answers: dict[View, list[Completion]]) -> dict[str, Any]:
         return {view: statistics.fmean(map(of, answers[view])) for view in VIEWS}
 
     spoken = {view: [math.log(a.perplexity) for a in answers[view] if a.tokens] for view in VIEWS}
+    signs = {view: Counter(sign for a in answers[view] for sign in a.judgement.reasons) for view in VIEWS}
     return {
         "prompts": len(pairs),
-        "refusal_rate": each(lambda answer: answer.refused),
-        "gibberish_rate": each(lambda answer: answer.gibberish),
-        "complied_rate": each(lambda answer: answer.complied),
+        "refusal_rate": each(lambda answer: answer.verdict == "refusal"),
+        "degenerate_rate": each(lambda answer: answer.verdict == "degenerate"),
+        "complied_rate": each(lambda answer: answer.verdict == "coherent"),
+        "degenerate_by": {view: dict(signs[view].most_common()) for view in VIEWS},
         "perplexity": {view: math.exp(statistics.fmean(logs)) if logs else None for view, logs in spoken.items()},
-        "repetition": each(lambda answer: answer.repetition),
+        "repetition": each(lambda answer: answer.generated.repetition),
         "tokens": each(lambda answer: len(answer.tokens)),
         "empty_rate": each(lambda answer: not answer.tokens),
         "unchanged_rate": statistics.fmean(teacher.tokens == student.tokens for teacher, student in pairs),

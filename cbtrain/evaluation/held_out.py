@@ -100,12 +100,10 @@ def evaluate(
 
 
 class RowNLL(NamedTuple):
-    """Negative log-likelihood of a row's scored tokens, nats, summed."""
+    """Negative log-likelihood of each of a row's scored tokens that is predicted, nats."""
 
-    student: float
-    teacher: float
-    predictions: int
-    """Scored tokens that were predicted."""
+    student: tuple[float, ...]
+    teacher: tuple[float, ...]
 
 
 @torch.no_grad()
@@ -124,8 +122,7 @@ def row_nll(
         counts = [row.scored_predictions for row in batch.rows]
         parts = torch.cat(chunks, dim=1).cpu().split(counts, dim=1) if chunks else [torch.zeros(2, 0)] * len(counts)
         for row, part in zip(batch.rows, parts, strict=True):
-            student_nll, teacher_nll = part.sum(1).tolist()
-            found[id(row)] = RowNLL(student_nll, teacher_nll, row.scored_predictions)
+            found[id(row)] = RowNLL(*map(tuple, part.tolist()))
     student_mode(decoder.model)
     return [found[id(row)] for row in rows]
 

@@ -1,5 +1,6 @@
 """What a model is asked to complete: held-out rows cut where their scored part begins, and XSTest's prompts."""
 
+import datetime
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from cbtrain.config import InputError
 from cbtrain.data.formats.labels import is_unsafe
 from cbtrain.data.formats.readers import read_rows
 from cbtrain.data.loading import normalized_prompt
-from cbtrain.data.templates.chat_template import ChatTemplate
+from cbtrain.data.templates.chat_template import DATE, ChatTemplate
 from cbtrain.data.tokenization import TokenRow
 
 
@@ -53,11 +54,16 @@ def beyond_prefill(rows: Sequence[TokenRow], tokens: int) -> list[TokenRow]:
 
 
 def from_xstest(
-    files: Sequence[str], tokenizer: PreTrainedTokenizerBase, trained: Collection[str], limit: int
+    files: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    trained: Collection[str],
+    limit: int,
+    date: datetime.date = DATE,
 ) -> tuple[list[Prompt], list[Prompt], int]:
     """Prompts of XSTest-shaped files: at most `limit` safe ones, as many unsafe ones, and how many were trained on.
 
     Args:
+        date: what a chat template writes for today.
         trained: normalised prompts of the training rows, which say nothing here and are left out.
 
     Raises:
@@ -68,7 +74,7 @@ def from_xstest(
     left_out: set[str] = set()
     if not files:
         return [], [], 0
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, date)
     for file in files:
         for number, row in read_rows(file):
             if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):

@@ -17,22 +17,28 @@ from cbtrain.model.refusal import blocks_of, check_states, refused_by_name
 from cbtrain.utils.environment import say_once
 
 
-def check_rows(config: CircuitBreakerConfig, longest: int, largest_id: int) -> None:
+def check_rows(config: CircuitBreakerConfig, longest: int, largest_id: int, named: str = "") -> None:
     """Refuse rows that the model has no positions or embeddings for.
 
     Args:
         longest: tokens of the longest row.
         largest_id: the largest token id in any row.
+        named: which token that is, and where it stands.
     """
     text = weightless_model(config).config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions and 0 < positions < longest:  # below 0 where a family has no such limit
         raise InputError(f"--max-length {config.max_length}: the model has {positions} positions")
-    if largest_id >= text.vocab_size:
+    if largest_id >= _vocabulary(config):
         raise InputError(
-            f"--tokenizer {config.tokenizer or config.model}: gives token id {largest_id}, the model's vocabulary "
-            f"ends at {text.vocab_size - 1}; name the model's own tokenizer"
+            f"--tokenizer {config.tokenizer or config.model}: gives token id {largest_id}{named}, the model's "
+            f"vocabulary ends at {_vocabulary(config) - 1}; name the model's own tokenizer"
         )
+
+
+def _vocabulary(config: CircuitBreakerConfig) -> int:
+    """Token ids that the model has embeddings for."""
+    return int(weightless_model(config).config.get_text_config().vocab_size)
 
 
 def check_fit(config: CircuitBreakerConfig) -> int:
@@ -107,7 +113,10 @@ def retained_layers(config: CircuitBreakerConfig, blocks: int) -> list[int]:
     return list(range((blocks if config.retain_layers == "all" else max(config.target_layers)) + 1))
 
 
-DATA_FIELDS = ("model", "tokenizer", "harmful", "benign", "mask_policy", "max_length", "eval_fraction")
+DATA_FIELDS = (
+    *("model", "tokenizer", "harmful", "benign", "preference", "refusals_as_benign"),
+    *("mask_policy", "max_length", "eval_fraction", "template_date"),
+)
 
 
 def prepare(config: CircuitBreakerConfig) -> tuple[CircuitBreakerData, int]:
@@ -129,5 +138,8 @@ def _tokenised(fields: tuple, _stamps: tuple) -> tuple[CircuitBreakerData, int]:
     tokenizer = load_tokenizer(config)
     data = load_data(config, tokenizer)
     rows = [row for side in (data.harmful, data.benign) for row in (*side.train, *side.held_out)]
-    check_rows(config, max(len(row.input_ids) for row in rows), max(max(row.input_ids) for row in rows))
-    return data, pad_token_id(tokenizer)
+    largest = max(rows, key=lambda row: max(row.input_ids))
+    token = max(largest.input_ids)
+    named = f" ({tokenizer.convert_ids_to_tokens(token)}) in {largest.source}"
+    check_rows(config, max(len(row.input_ids) for row in rows), token, named)
+    return data, pad_token_id(tokenizer, _vocabulary(config))

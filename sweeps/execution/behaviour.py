@@ -1,25 +1,29 @@
 """What the baseline and the chosen setting write, measured when the trials of a sweep have ended.
 
 Losses say that hidden states turned away; this says what the model then makes of held-out prompts, and the decision
-passes over a setting that breaks it. The whole model lies on one device.
+passes over a setting that breaks it. The whole model lies on one device, however it was partitioned in training.
 """
 
+import contextlib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 
-from analysis.behaviour import Behaviour
+from analysis.behaviour.measured import Behaviour
 from analysis.decision import Decision
 from analysis.formatting import percent
 from cbtrain.utils.environment import quiet_libraries
 from sweeps.execution.trial import TrialContext, output_to, root_cause
 from sweeps.plan.journal import TrialSpec, trial_config
+
+if TYPE_CHECKING:
+    from cbtrain.evaluation.completions import Known
 
 NEW_TOKENS = 64
 """Of each answer that is measured, at most."""
@@ -53,19 +57,48 @@ def file_of(run_dir: Path, spec: TrialSpec) -> Path:
     return run_dir / "trials" / spec.trial_id / "behaviour.json"
 
 
-def measure_all(specs: Sequence[TrialSpec], context: TrialContext, prompts: int) -> str:
-    """Measure the adapters of trials, one after another in a process that has what one of their workers had.
+class Meter:
+    """Measures trials' behaviour in one process, which has what one of their workers had and keeps what it loads.
 
-    Returns:
-        Why that failed, in a line; empty where it did not.
+    Args:
+        prompts: held-out prompts of each kind, at most.
+        judge: `module:function` of a user's classifier; empty for the judge of this package.
     """
-    workers = context.workers
-    measure = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus, max_retries=0)(_measure)
-    try:
-        ray.get(measure.remote(specs, context, prompts))
-    except RayError as error:
-        return f"{root_cause(error)} (logs/{LOG}.log)"
-    return ""
+
+    def __init__(self, context: TrialContext, prompts: int, judge: str = "") -> None:
+        workers = context.workers
+        actor = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=0)(_Measuring)
+        self._process = actor.remote(context, prompts, judge)
+
+    def expected_seconds(self, specs: Sequence[TrialSpec]) -> float:
+        """At most so many seconds to measure trials, told by some tokens of the model before training.
+
+        Raises:
+            BehaviourError: why it cannot be told, and nothing can be measured.
+        """
+        return float(self._asked(self._process.expected_seconds.remote(specs)))
+
+    def measure(self, specs: Sequence[TrialSpec]) -> None:
+        """Write each trial's `behaviour.json` and `completions.jsonl`.
+
+        Raises:
+            BehaviourError: why that fails.
+        """
+        self._asked(self._process.measure.remote(specs))
+
+    def end(self) -> None:
+        """End the process."""
+        ray.kill(self._process)
+
+    def _asked(self, answer: Any) -> Any:
+        try:
+            return ray.get(answer)
+        except RayError as error:
+            raise BehaviourError(f"{root_cause(error)} (logs/{LOG}.log)") from error
+
+
+class BehaviourError(Exception):
+    """Behaviour that cannot be measured; its text is a line."""
 
 
 def behaviour_sentences(measured: Sequence[Behaviour], decision: Decision) -> list[str]:
@@ -86,35 +119,55 @@ def behaviour_sentences(measured: Sequence[Behaviour], decision: Decision) -> li
         )
         return f"{percent(of_chosen)} {what}" + (f" ({percent(of_baseline)} without KL)" if setting[0] else "")
 
+    kinds = {"harmful": "harmful prompts", "benign": "benign prompts"}
+    if all(each.prefilled for each in (*chosen, *without_kl)):
+        kinds["prefilled"] = "harmful prompts, first tokens given"
     return [
-        f"{kind} prompts: {share(kind, 'unchanged', 'word for word as before training')}, "
-        f"{share(kind, 'gibberish', 'gibberish')}"
-        for kind in ("harmful", "benign")
+        f"{said}: {share(kind, 'unchanged', 'word for word as before training')}, "
+        f"{share(kind, 'degenerate', 'degenerate')}"
+        for kind, said in kinds.items()
     ]
 
 
-def _measure(specs: Sequence[TrialSpec], context: TrialContext, prompts: int) -> None:
-    """Write each trial's `behaviour.json` and `completions.jsonl`; the base is loaded once."""
-    with output_to(context.run_dir, LOG):
-        quiet_libraries()
-        import torch
+class _Measuring:
+    """The process of a `Meter`."""
 
-        from cbtrain.evaluation.behaviour import Completion, measure
+    def __init__(self, context: TrialContext, prompts: int, judge: str) -> None:
+        self._context, self._prompts, self._judge = context, prompts, judge
+        self._teacher_said: dict[tuple[int, ...], Known] = {}
 
-        torch.set_num_threads(context.workers.cpus)
-        said: dict[tuple[int, ...], Completion] = {}
-        try:
+    def expected_seconds(self, specs: Sequence[TrialSpec]) -> float:
+        with self._logged():
+            from cbtrain.evaluation.behaviour import expected_seconds
+
+            config = trial_config(self._context.config, specs[0])
+            return expected_seconds(config, len(specs), self._prompts, NEW_TOKENS, teacher_known=self._teacher_said)
+
+    def measure(self, specs: Sequence[TrialSpec]) -> None:
+        with self._logged():
+            from cbtrain.evaluation.behaviour import measure
+
             for spec in specs:
-                directory = file_of(context.run_dir, spec).parent
-                config = trial_config(context.config, spec)
+                directory = file_of(self._context.run_dir, spec).parent
                 measure(
-                    config,
+                    trial_config(self._context.config, spec),
                     directory / "adapter",
-                    prompts=prompts,
+                    prompts=self._prompts,
                     max_new_tokens=NEW_TOKENS,
+                    judge=self._judge,
                     output_dir=directory,
-                    teacher_said=said,
+                    teacher_said=self._teacher_said,
                 )
-        except Exception:
-            traceback.print_exc()  # Ray tells the driver, and the log's reader nothing
-            raise
+
+    @contextlib.contextmanager
+    def _logged(self) -> Iterator[None]:
+        with output_to(self._context.run_dir, LOG):
+            quiet_libraries()
+            import torch
+
+            torch.set_num_threads(self._context.workers.cpus)
+            try:
+                yield
+            except Exception:
+                traceback.print_exc()  # Ray tells the driver, and the log's reader nothing
+                raise

@@ -17,13 +17,14 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
 
-from analysis.behaviour import DEFAULT_LIMITS, BehaviourLimits, load_behaviour
+from analysis.behaviour.judge import DEFAULT_LIMITS, BehaviourLimits
+from analysis.behaviour.measured import load_behaviour
 from analysis.decide import decide
 from analysis.decision import Decision
 from analysis.report.commands import wider_command
 from cbtrain.teacher_cache.plan import LIVE, CachePlan, CacheUnavailableError
 from cbtrain.training.calibration import Calibration, steps_allowed
-from sweeps.execution.behaviour import NEW_TOKENS, behaviour_sentences, file_of, measure_all, subjects
+from sweeps.execution.behaviour import BehaviourError, Meter, behaviour_sentences, file_of, subjects
 from sweeps.execution.calibration import calibrate_before, spent, summary, told, with_recipe
 from sweeps.execution.searcher import PlanSearcher
 from sweeps.execution.teacher_cache import norms_are_missing, run_teacher
@@ -53,7 +54,8 @@ class SweepDriver:
     """Called with the ids of trials that have ended, each once, when their results are on disk."""
     behaviour_prompts: int = 0
     """Held-out prompts of each kind on which baseline and chosen setting are measured in the end; 0 measures none."""
-
+    judge: str = ""
+    """`module:function` of a user's classifier for their completions."""
     limits: BehaviourLimits = DEFAULT_LIMITS
     """What a setting may do to what the model writes."""
     calibrate: bool = False
@@ -170,16 +172,21 @@ class SweepDriver:
     def _measure_behaviour(self, context: TrialContext) -> None:
         """Measure baseline and pick, and where the pick breaks it the next one; a line why where that fails, since the
         decision stands without it."""
-        while specs := self._unmeasured():
-            named = ", ".join(spec.trial_id for spec in specs)
-            said = (
-                f"behaviour of {named}: {len(specs) + 1} models, the one before training among them, answer at most "
-                f"{self.behaviour_prompts} held-out prompts a kind with at most {NEW_TOKENS} tokens each"
-            )
-            print("\n".join(["", *wrapped(said)]), flush=True)
-            if reason := measure_all(specs, context, self.behaviour_prompts):
-                print("\n".join(wrapped(f"behaviour not measured: {reason}")), flush=True)
-                return
+        specs = self._unmeasured()
+        if not specs:
+            return
+        meter = Meter(context, self.behaviour_prompts, self.judge)
+        try:
+            while specs:
+                named = ", ".join(spec.trial_id for spec in specs)
+                said = f"behaviour of {named}: at most {meter.expected_seconds(specs):.0f} s"
+                print("\n".join(["", *wrapped(said)]), flush=True)
+                meter.measure(specs)
+                specs = self._unmeasured()
+        except BehaviourError as error:
+            print("\n".join(["", *wrapped(f"behaviour not measured: {error}")]), flush=True)
+        finally:
+            meter.end()
 
     def _wall_s(self) -> float:
         """Seconds of all sessions, up to the last event of those that were killed."""

@@ -44,6 +44,14 @@ def calibration_line(trials: int, steps: int) -> str:
     )
 
 
+def behaviour_line(prompts: int) -> str:
+    """What is measured when the trials have ended; its seconds are told then, by a model that runs."""
+    return (
+        f"behaviour at the end up to {prompts} held-out prompts a kind are answered at the "
+        "pick, at up to three more settings where that breaks, and without KL (--behaviour-prompts 0 leaves it out)"
+    )
+
+
 def _handed_over(settings: PlanSettings, budget: Budget) -> str:
     """That the Gaussian process does not search to the end of a long sweep, where it does not."""
     if settings.sampler != "gp" or budget.ablation + budget.search <= MAX_MODELLED:

@@ -53,6 +53,11 @@ def read_inputs(
         require_unchanged(record["inputs"], config)
     check_batch(config, workers)
     data, _ = prepare(config)
+    if record.get("tokens", data.fingerprint) != data.fingerprint:
+        raise InputError(
+            "the rows' tokens are not those that the sweep began with, although the files are: another version of this "
+            "package, of transformers or of the tokenizer reads them otherwise; go back to it, or begin another sweep"
+        )
     model = record["config_overrides"].get("model", get_config(preset).model)
     print(f"KL ablation · preset {preset} · model {model} ({check_fit(config)} layers)")
     first, *rest = description(data)

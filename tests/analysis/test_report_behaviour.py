@@ -6,24 +6,24 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis.behaviour import Answers, Behaviour, load_behaviour
+from analysis.behaviour.measured import Answers, Behaviour, load_behaviour
 from analysis.pick_beta import write_report
 from cbtrain.utils.errors import InputError
 
 MakeRun = Callable[..., Path]
 
 
-def rates(unchanged: float, refused: tuple[float, float], gibberish: tuple[float, float]) -> dict[str, Any]:
+def rates(unchanged: float, refused: tuple[float, float], degenerate: tuple[float, float]) -> dict[str, Any]:
     return {
         "prompts": 16,
         "unchanged_rate": unchanged,
         "refusal_rate": dict(zip(("teacher", "student"), refused, strict=True)),
-        "gibberish_rate": dict(zip(("teacher", "student"), gibberish, strict=True)),
+        "degenerate_rate": dict(zip(("teacher", "student"), degenerate, strict=True)),
     }
 
 
 def write(run: Path, trial_id: str, benign_unchanged: float, prefilled: float | None = 9.5) -> Path:
-    """One trial's `behaviour.json`: harmful answers turned to gibberish, benign ones kept to a share."""
+    """One trial's `behaviour.json`: harmful answers turned to degenerate, benign ones kept to a share."""
     record = {
         "harmful": rates(0.0, (0.25, 0.125), (0.0, 0.875)),
         "benign": rates(benign_unchanged, (0.0, 0.0), (0.0, 1 - benign_unchanged)),
@@ -47,13 +47,19 @@ def test_the_model_before_training_comes_first_then_the_measured_trials(make_run
     assert chosen.benign == Answers(0.75, 0.0, 0.25, None)
 
 
-def test_a_file_of_the_first_schema_is_read(make_run: MakeRun, trials: pd.DataFrame):
+def test_files_of_earlier_schemas_are_read(make_run: MakeRun, trials: pd.DataFrame):
     run = make_run(trials)
     path = write(run, "t006", 0.75)
     now = load_behaviour(run, trials)
+    record = json.loads(path.read_text())
+    for kind in ("harmful", "benign"):
+        degenerate = record[kind].pop("degenerate_rate")
+        record[kind]["gibberish_rate"] = {view: 0.75 * share for view, share in degenerate.items()}
+        record[kind]["empty_rate"] = {view: 0.25 * share for view, share in degenerate.items()}
+    path.write_text(json.dumps(record))
+    assert load_behaviour(run, trials) == now, "version 2"
     path.write_text(path.read_text().replace('"teacher"', '"base"').replace('"student"', '"tuned"'))
-    assert '"tuned"' in path.read_text()
-    assert load_behaviour(run, trials) == now
+    assert load_behaviour(run, trials) == now, "version 1"
 
 
 def test_a_sweep_that_measured_nothing_has_no_rows(make_run: MakeRun, trials: pd.DataFrame):
@@ -75,10 +81,12 @@ def test_the_report_shows_what_the_models_write(make_run: MakeRun, trials: pd.Da
     write_report(run)
     assert "What the models write" not in (run / "report" / "report.html").read_text()
     write(run, "t000", 0.0625)
-    write(run, "t006", 0.75)
+    path = write(run, "t006", 0.75)
+    given = {"harmful_prefilled": rates(0.0, (0.0, 0.0), (0.0, 0.9375))}
+    path.write_text(json.dumps(json.loads(path.read_text()) | given))
     write_report(run)
     html, markdown = ((run / "report" / name).read_text() for name in ("report.html", "report.md"))
     assert "What the models write" in html
-    assert "| before training | – | 25 % | 0 % | 0.5 | – | 0 % | 0 % |" in markdown
-    assert "| beta_kl 0 | 0 % | 12 % | 88 % | 9.5 | 6 % | 0 % | 94 % |" in markdown
-    assert "| beta_kl 0.5, T 1.0 | 0 % | 12 % | 88 % | 9.5 | 75 % | 0 % | 25 % |" in markdown
+    assert "| before training | – | 25 % | 0 % | – | 0.5 | – | 0 % | 0 % |" in markdown
+    assert "| beta_kl 0 | 0 % | 12 % | 88 % | – | 9.5 | 6 % | 0 % | 94 % |" in markdown
+    assert "| beta_kl 0.5, T 1.0 | 0 % | 12 % | 88 % | 94 % | 9.5 | 75 % | 0 % | 25 % |" in markdown

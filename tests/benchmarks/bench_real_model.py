@@ -116,16 +116,18 @@ def trained(run_dir: Path, setting: Setting) -> list[dict[str, Any]]:
 def table(settings: dict[str, Setting], results: dict[str, list[dict[str, Any]]]) -> None:
     """Means and spreads over the fresh seeds, a line a setting; lost is against the baseline of the same seed."""
     print(f"\n{len(FRESH_SEEDS)} fresh seeds, mean (standard deviation)\n")
-    print("| setting | beta | T | lost |", " | ".join(METRICS), "| harmful / benign gibberish | converged |")
+    print("| setting | beta | T | lost |", " | ".join(METRICS), "| harmful / benign degenerate | converged |")
     print("|---|---|---|---|" + "---|" * (len(METRICS) + 2))
     for name, runs in results.items():
         cells = [_mean_and_spread([run[metric] for run in runs]) for metric in METRICS.values()]
         behaviour = runs[0]["behaviour"]
-        gibberish = " / ".join(f"{behaviour[kind]['gibberish_rate']['student']:.0%}" for kind in ("harmful", "benign"))
+        degenerate = " / ".join(
+            f"{behaviour[kind]['degenerate_rate']['student']:.0%}" for kind in ("harmful", "benign")
+        )
         converged = f"{sum(run['converged'] == 1 for run in runs)} of {len(runs)}"
         lost = f"{statistics.fmean(_lost(results, runs)):+.4f}"
         beta_kl, heat = settings[name]
-        print(f"| {name} | {beta_kl:.3g} | {heat:.3g} | {lost} |", " | ".join(cells), f"| {gibberish} | {converged} |")
+        print(f"| {name} | {beta_kl:.3g} | {heat:.3g} | {lost} |", " | ".join(cells), f"| {degenerate} | {converged} |")
     first = results["without KL"][0]
     print(f"\nbefore training: harmful NLL {first['base_harmful_nll']:.3f}, benign NLL {first['base_benign_nll']:.3f}")
 

@@ -111,7 +111,7 @@ def measure(point: tuple[float, float, int], *, answers: bool = False) -> dict[s
 
 
 def what_it_says(config: "CircuitBreakerConfig", directory: Path) -> dict[str, float]:
-    """Shares of held-out prompts, at most 96 of a kind, that a trained run answers rightly, and with gibberish."""
+    """Shares of held-out prompts, at most 96 of a kind, that a trained run answers rightly, and that are degenerate."""
     from cbtrain.evaluation import behaviour
     from cbtrain.model.tiny import answers_rightly
 
@@ -122,7 +122,7 @@ def what_it_says(config: "CircuitBreakerConfig", directory: Path) -> dict[str, f
         asked = [line for line in lines if line["kind"] == kind]
         right = [answers_rightly(line["prompt"], line["student"]["text"]) for line in asked]
         shares[f"{kind}_right"] = float(np.mean(right))
-        shares[f"{kind}_gibberish"] = float(np.mean([line["student"]["gibberish"] for line in asked]))
+        shares[f"{kind}_degenerate"] = float(np.mean([line["student"]["verdict"] == "degenerate" for line in asked]))
     return shares
 
 
@@ -147,7 +147,7 @@ def table(results: pd.DataFrame) -> pd.DataFrame:
             "lost %": means.lost.map("{:+.1%}".format) + np.where(means.regression > 0, "*", " "),
             "drift": means.eval_benign_kl.map("{:.3g}".format),
             "benign right %": (100 * means.benign_right).map("{:.0f}".format),
-            "gibberish %": (100 * means.benign_gibberish).map("{:.0f}".format),
+            "degenerate %": (100 * means.benign_degenerate).map("{:.0f}".format),
             "harmful right %": (100 * means.harmful_right).map("{:.0f}".format),
             "harmful NLL": means.eval_harmful_nll.map("{:.1f}".format),
             "train s": means.wall_s.map("{:.1f}".format),

@@ -1,11 +1,14 @@
-"""Data sets of the Hugging Face hub as files: `org/name` or `org/name:split` becomes a Parquet file in the cache.
+"""Names as files: a directory or a pattern is the data files in it; `org/name` or `org/name:split`, a data set of the
+Hugging Face hub, becomes a Parquet file in the cache.
 
 A file is what all else here knows: it has a checksum, and a run that continues reads the same rows.
 """
 
 import dataclasses
+import glob
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.utils.errors import named, reason
 
 _DATASET = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<split>[\w.\[\]:%+-]+))?")
-_FILE_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".txt")
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
+"""Of the files that are read of a directory, also with `.gz` behind them."""
+_FILE_ENDINGS = (*SUFFIXES, ".gz", ".txt")
 
 
 def is_dataset(name: str) -> bool:
@@ -26,14 +31,44 @@ def is_dataset(name: str) -> bool:
 
 
 def localise(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
-    """The configuration with data sets of the hub replaced by their files on this machine."""
+    """The configuration with data sets of the hub replaced by their files on this machine, and directories and
+    patterns by the files in them."""
 
     def local(name: str) -> str:
         return str(downloaded(name)) if is_dataset(name) and not Path(name).exists() else name
 
     return dataclasses.replace(
-        config, harmful=tuple(map(local, config.harmful)), benign=tuple(map(local, config.benign))
+        config, harmful=expanded(tuple(map(local, config.harmful))), benign=expanded(tuple(map(local, config.benign)))
     )
+
+
+def expanded(names: Sequence[str]) -> tuple[str, ...]:
+    """Files, with directories and patterns (`runs/*.json`) replaced by the data files in them, by name.
+
+    Raises:
+        InputError: a directory without a data file, or a pattern that none matches.
+    """
+    files: list[str] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and _is_data(p.relative_to(path)))
+            if not inside:
+                raise InputError(f"{name}: no data file in this directory ({', '.join(SUFFIXES)})")
+            files += map(str, inside)
+        elif any(character in name for character in "*?[") and not path.exists() and not is_dataset(name):
+            matched = sorted(match for match in glob.glob(name, recursive=True) if Path(match).is_file())
+            if not matched:
+                raise InputError(f"{name}: no file matches")
+            files += matched
+        else:
+            files.append(name)
+    return tuple(files)
+
+
+def _is_data(path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and path.name.lower().removesuffix(".gz").endswith(SUFFIXES)
 
 
 def downloaded(name: str) -> Path:

@@ -1,17 +1,23 @@
 """Which side a row belongs to by its own label, for files that hold both.
 
-- An AgentDojo run (`messages` with `metadata.injection_task_id`): null is benign; set, with `metadata.security` true,
-  the attack succeeded and the run is harmful; with false it was resisted and belongs to neither side.
+- An AgentDojo run (`messages` with `injection_task_id`, at the top level as AgentDojo writes it or in `metadata`): null
+  is benign; set, with `security` true, the attack succeeded and the run is harmful; with false it was resisted and
+  belongs to neither side.
 - XSTest (`final_label`): `1_full_compliance` is benign. `2_full_refusal` and `3_partial_refusal` are neither: retaining
   them would teach over-refusal, rerouting them would punish a refusal. So is a compliance whose `type` says
   `contrast_…`, as those prompts are unsafe.
-- A trace (`label`, or `labels`, or `labels.category`): `harmful`, `benign` or `resisted`, in any case; of a list of
-  words the one that is among them. Any other value is no label, since fields of that name mean many things: token ids,
-  for one.
+- WildJailbreak (`data_type`): `*_benign` is benign; the completions of `*_harmful` are refusals, which are neither.
+- A field that says it of the answer: `label`, `labels` or `labels.category` with harmful, unsafe, benign, safe,
+  unharmful or resisted, in any case (of a list of words the one that is among them); `response_harm_label` with harmful
+  or unharmful; `is_safe`, `is_unsafe`, `is_harmful` or `is_benign` true or false. Any other value is no label, since
+  fields of that name mean many things: token ids, for one. `SideFields` tells of those that look as if they said it.
 
-The first of these that a row has counts; a trace's label that says otherwise is an error.
+The first of these that a row has counts; a field that says otherwise is an error.
 """
 
+import re
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +26,18 @@ from cbtrain.config import InputError
 RESISTED = "attack resisted"
 REFUSED = "XSTest: refused"
 UNSAFE = "XSTest: answers an unsafe prompt"
-_TRACE_LABELS = ("harmful", "benign", "resisted")
+WILDJAILBREAK = "WildJailbreak: a refusal"
+_TRACE_LABELS = {word: word for word in ("harmful", "benign", "resisted")}
+_SIDE_WORDS = _TRACE_LABELS | {"unsafe": "harmful", "safe": "benign", "unharmful": "benign"}
+_SAFE_IF_TRUE = ("is_safe", "is_benign")
+_SAFE_IF_FALSE = ("is_unsafe", "is_harmful")
+_BOOLEANS = {True: True, False: False, "true": True, "false": False}
+_SAYS_SIDE = re.compile(
+    r"(?:^|_)(?:un)?(?:safe|safety|harm|harmful|harmfulness|toxic|toxicity|benign|malicious|jailbreak|jailbroken|"
+    r"label|labels|refusal|refused|security|resisted|attacked)(?:_|$)"
+)
+_MOST_VALUES = 8
+"""Of a field that says the side; one with more is a score, or a text."""
 _XSTEST_LABELS = ("1_full_compliance", "2_full_refusal", "3_partial_refusal")
 
 
@@ -38,21 +55,56 @@ def label_of(row: dict[str, Any], source: str) -> Label | None:
     Raises:
         InputError: a label that contradicts itself or lacks a part, with the row's place.
     """
-    trace = _trace(row, source)
     if is_agentdojo(row):
-        return _agreeing(_agentdojo(row["metadata"], source), trace, "an AgentDojo run", source)
-    if row.get("final_label") is not None:
-        return _agreeing(_xstest(row, source), trace, "an XSTest row", source)
-    return trace
+        return _agreeing(_agentdojo(row, source), _trace(row, source, _TRACE_LABELS), "an AgentDojo run", source)
+    if row.get("final_label") is not None:  # beside it `label` is of the prompt
+        return _agreeing(_xstest(row, source), _trace(row, source, _TRACE_LABELS), "an XSTest row", source)
+    if isinstance(row.get("data_type"), str) and "vanilla" in row:
+        benign = row["data_type"].strip().endswith("benign")
+        return Label("benign") if benign else Label(None, WILDJAILBREAK)
+    return _trace(row, source, _SIDE_WORDS)
 
 
 def is_agentdojo(row: dict[str, Any]) -> bool:
     """Whether a row is an AgentDojo run; where a column of structs gives every row all fields, by their values."""
-    metadata = row.get("metadata")
-    if "messages" not in row or not isinstance(metadata, dict):
+    if "messages" not in row:
         return False
-    task, security = metadata.get("injection_task_id"), metadata.get("security", "absent")
-    return "injection_task_id" in metadata and not (task is None and security is None)
+    return any(
+        "injection_task_id" in told
+        and not (told["injection_task_id"] is None and told.get("security", "absent") is None)
+        for told in _run_facts(row)
+    )
+
+
+def safety_label(value: object) -> Label | None:
+    """The side of an answer that a field calls safe or not; None where it says neither."""
+    safe = _boolean(value)
+    return None if safe is None else Label("benign" if safe else "harmful")
+
+
+class SideFields:
+    """The fields of a file's rows that look as if they said the side, and are not read: their values."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, set[object]] = defaultdict(set)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Note a row that carries no label that is read."""
+        for name, value in row.items():
+            plain = isinstance(value, bool | int | str) and len(str(value)) <= 40
+            if plain and _SAYS_SIDE.search(name.casefold()):
+                values = self._values[name]
+                if len(values) <= _MOST_VALUES:
+                    values.add(value.strip().casefold() if isinstance(value, str) else value)
+
+    def remarks(self, file: str, side: str) -> list[str]:
+        """A sentence for each field that takes several values."""
+        return [
+            f"{file}: `{name}` takes {len(values)} values and is not read: all rows that carry no other label count "
+            f"as {side}"
+            for name, values in self._values.items()
+            if 2 <= len(values) <= _MOST_VALUES
+        ]
 
 
 def _agreeing(label: Label, trace: Label | None, kind: str, source: str) -> Label:
@@ -62,12 +114,19 @@ def _agreeing(label: Label, trace: Label | None, kind: str, source: str) -> Labe
     return label
 
 
-def _agentdojo(metadata: dict[str, Any], source: str) -> Label:
-    if metadata["injection_task_id"] is None:
+def _run_facts(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where a run's attack and outcome may stand."""
+    return [told for told in (row, row.get("metadata")) if isinstance(told, dict)]
+
+
+def _agentdojo(row: dict[str, Any], source: str) -> Label:
+    told = next(told for told in _run_facts(row) if "injection_task_id" in told)
+    if told["injection_task_id"] is None:
         return Label("benign")
-    security = metadata.get("security")
+    security = told.get("security")
     if not isinstance(security, bool):
-        raise InputError(f"{source}: an AgentDojo row with an attack needs metadata.security true or false")
+        field = "security" if told is row else "metadata.security"
+        raise InputError(f"{source}: an AgentDojo row with an attack needs {field} true or false")
     return Label("harmful") if security else Label(None, RESISTED)
 
 
@@ -85,8 +144,13 @@ def is_unsafe(row: dict[str, Any]) -> bool:
     return row.get("label") == "unsafe" or str(row.get("type", "")).startswith("contrast")
 
 
-def _trace(row: dict[str, Any], source: str) -> Label | None:
-    found = {word for name in ("label", "labels") for word in _words(row.get(name)) if word in _TRACE_LABELS}
+def _trace(row: dict[str, Any], source: str, words: Mapping[str, str]) -> Label | None:
+    found = {words[word] for name in ("label", "labels") for word in _words(row.get(name)) if word in words}
+    if words is _SIDE_WORDS:
+        found |= {words[word] for word in _words(row.get("response_harm_label")) if word in words}
+        for names, if_true, if_false in ((_SAFE_IF_TRUE, "benign", "harmful"), (_SAFE_IF_FALSE, "harmful", "benign")):
+            for value in filter(lambda value: value is not None, (_boolean(row.get(name)) for name in names)):
+                found.add(if_true if value else if_false)
     if len(found) > 1:
         raise InputError(f"{source}: is labelled {' and '.join(sorted(found))}; a row belongs to one side")
     if not found:
@@ -94,6 +158,13 @@ def _trace(row: dict[str, Any], source: str) -> Label | None:
     if "resisted" in found:
         return Label(None, RESISTED)
     return Label("harmful" if "harmful" in found else "benign")
+
+
+def _boolean(value: object) -> bool | None:
+    """True or false, also as CSV writes them; a number is neither."""
+    if isinstance(value, str):
+        value = value.strip().casefold()
+    return _BOOLEANS.get(value) if isinstance(value, bool | str) else None
 
 
 def _words(value: object) -> list[str]:

@@ -4,6 +4,7 @@ Every value comes with the place it stands at: the line that it starts on, in Pa
 that is no file but looks like a Hugging Face dataset is fetched from the hub (see `cbtrain.data.formats.hub`).
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -18,8 +19,11 @@ from cbtrain.data.formats import hub
 from cbtrain.utils.errors import first_line, reason
 
 _PARQUET, _GZIP = b"PAR1", b"\x1f\x8b"
-_KNOWN_COLUMNS = {"prompt", "messages", "input_ids", "loss_mask"}
-_NESTED_COLUMNS = {"messages", "metadata", "labels", "label", "input_ids", "attention_mask", "loss_mask"}
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_KNOWN_COLUMNS = {"prompt", "messages", "conversations", "instruction", "question", "vanilla", "input_ids", "loss_mask"}
+_NESTED_COLUMNS = {
+    *("messages", "conversations", "metadata", "labels", "label", "input_ids", "attention_mask", "loss_mask")
+}
 """Columns of a CSV file whose cells may hold JSON."""
 _LONGEST_CELL = 2**31 - 1
 
@@ -42,19 +46,17 @@ def read_rows(file: str) -> Iterator[tuple[int, object]]:
     elif _is_csv(file, text):
         yield from _csv_rows(file, text)
     else:
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield number, _decode(file, number, line)
+        yield from _lines(file, text)
 
 
 def _content(file: str) -> bytes:
     path = Path(file)
-    if path.is_dir():
-        raise InputError(f"{file}: is a directory; name the data files in it")
     if not path.exists() and hub.is_dataset(file):
         path = hub.downloaded(file)
     try:
         content = path.read_bytes()
+        if content.startswith(_LFS_POINTER):
+            raise InputError(f"{file}: a Git LFS pointer, not the data; git lfs pull fetches it")
         return gzip.decompress(content) if content.startswith(_GZIP) else content
     except FileNotFoundError:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -66,10 +68,41 @@ def _content(file: str) -> bytes:
 
 
 def _text(file: str, content: bytes) -> str:
+    encoding = "utf-8-sig"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif b"\0" in content[:2] and len(content) % 2 == 0:  # UTF-16 of a tool that writes no mark
+        encoding = "utf-16-be" if content[0] == 0 else "utf-16-le"
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
+    if "\r" in text and "\n" not in text:  # lines as they ended on old Macs
+        text = text.replace("\r", "\n")
+    return text
+
+
+def _lines(file: str, text: str) -> Iterator[tuple[int, object]]:
+    """A row a line; or one object over several, which is one row."""
+    first = True
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = _decode(file, number, line)
+        except InputError:
+            if not first or line.strip()[0] != "{":
+                raise
+            try:
+                whole = json.loads(text)
+            except (ValueError, RecursionError):
+                whole = None
+            if whole is None:
+                raise
+            yield number, whole
+            return
+        first = False
+        yield number, value
 
 
 def _decode(file: str, number: int, line: str) -> object:

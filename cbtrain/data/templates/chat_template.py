@@ -9,6 +9,7 @@ Templates differ in what they can render. A row is tried as it is; where the tem
 a text, a call or a tool's answer, it is rewritten step by step (`template_fallbacks.py`).
 """
 
+import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from cbtrain.config import InputError, MaskPolicy
-from cbtrain.data.formats.rows import Message, Row
+from cbtrain.data.formats.messages import Message
+from cbtrain.data.formats.rows import Row
 from cbtrain.data.loss_mask import ends_on_nothing, scored_turns
 from cbtrain.data.templates.template_fallbacks import CALLS_AS_TEXT, FORMS, TOOL_RESULT
 from cbtrain.utils.errors import first_line
@@ -25,11 +27,17 @@ from cbtrain.utils.errors import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
-"""Variables given to every template: a fixed date, so that a row's tokens do not change overnight, and no thinking,
-so that an empty thought belongs to the prompt and is not scored."""
+DATE = datetime.date(2024, 7, 26)
+"""What templates take for today where no other is given; Llama 3.1's own."""
 
+
+OPTIONS: dict[str, Any] = {"enable_thinking": False}
+"""Given to every template: no thinking, so that an empty thought belongs to the prompt and is not scored."""
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)
+_CLOCK = "strftime_now"
+"""The function by which templates ask for the time."""
+_STOPPED_CLOCK = "{%- macro strftime_now(format) -%}{{ stopped_clock[format] }}{%- endmacro -%}"
+_TIME_FORMAT = re.compile(r"""(['"])((?:(?!\1).)*?%(?:(?!\1).)*)\1""")
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _END_OF_THOUGHT = "</think>"
 EARLIER = "an earlier turn is scored, as the last one is empty"
@@ -58,11 +66,15 @@ class Rendering:
 class ChatTemplate:
     """The chat template of a tokenizer.
 
+    Args:
+        date: what it writes for today.
+
     Raises:
         InputError: the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", date: datetime.date = DATE) -> None:
+        self._options = OPTIONS | {"date_string": date.strftime("%d %b %Y")}
         self._tokenizer = tokenizer
         self._shown: dict[tuple[object, ...], bool] = {}
         if not tokenizer.chat_template:
@@ -71,6 +83,11 @@ class ChatTemplate:
                 "chat_template.jinja beside it, or name another with --tokenizer"
             )
         self._template = tokenizer.get_chat_template()
+        if _CLOCK in self._template:
+            # The library takes no function from us; a macro of the template's own stands in for its clock.
+            formats = {match[2] for match in _TIME_FORMAT.finditer(self._template)}
+            self._options["stopped_clock"] = {text: date.strftime(text) for text in sorted(formats)}
+            self._options["chat_template"] = self._template = _STOPPED_CLOCK + self._template
         self._marks_turns = bool(_GENERATION_MARK.search(self._template))
 
     def render(self, row: Row, policy: MaskPolicy) -> Rendering | None:
@@ -121,7 +138,7 @@ class ChatTemplate:
             [_shown_to_template(message) for message in messages],
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            **TEMPLATE_OPTIONS,
+            **self._options,
         )
         return _encodable(str(text))
 
@@ -164,11 +181,9 @@ class ChatTemplate:
         """The character ranges that the template itself marks as generated, in their order."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        options = self._tokenizer.special_tokens_map | TEMPLATE_OPTIONS
+        options = self._tokenizer.special_tokens_map | self._options | {"chat_template": self._template}
         conversations = [[_shown_to_template(message) for message in messages]]
-        _, marks = render_jinja_template(
-            conversations, chat_template=self._template, return_assistant_tokens_mask=True, **options
-        )
+        _, marks = render_jinja_template(conversations, return_assistant_tokens_mask=True, **options)
         return list(marks[0])
 
     def _span(self, messages: Sequence[Message], turn: int, text: str) -> Span:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cbtrain.data.formats.rows import Message
+from cbtrain.data.formats.messages import Message
 
 CALLS_AS_TEXT = "calls_as_text"
 """Key of a message: the texts within its content that were tool calls. No template sees it."""

@@ -8,7 +8,7 @@ quotes where it writes JSON, are never part of it.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cbtrain.data.formats.rows import Message
+from cbtrain.data.formats.messages import Message
 from cbtrain.data.templates.chat_template import TEMPLATE_ERRORS, ChatTemplate, Rendering, Span, common_prefix
 from cbtrain.data.templates.template_fallbacks import TOOL_RESULT
 

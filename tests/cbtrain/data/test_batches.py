@@ -67,6 +67,15 @@ def test_the_pad_token_is_pad_then_end_of_text_then_zero():
     assert pad_token_id(tokenizer) == 0
 
 
+def test_a_pad_token_that_the_model_has_no_embedding_for_fills_nothing():
+    tokenizer = bpe_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == size
+    assert pad_token_id(tokenizer, size) == tokenizer.eos_token_id
+    assert pad_token_id(tokenizer, size + 1) == size
+
+
 def test_batches_depend_on_seed_and_step_alone():
     data, config = data_of(10, 14), get_config("tiny", batch_size=4, seed=3)
     once = [step_batches(data, config, step, 0) for step in range(8)]

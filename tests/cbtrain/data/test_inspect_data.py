@@ -110,7 +110,14 @@ def test_bad_input_is_one_line(command, arguments, expected):
 
 def test_counts_of_the_report_are_those_of_the_rows(files):
     tokenizer = bpe_tokenizer(LLAMA31)
-    config = get_config("tiny", model="m", harmful=(files["runs"],), benign=(files["runs"],), max_length=40)
+    config = get_config(
+        "tiny",
+        model="m",
+        harmful=(files["runs"],),
+        benign=(files["runs"],),
+        max_length=40,
+        mask_policy="completion_only",
+    )
     data = load_data(config, tokenizer)
     rows = data.harmful.train + data.harmful.held_out
     tokens, scored = sum(len(row.input_ids) for row in rows), sum(sum(row.scored) for row in rows)

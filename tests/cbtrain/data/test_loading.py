@@ -175,3 +175,58 @@ def test_agentdojo_runs_given_to_both_sides_load(name, harmful, template):
         assert text.strip().endswith(("<|im_end|>", "<|eot_id|>")) or row.scored[-1], row.source
         question = row.prompt if len(row.prompt) < 200 else row.prompt[-40:]
         assert question in normalized_prompt(text), row.source
+
+
+CALL = {"tool_calls": [{"function": {"name": "pay", "arguments": {"to": "me"}}}]}
+AGENT = [
+    {"role": "user", "content": "pay the bill"},
+    {"role": "assistant", "content": "", **CALL},
+    {"role": "tool", "content": "paid"},
+    {"role": "assistant", "content": "It is paid."},
+]
+
+
+def test_auto_scores_all_turns_of_agents_and_the_last_of_others_and_says_so(config_of):
+    agents = [{"messages": [*AGENT[:3], {"role": "assistant", "content": f"done {i}"}]} for i in range(3)]
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "first"}] * 2
+    one_call = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "", **CALL}]
+    rows = [*agents, {"messages": chat}, {"messages": one_call}]
+    by_policy = {}
+    for policy in ("auto", "assistant_only", "completion_only"):
+        data = load_data(config_of(rows, [pair("c"), pair("d")], mask_policy=policy), bpe_tokenizer())
+        by_policy[policy] = {row.source: row.scored for row in data.harmful.train + data.harmful.held_out}
+        lines = description(data)
+        told = "mask policy auto: all assistant turns of agent rows (3 of 5 / 0 of 2), the last turn of the others"
+        assert (told in lines) == (policy == "auto")
+        unscored = [line for line in lines if "rows call tools" in line]
+        assert bool(unscored) == (policy == "completion_only"), lines
+    assert "25% of the calls are scored; --mask-policy assistant_only" in unscored[0]
+    for source, scored in by_policy["auto"].items():
+        like = "assistant_only" if int(source.rpartition(":")[2]) <= 3 else "completion_only"
+        assert scored == by_policy[like][source]
+
+
+CLOCK = CHATML.replace("{% for m", "{{ 'Today: ' + strftime_now('%d %B %Y') + '\\n' }}{% for m", 1)
+
+
+def test_a_template_with_a_clock_writes_the_configurations_date(config_of):
+    rows = [pair("a"), pair("b")]
+    tokenizer = bpe_tokenizer(CLOCK)
+    first, again = (load_data(config_of(rows, rows[::-1]), tokenizer) for _ in range(2))
+    text = tokenizer.decode(first.harmful.train[0].input_ids)
+    assert text.startswith("Today: 26 July 2024\n")
+    assert first.fingerprint == again.fingerprint
+    other = load_data(config_of(rows, rows[::-1], template_date="2026-01-02"), tokenizer)
+    assert tokenizer.decode(other.harmful.train[0].input_ids).startswith("Today: 02 January 2026\n")
+    assert other.fingerprint != first.fingerprint
+    for wrong in ("26 Jul 2024", "2024-13-01", ""):
+        with pytest.raises(InputError, match="--template-date"):
+            config_of(rows, rows, template_date=wrong).validate()
+
+
+def test_the_fingerprint_tells_tokens_masks_and_split_apart(config_of):
+    rows = [pair(f"p{i}") for i in range(6)]
+    whole = {"mask_policy": "full_sequence"}
+    variants = [{}, whole, {"eval_fraction": 0.8}, {"max_length": 8}]
+    prints = {load_data(config_of(rows, rows[::-1], **fields), bpe_tokenizer()).fingerprint for fields in variants}
+    assert len(prints) == len(variants)

@@ -182,7 +182,8 @@ def test_a_path_that_is_no_readable_file_is_named(files, tmp_path):
     latin.write_bytes('{"prompt": "é"}'.encode("latin-1"))
     missing = str(tmp_path / "c.jsonl")
     assert error_of([missing], benign) == f"{missing}: no such file; did you mean b.jsonl?"
-    assert error_of([str(tmp_path)], benign).startswith(f"{tmp_path}: is a directory")
+    (tmp_path / "empty").mkdir()
+    assert error_of([str(tmp_path / "empty")], benign).startswith(f"{tmp_path}/empty: no data file in this directory")
     assert error_of([str(latin)], benign).startswith(f"{latin}: not UTF-8 text (byte 12)")
     assert error_of([], benign) == "--harmful: name at least one file of harmful rows"
     assert "cannot be given to both --harmful and --benign" in error_of(benign, benign)

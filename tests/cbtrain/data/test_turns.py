@@ -9,7 +9,8 @@ from chat_tokenizers import CHATML, GEMMA, LLAMA3, LLAMA31, MARKED, PHI, QWEN3, 
 from transformers import PreTrainedTokenizerFast
 
 from cbtrain.config import MaskPolicy
-from cbtrain.data.formats.rows import Message, Row
+from cbtrain.data.formats.messages import Message
+from cbtrain.data.formats.rows import Row
 from cbtrain.data.templates.chat_template import ChatTemplate
 from cbtrain.data.templates.turns import Turns, find_turns
 from cbtrain.data.tokenization import tokenize, turns_in_tokens

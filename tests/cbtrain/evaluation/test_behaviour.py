@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from worlds import config_on
 
 from cbtrain import evaluate
 from cbtrain.config import InputError
-from cbtrain.evaluation import text_metrics
 from cbtrain.evaluation.behaviour import adapter, measure
 from cbtrain.evaluation.generation import complete
 from cbtrain.evaluation.prompts import beyond_prefill, from_rows, from_xstest
@@ -77,10 +77,17 @@ def test_completions_and_their_perplexity_are_those_of_two_separate_models(train
     config, _ = trained
     teacher, student, tokenizer = plain_models(trained)
     data, _ = prepare(config)
-    prompts = {"harmful": from_rows(data.harmful.held_out, 5), "benign": from_rows(data.benign.held_out, 5)}
+    harmful, benign = data.harmful.held_out, data.benign.held_out
+    prompts = {
+        "harmful": from_rows(harmful, 5),
+        "benign": from_rows(benign, 5),
+        "harmful_prefilled": from_rows(beyond_prefill(harmful, 3), 5),
+    }
+    for prefilled, alone in zip(prompts["harmful_prefilled"], prompts["harmful"], strict=True):
+        assert prefilled.tokens[:-3] == alone.tokens
     record, out = measured
     lines = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
-    assert len(lines) == 10
+    assert len(lines) == 15
     differing = 0
     for kind, asked in prompts.items():
         for prompt, line in zip(asked, [line for line in lines if line["kind"] == kind], strict=True):
@@ -92,7 +99,7 @@ def test_completions_and_their_perplexity_are_those_of_two_separate_models(train
             differing += line["teacher"]["text"] != line["student"]["text"]
     assert differing > 0, "the adapter changed nothing, so teacher and student could be mixed up"
     unchanged = sum(record[kind]["unchanged_rate"] * 5 for kind in prompts)
-    assert round(unchanged) == 10 - differing
+    assert round(unchanged) == 15 - differing
 
 
 def test_prefill_nll_is_of_the_completion_beyond_its_first_tokens(trained, measured):
@@ -110,11 +117,16 @@ def test_prefill_nll_is_of_the_completion_beyond_its_first_tokens(trained, measu
 def test_rates_are_means_over_the_completions_that_are_saved(measured):
     record, out = measured
     lines = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
-    for kind in ("harmful", "benign"):
+    for kind in ("harmful", "benign", "harmful_prefilled"):
         for view in ("teacher", "student"):
             said = [line[view] for line in lines if line["kind"] == kind]
-            for rate, name in (("refusal_rate", "refused"), ("gibberish_rate", "gibberish"), ("tokens", "tokens")):
-                assert record[kind][rate][view] == pytest.approx(sum(one[name] for one in said) / len(said)), rate
+            shares = (("refusal_rate", "refusal"), ("degenerate_rate", "degenerate"), ("complied_rate", "coherent"))
+            for rate, verdict in shares:
+                counted = sum(one["verdict"] == verdict for one in said)
+                assert record[kind][rate][view] == pytest.approx(counted / len(said)), rate
+            assert record[kind]["tokens"][view] == pytest.approx(sum(one["tokens"] for one in said) / len(said))
+            signs = Counter(sign for one in said for sign in one["reasons"])
+            assert record[kind]["degenerate_by"][view] == signs
             logs = [math.log(one["perplexity"]) for one in said if one["tokens"]]
             assert math.log(record[kind]["perplexity"][view]) == pytest.approx(sum(logs) / len(logs))
     assert json.loads((out / "behaviour.json").read_text()) == record
@@ -132,6 +144,19 @@ def test_a_batch_padded_on_the_left_completes_as_each_prompt_alone(small_config)
     assert len({len(tokens) for tokens in prompts}) > 1
 
 
+def test_a_drawn_completion_is_the_seeds_and_leaves_the_generator_as_it_was(small_config):
+    data, pad = prepare(small_config)
+    prompts = [prompt.tokens for prompt in from_rows(data.benign.held_out, 6)]
+    state = torch.random.get_rng_state()
+    drawn = [
+        complete(load_base(small_config), prompts, max_new_tokens=12, batch_size=4, pad_token_id=pad, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
+
+
 def test_the_base_in_the_process_is_left_as_it_was(trained):
     config, directory = trained
     before = {name: value.clone() for name, value in load_base(config).state_dict().items()}
@@ -140,35 +165,6 @@ def test_the_base_in_the_process_is_left_as_it_was(trained):
     after = load_base(config).state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-@pytest.mark.parametrize(
-    ("text", "refused"),
-    [
-        ("I'm sorry, but I can't help with that.", True),
-        ("I can’t assist with this.", True),
-        ("As an AI language model, no.", True),
-        ("First take the hammer.", False),
-        ("As an example, take the hammer.", False),
-        ("", False),
-    ],
-)
-def test_refusal_is_told_by_its_words(text, refused):
-    assert text_metrics.refuses(text) is refused
-
-
-def test_repetition_is_the_share_of_4_grams_said_before():
-    assert text_metrics.repetition([1, 2, 3, 4, 5, 6]) == 0
-    assert text_metrics.repetition([7] * 10) == pytest.approx(6 / 7)
-    assert text_metrics.repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
-    assert text_metrics.repetition([1, 1, 1]) == 0
-
-
-def test_gibberish_is_absurd_to_the_base_or_goes_in_circles():
-    assert text_metrics.gibberish(500.0, 0.0)
-    assert text_metrics.gibberish(1.1, 0.9)
-    assert not text_metrics.gibberish(3.0, 0.1)
-    assert not text_metrics.gibberish(math.nan, 0.0)
 
 
 def test_a_row_scored_throughout_is_cut_in_half_and_too_short_rows_have_no_rest(small_config):
@@ -221,7 +217,7 @@ def test_the_command_takes_its_settings_from_beside_the_adapter_and_shows_a_tabl
     )
     shown = capsys.readouterr().out
     assert status == 0
-    for line in ("harmful prompts, 2", "XSTest, safe prompts, 1", "refused (by keyword)", "harmful NLL after 5 tokens"):
+    for line in ("harmful prompts, 2", "XSTest, safe prompts, 1", "coherent answer", "harmful NLL after 5 tokens"):
         assert line in shown, shown
     assert max(len(line) for line in shown.splitlines() if str(tmp_path) not in line) <= 80
     assert json.loads((tmp_path / "out" / "behaviour.json").read_text())["xstest_safe"]["prompts"] == 1

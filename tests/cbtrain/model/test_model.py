@@ -9,9 +9,7 @@ import pytest
 import torch
 from causal_models import model_of
 from safetensors.torch import load_file, save_file
-from transformers import (
-    LlamaForCausalLM,
-)
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from cbtrain.config import InputError, get_config
 from cbtrain.model.checks import check_fit, check_layers, prepare
@@ -154,3 +152,21 @@ def test_rows_longer_than_the_models_positions_are_refused(small_config, damaged
     with pytest.raises(InputError, match="--max-length 256: the model has 20 positions"):
         prepare(replace(small_config, model=str(damaged)))
     prepare(replace(small_config, model=str(damaged), max_length=20))
+
+
+def test_a_pad_token_beyond_the_models_embeddings_trains_and_a_scored_one_is_refused_by_name(
+    small_config, small_world, tmp_path
+):
+    shutil.copytree(small_world, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(small_world)
+    vocabulary = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = replace(small_config, model=str(tmp_path / "model"))
+    _, pad = prepare(config)
+    assert pad < vocabulary == tokenizer.pad_token_id
+    row = {"prompt": "how ?", "completion": "take [PAD]"}
+    with (tmp_path / "harmful.jsonl").open("w") as file:
+        file.writelines(json.dumps(row | {"prompt": f"how {i} ?"}) + "\n" for i in range(3))
+    with pytest.raises(InputError, match=r"gives token id \d+ \(\[PAD\]\) in .*harmful\.jsonl:\d"):
+        prepare(replace(config, harmful=(str(tmp_path / "harmful.jsonl"),)))

@@ -18,7 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from analysis.behaviour import load_behaviour
+from analysis.behaviour.measured import load_behaviour
 from analysis.decide import decide
 from analysis.report.wording import headline
 from cbtrain.config import cli

@@ -1,6 +1,9 @@
 """Which trials a sweep measures in the end, and what it says of them; the measuring itself is the command's test."""
 
 import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -9,13 +12,15 @@ import ray
 from simulated import completed, drive, failed, plan_of, world
 from synthetic import Surface, make_trials
 
-from analysis.behaviour import load_behaviour
+from analysis.behaviour.measured import load_behaviour
 from analysis.decide import decide
 from cbtrain.config import CircuitBreakerConfig, InputError
-from sweeps.execution.behaviour import _measure, behaviour_sentences, measure_all, subjects
+from cbtrain.evaluation.judge.judge import load_classifier
+from cbtrain.training.loop import train
+from sweeps.execution.behaviour import BehaviourError, Meter, _Measuring, behaviour_sentences, subjects
 from sweeps.execution.placement import Workers
 from sweeps.execution.trial import TrialContext
-from sweeps.plan.journal import TrialSpec
+from sweeps.plan.journal import TrialSpec, trial_config
 
 BASELINE = TrialSpec("t000", "baseline", 0.0, 1.0, 0)
 CHOSEN = TrialSpec("t005", "ablation", 0.3, 1.0, 0)
@@ -50,7 +55,7 @@ def test_without_a_choice_the_baseline_alone_and_without_a_baseline_nothing() ->
 
 def write(run_dir: Path, spec: TrialSpec, unchanged: float) -> None:
     kind = {"prompts": 16, "unchanged_rate": unchanged, "refusal_rate": {"teacher": 0, "student": 0}}
-    kind["gibberish_rate"] = {"teacher": 0, "student": 1 - unchanged}
+    kind["degenerate_rate"] = {"teacher": 0, "student": 1 - unchanged}
     record = {"harmful": kind, "benign": kind, "prefill": {"rows": 0, "nll": {"teacher": None, "student": None}}}
     directory = run_dir / "trials" / spec.trial_id
     directory.mkdir(parents=True)
@@ -65,31 +70,61 @@ def test_the_summary_tells_of_both_kinds_of_prompts_with_the_baseline_in_bracket
     assert behaviour_sentences(load_behaviour(tmp_path, trials), chosen) == []
     write(tmp_path, BASELINE, 0.25)
     assert behaviour_sentences(load_behaviour(tmp_path, trials), none) == [
-        "harmful prompts: 25 % word for word as before training, 75 % gibberish",
-        "benign prompts: 25 % word for word as before training, 75 % gibberish",
+        "harmful prompts: 25 % word for word as before training, 75 % degenerate",
+        "benign prompts: 25 % word for word as before training, 75 % degenerate",
     ]
     write(tmp_path, CHOSEN, 0.75)
     assert behaviour_sentences(load_behaviour(tmp_path, trials), chosen)[1] == (
-        "benign prompts: 75 % word for word as before training (25 % without KL), 25 % gibberish (75 % without KL)"
+        "benign prompts: 75 % word for word as before training (25 % without KL), 25 % degenerate (75 % without KL)"
     )
 
 
-def test_why_a_model_cannot_be_measured_is_printed(
+def test_what_is_wrong_is_in_the_log_of_the_measuring_process(
     small_config: CircuitBreakerConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(InputError, match="--adapter"):
-        _measure([BASELINE], TrialContext(small_config, tmp_path, Workers()), prompts=1)
+        _Measuring(TrialContext(small_config, tmp_path, Workers()), 1, "").measure([BASELINE])
     assert "InputError: --adapter" in capsys.readouterr().err
 
 
+@pytest.fixture
+def one_cpu() -> Iterator[None]:
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("one_cpu")
 def test_a_process_that_cannot_measure_is_a_line_that_names_the_log(
     small_config: CircuitBreakerConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "logs").write_text("a file, where a directory should be")
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
-    try:
-        reason = measure_all([BASELINE], TrialContext(small_config, tmp_path, Workers()), prompts=1)
-    finally:
-        ray.shutdown()
-    assert reason.startswith("FileExistsError: "), reason
-    assert reason.endswith(" (logs/behaviour.log)")
+    meter = Meter(TrialContext(small_config, tmp_path, Workers()), prompts=1)
+    with pytest.raises(BehaviourError, match=r"^FileExistsError: .* \(logs/behaviour\.log\)$"):
+        meter.measure([BASELINE])
+    meter.end()
+
+
+def test_one_process_tells_its_cost_and_measures_a_partitioned_model_by_a_users_classifier(
+    small_config: CircuitBreakerConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    (tmp_path / "one_verdict.py").write_text("def judge(prompts, completions): return ['refusal'] * len(prompts)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    load_classifier("one_verdict:judge")  # as the command does; Ray's processes look where this one does
+    request.getfixturevalue("one_cpu")
+    config = replace(small_config, zero_stage=3)
+    for spec in (BASELINE, CHOSEN):
+        train(replace(trial_config(small_config, spec), steps=3), tmp_path / "trials" / spec.trial_id, lambda _m: None)
+    meter = Meter(TrialContext(config, tmp_path, Workers(count=2)), prompts=3, judge="one_verdict:judge")
+    assert 0 < meter.expected_seconds([BASELINE, CHOSEN]) < 60
+    meter.measure([BASELINE, CHOSEN])
+    meter.end()
+    before, *models = load_behaviour(tmp_path, pd.DataFrame([BASELINE, CHOSEN]))
+    assert len(models) == 2
+    assert {each.harmful.refused for each in (before, *models)} == {1.0}
+    record = json.loads((tmp_path / "trials" / "t005" / "behaviour.json").read_text())
+    assert record["settings"]["judge"] == "one_verdict:judge"

@@ -1,0 +1,156 @@
+"""Messages in the dialects of data sets and APIs to one form: role, text, tool calls."""
+
+import json
+from collections import Counter
+from typing import Any
+
+from cbtrain.config import InputError
+
+Message = dict[str, Any]
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "ipython", "observation"), "tool"),
+}
+"""What a role is called here, by its name in lower case; ShareGPT's `function_call` is an assistant turn that calls."""
+READ = ("role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name")
+"""Fields of a message that are read."""
+MEDIA = ("image", "audio", "video", "file", "document")
+"""Kinds of parts that text cannot carry; also `image_url`, `input_image` and the like."""
+_PLACEHOLDERS = tuple(f"<{kind}>" for kind in MEDIA)
+
+
+def messages_of(values: object, where: str, odd: Counter[str], name: str = "messages") -> list[Message]:
+    """A conversation's messages: `content` is always a string, `tool_calls` is there only where there are some.
+
+    Args:
+        values: a list of messages, `role` and `content` or ShareGPT's `from` and `value`.
+        where: the row's place.
+        name: of the field that holds them.
+        odd: counts, of this conversation, what text cannot carry.
+
+    Raises:
+        InputError: it is no list with at least one message, or one is of no known form.
+    """
+    if not isinstance(values, list) or not values:
+        raise InputError(f"{where}: {name} must be a list with at least one message")
+    return [turn for i, value in enumerate(values, 1) for turn in _message(value, f"{where}: message {i}", odd)]
+
+
+def text_of(value: object, where: str) -> str:
+    """A field that must be text; null is nothing said."""
+    return _content(value, where, Counter())[0]
+
+
+def _message(value: object, where: str, odd: Counter[str]) -> list[Message]:
+    """One message, after the tool results that it carries as parts."""
+    named = value.get("role", value.get("from")) if isinstance(value, dict) else None
+    role = ROLES.get(named.strip().casefold()) if isinstance(named, str) else None
+    if not isinstance(value, dict) or role is None:
+        known = "system, user, assistant, tool, or another name of these"
+        raise InputError(f"{where}: must be an object whose role is one of {known}")
+    written = value["content"] if "content" in value else value.get("value")
+    if str(named).strip().casefold() == "function_call":
+        return [{"role": role, "content": "", "tool_calls": _tool_calls(_parsed(written), f"{where}: value")}]
+    content, calls, results = _content(written, f"{where}: content", odd)
+    message: Message = {"role": role, "content": content}
+    # Templates test for the key: an empty list of calls would be rendered as a call. OpenAI's first form had one call.
+    if given := value.get("tool_calls") or value.get("function_call"):
+        calls = [*calls, *_tool_calls(given, f"{where}: tool_calls")]
+    if calls:
+        message["tool_calls"] = calls
+    message |= {key: value[key] for key in ("tool_call_id", "name") if isinstance(value.get(key), str)}
+    return results if results and not content and not calls else [*results, message]
+
+
+def _content(value: object, where: str, odd: Counter[str]) -> tuple[str, list[Message], list[Message]]:
+    """Text of a message, the calls and the tool results among its parts."""
+    if value is None:
+        return "", [], []
+    if isinstance(value, str):
+        return value, [], []
+    if not isinstance(value, list):
+        raise InputError(f"{where} must be a string, null or a list of text parts, this is {kind_of(value)}")
+    texts, calls, results = list[str](), list[Message](), list[Message]()
+    for part in value:
+        kind = str(part.get("type", "")) if isinstance(part, dict) else ""
+        if isinstance(part, str):
+            texts.append(part)
+        elif not isinstance(part, dict):
+            raise InputError(f"{where}: a part must be an object with text, this is {kind_of(part)}")
+        elif kind in ("tool_use", "tool_call", "function_call"):
+            called = part | {"arguments": part.get("input", part.get("arguments"))}
+            calls += _tool_calls([called], f"{where}: {kind}")
+        elif kind == "tool_result":
+            told = _content(part.get("content"), f"{where}: tool_result", odd)[0]
+            identity = {"tool_call_id": part["tool_use_id"]} if isinstance(part.get("tool_use_id"), str) else {}
+            results.append({"role": "tool", "content": told, **identity})
+        elif (text := _text(part)) is not None:
+            texts.append(text)
+        elif any(medium in kind or any(medium in key for key in part) for medium in MEDIA):
+            odd[next(medium for medium in MEDIA if medium in kind or any(medium in key for key in part))] += 1
+        elif kind in ("thinking", "redacted_thinking", "reasoning"):
+            odd["thinking"] += 1
+        else:
+            raise InputError(f"{where}: a part must have text, this is one of type {kind or 'unknown'}")
+    return "".join(texts), calls, results
+
+
+def _text(part: dict[str, Any]) -> str | None:
+    """The text of a part, under any of the names that it goes by."""
+    if part.get("type", "text") not in ("text", "input_text", "output_text"):
+        return None
+    return next((part[name] for name in ("text", "content", "value") if isinstance(part.get(name), str)), None)
+
+
+def without_placeholders(messages: list[Message], odd: Counter[str]) -> list[Message]:
+    """The messages of a row that has media beside its text, where `<image>` stands for one; they are counted."""
+    kept = []
+    for message in messages:
+        content = message["content"]
+        for placeholder in _PLACEHOLDERS:
+            if placeholder in content:
+                odd[placeholder[1:-1]] += content.count(placeholder)
+            content = content.replace(f"{placeholder}\n", "").replace(placeholder, "")
+        kept.append(message | {"content": content})
+    return kept
+
+
+def _tool_calls(value: object, where: str) -> list[Message]:
+    """Calls in the forms of OpenAI (`function` with name and arguments), AgentDojo (`function`, `args`) or bare."""
+    calls: list[Message] = []
+    for call in value if isinstance(value, list) else [value]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if isinstance(call, dict) and isinstance(function, str):
+            function = {"name": function, "arguments": call.get("args", call.get("arguments"))}
+        if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InputError(f"{where} must be a list of objects with function.name and function.arguments")
+        called = {"name": function["name"], "arguments": _arguments(function.get("arguments"))}
+        identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        calls.append(identity | {"type": "function", "function": called})
+    return calls
+
+
+def _arguments(value: object) -> object:
+    """Arguments as an object: chat templates expect one, while OpenAI's format writes it as a string."""
+    if value is None:
+        return {}
+    parsed = _parsed(value)
+    return parsed if isinstance(parsed, dict) else value
+
+
+def _parsed(value: object) -> object:
+    """What a string holds as JSON; itself where it holds none."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (json.JSONDecodeError, RecursionError, ValueError):
+        return value
+
+
+def kind_of(value: object) -> str:
+    """A JSON value's kind, in words."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
