@@ -26,6 +26,7 @@ from cbtrain.data.checks import (
 )
 from cbtrain.data.dataset import CircuitBreakerData, SideCounts, SideData
 from cbtrain.data.formats.rows import SIDES, Side
+from cbtrain.data.formats.shapes import table
 from cbtrain.data.loading import load_data
 from cbtrain.data.tokenization import TokenRow
 from cbtrain.model.auto import derived
@@ -44,12 +45,17 @@ class InspectionSettings:
 
     preset: str = "tiny"
     """Where the defaults of all other flags come from; python -m cbtrain.config lists them."""
+    shapes: bool = False
+    """Print the shapes of rows that are read, with an example of each, and nothing else."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
 
 
 def main() -> int:
     """Run the command; its exit status."""
     settings = cli.parse(InspectionSettings, sys.argv[1:], "python -m cbtrain.data", derived=_derived)
+    if settings.shapes:
+        print("\n\n".join(f"{name}{': ' if says else ''}{says}\n  {example}" for name, example, says in table()))
+        return 0
     settings.config.validate()
 
     from cbtrain.utils.environment import quiet_libraries

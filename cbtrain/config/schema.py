@@ -44,6 +44,9 @@ class CircuitBreakerConfig:
     """Which tokens are scored: the last assistant turn, all assistant turns, the tool calls within them, every token,
     or what the `loss_mask` of pre-tokenised rows says. auto scores all assistant turns of rows with several that call
     tools, the mask of pre-tokenised rows, and the last turn of the others."""
+    thoughts: Literal["keep", "drop"] = "keep"
+    """What becomes of <think> … </think> in assistant turns: kept where the chat template writes it (and scored there),
+    or dropped from every turn."""
     max_length: Annotated[int, Ge(2), "must be 2 or more: one token predicts the next"] = 1024
     """Tokens a row at most. A longer row keeps the end of its prompt and the beginning of its completion; the prompt
     keeps half of the room, or all of itself where that is less, and tool results go before the last user turn."""

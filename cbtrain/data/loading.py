@@ -1,6 +1,7 @@
 """Files to rows: both sides as tokens, and the held-out split."""
 
 from collections import Counter
+from dataclasses import replace
 from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,12 +14,16 @@ from cbtrain.data.formats.shapes import Choices
 from cbtrain.data.loss_mask import is_agent_row, policy_of, scored_turns
 from cbtrain.data.split import held_out_prompts, normalized_prompt, tokenised_prompt
 from cbtrain.data.templates.chat_template import ChatTemplate, Rendering
+from cbtrain.data.templates.spans import without_thoughts
 from cbtrain.data.templates.turns import Turns, find_turns
 from cbtrain.data.tokenization import TokenRow, tokenize, turns_in_tokens
 from cbtrain.data.truncation import Lost, truncate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+DROPPED = "thoughts dropped"
 
 
 def load_data(config: CircuitBreakerConfig, tokenizer: "PreTrainedTokenizerBase") -> CircuitBreakerData:
@@ -135,11 +140,16 @@ class _Tokenised:
         if not rows:
             return {}
         template = ChatTemplate(self._tokenizer, date.fromisoformat(self._config.template_date))
+        if self._config.thoughts == "drop":
+            dropped = [(index, row, replace(row, messages=without_thoughts(row.messages))) for index, row in rows]
+            self.rewritten[DROPPED] += sum(now != was for _, was, now in dropped)
+            rows = [(index, now) for index, _, now in dropped]
         policies = {index: policy_of(row.messages, self._config.mask_policy) for index, row in rows}
         for index, row in rows:
             self._count_calls(row, policies[index])
         rendered = [(index, row, template.render(row, policies[index])) for index, row in rows]
         kept = [(index, row, rendering) for index, row, rendering in rendered if rendering is not None]
+        self.rewritten = +self.rewritten
         self.rewritten.update(change for *_, rendering in kept for change in rendering.rewritten)
         tokens = tokenize([rendering for *_, rendering in kept], self._tokenizer)
         return {

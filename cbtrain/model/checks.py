@@ -115,7 +115,7 @@ def retained_layers(config: CircuitBreakerConfig, blocks: int) -> list[int]:
 
 DATA_FIELDS = (
     *("model", "tokenizer", "harmful", "benign", "preference", "refusals_as_benign"),
-    *("mask_policy", "max_length", "eval_fraction", "template_date"),
+    *("mask_policy", "max_length", "eval_fraction", "template_date", "thoughts"),
 )
 
 

@@ -21,6 +21,16 @@ from cbtrain.config import InputError, MaskPolicy
 from cbtrain.data.formats.messages import Message
 from cbtrain.data.formats.rows import Row
 from cbtrain.data.loss_mask import ends_on_nothing, scored_turns
+from cbtrain.data.templates.spans import (
+    THOUGHTS,
+    Span,
+    behind_empty_thought,
+    common_prefix,
+    encodable,
+    lost_part,
+    overlap,
+    words,
+)
 from cbtrain.data.templates.template_fallbacks import CALLS_AS_TEXT, FORMS, TOOL_RESULT
 from cbtrain.utils.errors import first_line
 
@@ -39,14 +49,10 @@ _CLOCK = "strftime_now"
 _STOPPED_CLOCK = "{%- macro strftime_now(format) -%}{{ stopped_clock[format] }}{%- endmacro -%}"
 _TIME_FORMAT = re.compile(r"""(['"])((?:(?!\1).)*?%(?:(?!\1).)*)\1""")
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_END_OF_THOUGHT = "</think>"
 EARLIER = "an earlier turn is scored, as the last one is empty"
-THOUGHTS = "thoughts left out"
-"""What some templates make of the text up to an end of thought."""
+CLIPPED = "the template's marks clipped to what the assistant says"
 _SAID = "said7x"
 """Stands for the text of a turn, to see what a template writes behind it."""
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ class ChatTemplate:
             add_generation_prompt=add_generation_prompt,
             **self._options,
         )
-        return _encodable(str(text))
+        return encodable(str(text))
 
     def _verified_spans(
         self, messages: Sequence[Message], turns: Sequence[int], text: str, policy: MaskPolicy
@@ -155,11 +161,14 @@ class ChatTemplate:
         elif self._marks_turns:
             ways = [self._by_marks, self._by_prefixes]
         for way in ways:
-            by_turn = way(messages, turns, text)
+            by_turn, clipped = way(messages, turns, text), set[str]()
+            if way == self._by_marks:
+                by_turn, clipped = self._clipped(by_turn, messages, turns, text)
+            by_turn = [[behind_empty_thought(span, text) for span in spans] for spans in by_turn]
             said = ["".join(text[start:stop] for start, stop in spans) for spans in by_turn]
-            lost = {_lost(messages[turn], words, policy) for turn, words in zip(turns, said, strict=True)}
+            lost = {lost_part(messages[turn], words, policy) for turn, words in zip(turns, said, strict=True)}
             if lost <= {"", THOUGHTS}:
-                return tuple(span for spans in by_turn for span in spans), tuple(filter(None, lost))
+                return tuple(span for spans in by_turn for span in spans), (*filter(None, lost), *clipped)
         raise ValueError(f"{', '.join(sorted(filter(None, lost)))} cannot be found in what it writes")
 
     def _by_calls(self, messages: Sequence[Message], turns: Sequence[int], text: str) -> list[list[Span]]:
@@ -167,6 +176,26 @@ class ChatTemplate:
 
     def _by_prefixes(self, messages: Sequence[Message], turns: Sequence[int], text: str) -> list[list[Span]]:
         return [[self._span(messages, turn, text)] for turn in turns]
+
+    def _clipped(
+        self, by_turn: list[list[Span]], messages: Sequence[Message], turns: Sequence[int], text: str
+    ) -> tuple[list[list[Span]], set[str]]:
+        """Marks without what is not the assistant's: published training templates mark role headers and empty thoughts.
+
+        Where prefixes cannot tell, the marks stay.
+        """
+        kept, clipped = list[list[Span]](), set[str]()
+        for turn, spans in zip(turns, by_turn, strict=True):
+            try:
+                first, last = self._span(messages, turn, text)
+            except TEMPLATE_ERRORS:
+                kept.append(spans)
+                continue
+            own = [(max(start, first), min(stop, last)) for start, stop in spans]
+            kept.append([(start, stop) for start, stop in own if start < stop])
+            if words(text, kept[-1]) != words(text, spans):
+                clipped.add(CLIPPED)
+        return kept, clipped
 
     def _by_marks(self, messages: Sequence[Message], turns: Sequence[int], text: str) -> list[list[Span]]:
         marks = self._marks(messages)
@@ -196,7 +225,7 @@ class ChatTemplate:
         if turn == len(messages) - 1:
             return start, len(text)
         spoken = self.text(messages[: turn + 1])[start:]
-        length = _overlap(spoken, text[start:])
+        length = overlap(spoken, text[start:])
         if not text[start : start + length].strip():
             raise ValueError("it rewrites earlier turns; try another --mask-policy")
         return start, start + length
@@ -206,7 +235,7 @@ class ChatTemplate:
         start, stop = self._span(messages, turn, text)
         spans: list[Span] = []
         for call in messages[turn].get(CALLS_AS_TEXT) or [self._calls(messages[: turn + 1])]:
-            call = _encodable(call)
+            call = encodable(call)
             place = text.find(call, start, stop)
             if place < 0 or not call:
                 raise ValueError("its tool calls cannot be told from the rest of the turn; try another --mask-policy")
@@ -240,50 +269,8 @@ class ChatTemplate:
         return self._shown[shape]
 
 
-def _lost(message: Message, scored: str, policy: MaskPolicy) -> str:
-    """What of an assistant turn is not in the text that is scored for it; empty where all of it is.
-
-    White space is not compared, as templates trim it.
-    """
-    scored = " ".join(scored.split())
-
-    def holds(text: str) -> bool:
-        return " ".join(_encodable(text).split()) in scored
-
-    if not all(holds(call["function"]["name"]) for call in message.get("tool_calls", ())):
-        return "a tool call"
-    if policy == "tool_calls_only" or holds(message["content"]):
-        return ""
-    return THOUGHTS if holds(message["content"].rpartition(_END_OF_THOUGHT)[2]) else "what the assistant says"
-
-
 def _shown_to_template(message: Message) -> Message:
     return {key: value for key, value in message.items() if key not in (CALLS_AS_TEXT, TOOL_RESULT)}
-
-
-def _encodable(text: str) -> str:
-    """Half of a surrogate pair is valid in JSON but not in UTF-8, which tokenizers read."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _overlap(spoken: str, text: str) -> int:
-    """How much of the start of `text` is the turn that, were it the last one, would be written `spoken`.
-
-    All of it, for most templates. Some write the last turn with more in front (an empty thought): then it is the
-    longest end of `spoken`; some with more behind (an end of text): then it is their common start.
-    """
-    if text.startswith(spoken):
-        return len(spoken)
-    ends = (k for k in range(len(spoken)) if spoken[k] == text[:1] and text.startswith(spoken[k:]))
-    longest_end = len(spoken) - next(ends, len(spoken))
-    return max(longest_end, common_prefix(spoken, text))
-
-
-def common_prefix(a: str, b: str) -> int:
-    """How many characters `a` and `b` have in common at their start."""
-    if b.startswith(a):
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _marked(shape: tuple[tuple[str, bool, int], ...]) -> tuple[list[Message], list[str]]:

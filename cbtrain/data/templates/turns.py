@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cbtrain.data.formats.messages import Message
-from cbtrain.data.templates.chat_template import TEMPLATE_ERRORS, ChatTemplate, Rendering, Span, common_prefix
+from cbtrain.data.templates.chat_template import TEMPLATE_ERRORS, ChatTemplate, Rendering
+from cbtrain.data.templates.spans import Span, common_prefix
 from cbtrain.data.templates.template_fallbacks import TOOL_RESULT
 
 _OTHER_TEXT = "result7x"

@@ -5,7 +5,13 @@ from chat_tokenizers import CHATML, END_OF_TURN, GEMMA, LLAMA3, MARKED, TEMPLATE
 
 from cbtrain.config import InputError
 from cbtrain.data.formats.rows import Row
-from cbtrain.data.templates.chat_template import EARLIER, THOUGHTS, ChatTemplate, Rendering
+from cbtrain.data.templates.chat_template import (
+    CLIPPED,
+    EARLIER,
+    ChatTemplate,
+    Rendering,
+)
+from cbtrain.data.templates.spans import THOUGHTS, without_thoughts
 
 SYSTEM = {"role": "system", "content": "be kind"}
 ASK = {"role": "user", "content": "pay the bill"}
@@ -175,3 +181,43 @@ def test_half_a_surrogate_pair_does_not_stop_the_tokenizer():
     text = rendering_of(CHATML, [ASK, {"role": "assistant", "content": "smile \ud83d"}]).text
     assert "smile ?<|im_end|>" in text
     bpe_tokenizer()(text)
+
+
+HEADERS_MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|im_start|>assistant\n"
+    "<think>\n\n</think>\n\n{{ m.content }}<|im_end|>\n{% endgeneration %}{% else %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Marks role headers and empty thoughts as generated, as published training templates do."""
+TWO_TURNS = [
+    {"role": "user", "content": "how ?"},
+    {"role": "assistant", "content": "take the key"},
+    {"role": "user", "content": "and ?"},
+    {"role": "assistant", "content": "open it"},
+]
+
+
+def test_marks_on_headers_and_empty_thoughts_are_clipped_and_said():
+    rendering = rendering_of(HEADERS_MARKED, TWO_TURNS, "assistant_only")
+    said = [rendering.text[start:stop] for start, stop in rendering.spans]
+    assert said == ["take the key<|im_end|>\n", "open it<|im_end|>\n"]
+    assert rendering.rewritten == (CLIPPED,)
+
+
+def test_a_thought_that_is_scored_is_not_told_as_left_out_and_one_that_the_template_drops_is():
+    thinking = [TWO_TURNS[0], {"role": "assistant", "content": "<think>a thought</think>take the key"}]
+    spaced = CHATML.replace("{{ m.content }}", "{{ m.content | replace('<think>', '<think>\n') }}")
+    kept = rendering_of(spaced, thinking)
+    assert "a thought" in kept.text[slice(*kept.spans[0])]
+    assert kept.rewritten == ()
+    dropping = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    dropped = rendering_of(dropping, thinking)
+    assert "a thought" not in dropped.text
+    assert dropped.rewritten == (THOUGHTS,)
+
+
+def test_thoughts_are_dropped_on_request():
+    thinking = [TWO_TURNS[0], {"role": "assistant", "content": "<think>\na thought\n</think>\n\ntake the key"}]
+    assert [message["content"] for message in without_thoughts(thinking)] == ["how ?", "take the key"]
+    assert without_thoughts(TWO_TURNS) == tuple(TWO_TURNS)

@@ -230,3 +230,12 @@ def test_the_fingerprint_tells_tokens_masks_and_split_apart(config_of):
     variants = [{}, whole, {"eval_fraction": 0.8}, {"max_length": 8}]
     prints = {load_data(config_of(rows, rows[::-1], **fields), bpe_tokenizer()).fingerprint for fields in variants}
     assert len(prints) == len(variants)
+
+
+def test_thoughts_are_kept_or_dropped_and_counted(config_of):
+    rows = [pair("a", "<think>why</think>the door"), pair("b")]
+    for choice, holds in (("keep", True), ("drop", False)):
+        data = load_data(config_of(rows, rows[::-1], thoughts=choice), bpe_tokenizer())
+        texts = "".join(bpe_tokenizer().decode(row.input_ids) for row in data.harmful.train + data.harmful.held_out)
+        assert ("why" in texts) is holds
+        assert data.harmful.counts.rewritten == ({} if holds else {"thoughts dropped": 1})

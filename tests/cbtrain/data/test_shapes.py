@@ -10,7 +10,7 @@ from row_files import write_csv, write_jsonl
 
 from cbtrain.config import CircuitBreakerConfig, InputError, get_config
 from cbtrain.data.formats.rows import NO_CHOICES, SIDES, load_rows
-from cbtrain.data.formats.shapes import SHAPES, Choices, shape_of
+from cbtrain.data.formats.shapes import SHAPES, Choices, shape_of, table
 from cbtrain.data.loading import load_data
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "data" / "agentdojo"
@@ -200,6 +200,12 @@ def test_the_scored_text_of_every_shape(row, side: str, tmp_path: Path) -> None:
 
 def test_the_table_has_every_shape() -> None:
     assert {row[0] for row in TABLE} == {each.name for each in SHAPES}
+
+
+def test_the_readmes_table_is_the_registrys() -> None:
+    readme = (Path(__file__).parents[3] / "cbtrain" / "data" / "README.md").read_text()
+    for name, example, says in table():
+        assert f"| {name} | `{example}` | {says} |" in readme
 
 
 def test_an_instructions_input_and_a_system_prompt_are_read(tmp_path: Path) -> None:
