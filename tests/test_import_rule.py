@@ -24,6 +24,7 @@ ROOMS = (
     "cbtrain.training",  #       step, loop, checkpoints
     "cbtrain.inspect_data",  #   python -m cbtrain.data
     "cbtrain.evaluate",  #       python -m cbtrain.evaluate
+    "cbtrain.complete",  #       python -m cbtrain.complete
     "cbtrain.train",  #          python -m cbtrain.train
     "cbtrain.calibrate",  #      python -m cbtrain.calibrate
     "analysis.columns",  #       of trials.csv

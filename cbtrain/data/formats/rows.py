@@ -251,7 +251,8 @@ def _recognised(row: dict[str, Any], source: str) -> Shape:
     lists = [name for name, value in row.items() if isinstance(value, list)]
     if "behaviors" in lists or (_ASKS & row.keys() and not _ANSWERS & row.keys()):
         raise InputError(
-            f"{source}: prompts without completions (fields: {', '.join(sorted(row))[:80]}); a row needs the answer too"
+            f"{source}: prompts without completions (fields: {', '.join(sorted(row))[:80]}); python -m "
+            "cbtrain.complete writes a model's own"
         )
     if lists and all(isinstance(row[name], list | dict) for name in row):
         raise InputError(f"{source}: one JSON object, not rows; its lists are {', '.join(lists)[:80]}")

@@ -132,8 +132,16 @@ class ChatTemplate:
         Raises:
             InputError: the template refuses it; names `source`.
         """
+        return self.opened([{"role": "user", "content": text}], source)
+
+    def opened(self, messages: Sequence[Message], source: str) -> str:
+        """A conversation up to where the assistant answers.
+
+        Raises:
+            InputError: the template refuses it; names `source`.
+        """
         try:
-            return self.text([{"role": "user", "content": text}], add_generation_prompt=True)
+            return self.text(messages, add_generation_prompt=True)
         except TEMPLATE_ERRORS as error:
             reason = first_line(error)
             raise InputError(f"{source}: the tokenizer's chat template refuses the prompt ({reason})") from None
