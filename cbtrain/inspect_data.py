@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -27,9 +28,12 @@ from cbtrain.data.checks import (
 from cbtrain.data.dataset import CircuitBreakerData, SideCounts, SideData
 from cbtrain.data.formats.rows import SIDES, Side
 from cbtrain.data.formats.shapes import table
+from cbtrain.data.html_page import html_page
 from cbtrain.data.loading import load_data
+from cbtrain.data.similarity import near_duplicates, token_overlap
 from cbtrain.data.tokenization import TokenRow
 from cbtrain.model.auto import derived
+from cbtrain.utils.errors import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +51,8 @@ class InspectionSettings:
     """Where the defaults of all other flags come from; python -m cbtrain.config lists them."""
     shapes: bool = False
     """Print the shapes of rows that are read, with an example of each, and nothing else."""
+    html: Path | None = None
+    """File to write the first 50 rows of each side to, as a page with the scored tokens marked."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
 
 
@@ -73,10 +79,16 @@ def main() -> int:
         console.print(f"\n{row.source} · {why}", markup=False)
         console.print(marked(row, tokenizer, coloured=console.is_terminal))
     console.print()
-    for text in data_warnings(data):
+    for text in [*data_warnings(data), *_alike(data, tokenizer)]:
         console.print(Text(f"warning   {text}", style="bold yellow"))
     for text in _unended(data, tokenizer):
         console.print(f"note      {text}", markup=False)
+    if settings.html:
+        try:
+            settings.html.write_text(html_page(data, tokenizer), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--html {settings.html}: {reason(error)}") from error
+        console.print(f"page      {settings.html}", markup=False)
     return 0
 
 
@@ -103,7 +115,19 @@ def report(config: CircuitBreakerConfig, tokenizer: "PreTrainedTokenizerBase", d
         f"{rows_of(overlapping_rows(data))}",
         f"          harmful and benign: {shared_prompts(data):,} prompts, {rows_of(len(shared_rows(data)))} alike",
     ]
-    return lines
+    share = token_overlap(data)
+    return [*lines, f"          {share:.0%} of the scored tokens are common to both sides (by their frequencies)"]
+
+
+def _alike(data: CircuitBreakerData, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
+    """Rows of both sides that differ in nothing that matters; exact ones are warned of elsewhere."""
+    exact = {row.source for row, _ in shared_rows(data)}
+    if pairs := [pair for pair in near_duplicates(data, tokenizer) if pair[0].source not in exact]:
+        harmful, benign = pairs[0]
+        yield (
+            f"{rows_of(len(pairs))} harmful and benign alike but for case, punctuation and spaces, as {harmful.source} "
+            f"and {benign.source}: what is rerouted is also retained"
+        )
 
 
 def sample_rows(data: CircuitBreakerData) -> list[tuple[TokenRow, str]]:

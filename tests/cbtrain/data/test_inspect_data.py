@@ -13,6 +13,7 @@ from cbtrain.config import InputError, get_config
 from cbtrain.data.checks import data_warnings, description
 from cbtrain.data.dataset import CircuitBreakerData, SideCounts, SideData
 from cbtrain.data.loading import load_data
+from cbtrain.data.similarity import token_overlap
 from cbtrain.data.tokenization import TokenRow
 from cbtrain.inspect_data import main, marked, report, sample_rows
 from cbtrain.model.checks import prepare
@@ -255,3 +256,45 @@ def test_duplicates_are_counted_within_a_side_and_warned_of_at_training(tmp_path
     data = load_data(get_config("tiny", harmful=(harmful,), benign=(benign,)), bpe_tokenizer())
     assert (data.harmful.counts.duplicates, data.benign.counts.duplicates) == (3, 0)
     assert description(data)[-1].startswith("warning: harmful: 3 of 9 rows repeat an earlier one"), description(data)
+
+
+def test_sides_that_are_alike_but_for_their_writing_are_told_and_the_page_marks_what_is_scored(
+    tmp_path, capsys, monkeypatch
+):
+    bpe_tokenizer().save_pretrained(tmp_path / "m")
+    harmful = [{"prompt": "Open <it>!", "completion": "Take the key."}, *pairs("bad", 3)]
+    benign = [{"prompt": "open it", "completion": "take  the key"}, *pairs("good", 3)]
+    for side, rows in (("harmful", harmful), ("benign", benign)):
+        write_jsonl(tmp_path / f"{side}.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    argv = ["--model", "m", "--harmful", "harmful.jsonl", "--benign", "benign.jsonl", "--html", "page.html"]
+    monkeypatch.setattr("sys.argv", ["cbtrain.data", *argv])
+    assert main() == 0
+    shown = capsys.readouterr().out
+    assert "1 row harmful and benign alike but for case, punctuation and spaces, as harmful.jsonl:1 and" in shown
+    assert "of the scored tokens are common to both sides" in shown
+    page = (tmp_path / "page.html").read_text()
+    assert "<mark>Take the key.&lt;|im_end|&gt;</mark>" in page
+    assert "Open &lt;it&gt;!" in page
+    assert "<it>" not in page
+    assert "harmful: 4 of 4 rows" in page
+
+
+def test_the_shapes_are_printed_without_any_data(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["cbtrain.data", "--shapes"])
+    assert main() == 0
+    assert "ShareGPT conversations" in capsys.readouterr().out
+
+
+def test_token_overlap_is_one_of_the_same_text_and_none_of_others():
+    def data(harmful: tuple[int, ...], benign: tuple[int, ...]) -> CircuitBreakerData:
+        counts = SideCounts(1, 1, 0, 0, 0, 0, 1)
+        sides = [
+            SideData([TokenRow((9, *ids), (False, *[True] * len(ids)), "p", "f:1")], [], counts)
+            for ids in (harmful, benign)
+        ]
+        return CircuitBreakerData(*sides)
+
+    assert token_overlap(data((1, 2), (2, 1))) == 1
+    assert token_overlap(data((1, 1), (2, 2))) == 0
+    assert token_overlap(data((1, 1, 1, 2), (1, 2))) == pytest.approx(0.75)
