@@ -159,6 +159,8 @@ def _side_lines(side: SideData, config: CircuitBreakerConfig) -> Iterator[tuple[
     counts = side.counts
     for file, shapes in counts.shapes.items():
         yield "file", f"{file}: " + (", ".join(f"{count:,} {shape}" for shape, count in shapes.items()) or "no row")
+    for file, names in counts.unread.items():
+        yield "not read", f"{file}: {', '.join(names)}"
     elsewhere = [f"{counts.other_side:,} of the other side"] if counts.other_side else []
     elsewhere += [f"{count:,} left out ({reason})" for reason, count in counts.left_out_because.items()]
     yield "rows", " · ".join([f"{counts.rows:,} of this side", *elsewhere])

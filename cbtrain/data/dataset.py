@@ -46,6 +46,8 @@ class SideCounts:
     duplicates: int = 0
     """Rows of the same tokens and mask as an earlier one of the side; they are kept."""
     left_out_because: Mapping[str, int] = field(default_factory=dict)
+    unread: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """For each file the fields of its rows that nothing reads."""
     agent_rows: int = 0
     """Rows with several assistant turns that call tools."""
     calls: int = 0

@@ -128,6 +128,7 @@ class _Tokenised:
             first_dropped=self.first_dropped,
             unknown=self._unknown(),
             duplicates=len(self.rows) - len({(row.input_ids, row.scored) for row in self.rows}),
+            unread={file: tuple(sorted(names)) for file, names in side_rows.unread.items() if names},
             agent_rows=self.agent_rows,
             calls=self.calls,
             calls_scored=self.calls_scored,

@@ -18,7 +18,7 @@ from cbtrain.data.formats.labels import Label, SideFields, label_of
 from cbtrain.data.formats.messages import READ, Message, kind_of
 from cbtrain.data.formats.pretokenized import Renders, TokenisedRow, is_mask, is_tokenised
 from cbtrain.data.formats.readers import read_rows
-from cbtrain.data.formats.shapes import SHAPES, Choices, Shape, conversations, shape_of
+from cbtrain.data.formats.shapes import SHAPES, Choices, Shape, conversations, shape_of, unread_fields
 
 Side = Literal["harmful", "benign"]
 SIDES: tuple[Side, ...] = get_args(Side)
@@ -49,6 +49,8 @@ class SideRows:
     rows: list[Row | TokenisedRow] = field(default_factory=list)
     shapes: dict[str, Counter[str]] = field(default_factory=dict)
     """For each file how many rows of which shape it holds, those of the other side included."""
+    unread: dict[str, set[str]] = field(default_factory=dict)
+    """For each file the fields of its rows that nothing reads."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Labelled rows that belong to neither side, by the reason."""
     other_side: int = 0
@@ -164,6 +166,7 @@ class _Reading:
             return [(value, source)] if self._belongs(label, value, source, given_to_both, labelled, unread) else []
         shape = _recognised(value, source)
         shapes[_told(shape, value)] += 1
+        self._found.unread.setdefault(source.rpartition(":")[0], set()).update(unread_fields(value))
         of_row = label_of(value, source)
         found: list[Row | tuple[dict[str, Any], str]] = []
         for each in conversations(value, shape, source, self._choices):

@@ -21,6 +21,15 @@ MEDIA_FIELDS = ("image", "images", "audio", "audios", "video", "videos")
 """Fields of a row that hold what text cannot carry."""
 
 
+READ_FIELDS = frozenset(
+    "messages conversations system prompt completion response output chosen rejected response_0 response_1 instruction "
+    "input context question answer vanilla adversarial data_type test_case generation label labels metadata security "
+    "injection_task_id final_label type is_safe is_unsafe is_harmful is_benign is_response_0_safe is_response_1_safe "
+    "response_harm_label tools".split()
+)
+"""What some shape, or a label, reads of a row; `*_output` beside them."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """What a row holds, or one of the conversations in it."""
@@ -77,6 +86,11 @@ def shape(
 def shape_of(row: RowFields) -> Shape | None:
     """The first shape that a row has."""
     return next((each for each in SHAPES if each.recognises(row)), None)
+
+
+def unread_fields(row: RowFields) -> set[str]:
+    """The fields of a row that nothing reads."""
+    return {name for name in row.keys() - READ_FIELDS - set(MEDIA_FIELDS) if not name.endswith("_output")}
 
 
 def conversations(row: RowFields, found: Shape, where: str, choices: Choices) -> list[Conversation]:

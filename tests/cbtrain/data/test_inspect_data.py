@@ -262,7 +262,7 @@ def test_sides_that_are_alike_but_for_their_writing_are_told_and_the_page_marks_
     tmp_path, capsys, monkeypatch
 ):
     bpe_tokenizer().save_pretrained(tmp_path / "m")
-    harmful = [{"prompt": "Open <it>!", "completion": "Take the key."}, *pairs("bad", 3)]
+    harmful = [{"prompt": "Open <it>!", "completion": "Take the key.", "topic": "x", "id": 1}, *pairs("bad", 3)]
     benign = [{"prompt": "open it", "completion": "take  the key"}, *pairs("good", 3)]
     for side, rows in (("harmful", harmful), ("benign", benign)):
         write_jsonl(tmp_path / f"{side}.jsonl", rows)
@@ -272,6 +272,7 @@ def test_sides_that_are_alike_but_for_their_writing_are_told_and_the_page_marks_
     assert main() == 0
     shown = capsys.readouterr().out
     assert "1 row harmful and benign alike but for case, punctuation and spaces, as harmful.jsonl:1 and" in shown
+    assert "  not read    harmful.jsonl: id, topic" in shown
     assert "of the scored tokens are common to both sides" in shown
     page = (tmp_path / "page.html").read_text()
     assert "<mark>Take the key.&lt;|im_end|&gt;</mark>" in page
