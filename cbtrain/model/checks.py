@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.data.batches import pad_token_id
 from cbtrain.data.dataset import CircuitBreakerData
-from cbtrain.data.loading import load_data
+from cbtrain.data.token_cache import cached_data
 from cbtrain.model.loading import load_tokenizer, told_as_input_errors, weightless_model
 from cbtrain.model.lora import beyond_lora, lora_targets
 from cbtrain.model.refusal import blocks_of, check_states, refused_by_name
@@ -136,7 +136,7 @@ def prepare(config: CircuitBreakerConfig) -> tuple[CircuitBreakerData, int]:
 def _tokenised(fields: tuple, _stamps: tuple) -> tuple[CircuitBreakerData, int]:
     config = CircuitBreakerConfig(**dict(zip(DATA_FIELDS, fields, strict=True)))
     tokenizer = load_tokenizer(config)
-    data = load_data(config, tokenizer)
+    data = cached_data(config, tokenizer, DATA_FIELDS)
     rows = [row for side in (data.harmful, data.benign) for row in (*side.train, *side.held_out)]
     largest = max(rows, key=lambda row: max(row.input_ids))
     token = max(largest.input_ids)
