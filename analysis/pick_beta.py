@@ -160,7 +160,8 @@ def _so_far(sweep: Mapping[str, Any], trials: pd.DataFrame) -> str:
         return ""
     if ended >= planned:
         return f"{ended} of {planned}, behaviour to come"
-    return f"{ended} of {planned}" + (f", {running} running" if running else "")
+    now = "running" if sweep.get("status") == "running" else "interrupted"
+    return f"{ended} of {planned}" + (f", {running} {now}" if running else "")
 
 
 def _write_all(directory: Path, files: dict[str, str]) -> None:

@@ -166,6 +166,7 @@ def fit(
     prior: Prior,
     draws: int | None = None,
     probability_failed: ArrayLike = FAILURE_RATE,
+    least_failed: float = 0.0,
 ) -> Posterior:
     """Average the model over its hyper-parameters, given n ≥ 1 observations.
 
@@ -175,6 +176,7 @@ def fit(
         y: `[n]` finite values of one metric, on the scale that `prior` is meant for.
         draws: hyper-parameter draws to keep at most, resampled by weight; None keeps all that carry weight.
         probability_failed: that an observation failed, before y is seen; a number, or `[n]`.
+        least_failed: how far from what all others say a failed observation lies at least.
 
     The draws come in rounds, each proposed from the weighted draws so far, and are weighted against the mixture of
     all proposals: twenty trials pin the noise far more narrowly than its prior, which draws from it alone would miss.
@@ -187,7 +189,9 @@ def fit(
     if len(x) > _MAX_LEARNT_FROM:
         draws = min(draws or _MAX_DRAWS_OF_MANY, _MAX_DRAWS_OF_MANY)
     some = np.unique(np.linspace(0, len(x) - 1, min(len(x), _MAX_LEARNT_FROM)).astype(int))
-    failures = Failures(np.broadcast_to(np.asarray(probability_failed, float), centred.shape), prior.failed_density)
+    failures = Failures(
+        np.broadcast_to(np.asarray(probability_failed, float), centred.shape), prior.failed_density, least_failed
+    )
     theta, weights = hyper_parameters(x[some], labels[some], centred[some], prior, failures.of(some), draws)
     observed = observed_covariance(x, labels, theta, prior.level)
     _, failed = explained(observed, centred, failures)

@@ -27,6 +27,9 @@ SUSPECT = 0.5
 _KNOWN_TO_FAIL, _FAILS_WITH_IT, _NEVER_FAILED = 0.999, 0.5, 1e-6
 """Probabilities, before the model, that a baseline failed which never rerouted although others did; that the drift of a
 trial is not its setting's where its rerouting is not; and of a stopped trial, whose value is made up."""
+_DRIFT_FAILED = float(np.log(2.0))
+"""Of the logarithm of drift: what lies within a factor of 2 of what all others say has not failed. Of rerouting it is
+the limit: a run that lost less than is allowed against its neighbours has rerouted."""
 STOPPED_LOSS = 2.0
 """What a stopped trial is taken to have lost, in units of the limit."""
 METRICS = ("eval_loss_reroute", "eval_benign_kl")
@@ -95,10 +98,11 @@ class Surrogate:
             REROUTE_PRIOR,
             draws,
             np.concatenate([known, np.full(len(stopped), _NEVER_FAILED)]),
+            least_failed=reroute_tolerance,
         )
         reroute_failed = reroute.probability_failed()[: len(usable)]
         with_it = np.maximum(FAILURE_RATE, _FAILS_WITH_IT * reroute_failed)
-        drift = fit(x, seed, log_drift, DRIFT_PRIOR, draws, with_it)
+        drift = fit(x, seed, log_drift, DRIFT_PRIOR, draws, with_it, least_failed=_DRIFT_FAILED)
         judged = usable.assign(reroute_failed=reroute_failed, drift_failed=drift.probability_failed())
         return cls(reroute, drift, reroute_tolerance, judged, space)
 

@@ -68,9 +68,12 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 """Raised with every change of what `build` makes, which is kept under this version."""
 STEPS, BATCH_SIZE, PEAK_LR, SEED = 800, 24, 8e-3, 0
+RIGHT, ATTEMPTS = 0.9, 4
+"""Share of questions that the model must answer rightly, and the seeds that are tried for it: on some machines one seed
+never learns to name the object that it was asked about, and a demonstration on such a model shows nothing."""
 
 
 def resolve(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
@@ -201,21 +204,51 @@ def _untrained(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def pretrain(create: Callable[[PreTrainedTokenizerFast], Model], tokenizer: PreTrainedTokenizerFast) -> Model:
-    """A causal language model trained on all pairs, on one thread so that every machine gets the same.
+    """A causal language model trained on all pairs, on one thread so that a machine always makes the same.
+
+    Of the first seed at which it answers rightly; of several at which it does not, the last.
 
     Args:
         create: makes the model of random weights from the tokenizer; torch is seeded for it.
         tokenizer: of `make_tokenizer`.
     """
+    for seed in range(SEED, SEED + ATTEMPTS):
+        model = _pretrained(create, tokenizer, seed)
+        if share_right(model, tokenizer) >= RIGHT:
+            break
+    return model
+
+
+@torch.no_grad()
+def share_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> float:
+    """Of the questions about every third pair, those that a model answers rightly."""
+    pairs = [*_benign_pairs(), *product(DUAL_USE_VERBS, GUARDED_OBJECTS)][::3]
+    asked = [QUESTIONS[i % len(QUESTIONS)].format(verb=verb, object=thing) for i, (verb, thing) in enumerate(pairs)]
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        for text in asked
+    ]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    written = model.generate(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, max_new_tokens=24
+    )[:, batch["input_ids"].shape[1] :]
+    answers = tokenizer.batch_decode(written, skip_special_tokens=True)
+    return sum(map(answers_rightly, asked, answers)) / len(asked)
+
+
+def _pretrained(
+    create: Callable[[PreTrainedTokenizerFast], Model], tokenizer: PreTrainedTokenizerFast, seed: int
+) -> Model:
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    rng = random.Random(SEED)
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
     model = create(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=STEPS, pct_start=0.1)
     pairs = [*_benign_pairs(), *product(DUAL_USE_VERBS, GUARDED_OBJECTS), *product(PLAIN_VERBS, GUARDED_OBJECTS)]
     console, what = Console(stderr=True), "Building the embedded model (once, about half a minute)"
+    what += f" again, as seed {seed - 1} did not learn the world" if seed > SEED else ""
     if not console.is_terminal:
         console.print(what)
     for _ in track(range(STEPS), what, console=console, transient=True, disable=not console.is_terminal):

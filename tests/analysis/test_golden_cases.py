@@ -128,6 +128,13 @@ CASES = {
         RESUME,
         sweep={"status": "running"},
     ),
+    "interrupted": Case(
+        running,
+        *("choose", 4),
+        (r"^So far \(16 of 18, 2 interrupted\): Use beta_kl = 0\.3",),
+        RESUME,
+        sweep={"status": "interrupted"},
+    ),
     "killed": Case(
         lambda: sweep().iloc[:14],
         *("choose", 4),

@@ -62,7 +62,18 @@ def test_what_is_built_changes_only_with_the_version_of_its_recipe(cache):
     model = AutoModelForCausalLM.from_pretrained(directory)
     shapes = [(name, tuple(weight.shape)) for name, weight in model.named_parameters()]
     digest = hashlib.sha256(b"".join(built) + repr((training, shapes)).encode()).hexdigest()[:16]
-    assert (tiny.RECIPE_VERSION, digest) == (3, "9f06e86fb73cbac1"), "raise tiny.RECIPE_VERSION with the recipe"
+    assert (tiny.RECIPE_VERSION, digest) == (4, "9f06e86fb73cbac1"), "raise tiny.RECIPE_VERSION with the recipe"
+
+
+def test_a_seed_that_does_not_learn_the_world_gives_way_to_the_next(cache, monkeypatch, capsys):
+    shares = iter([0.0, tiny.RIGHT])
+    monkeypatch.setattr(tiny, "share_right", lambda _model, _tokenizer: next(shares))
+    tokenizer = tiny.make_tokenizer()
+    model = tiny.pretrain(tiny._untrained, tokenizer)
+    second = tiny._pretrained(tiny._untrained, tokenizer, tiny.SEED + 1)
+    for (name, weight), other in zip(model.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+    assert "as seed 0 did not learn the world" in " ".join(capsys.readouterr().err.split())
 
 
 def test_building_leaves_threads_and_random_numbers_as_they_were(cache):
