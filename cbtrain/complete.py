@@ -2,15 +2,15 @@
 
     python -m cbtrain.complete --model M --prompts behaviours.csv --out harmful.jsonl --prefill "Sure, here is"
 
-Writes a JSON row a prompt (`prompt`, `completion` with the prefill before it, and the prompt's other fields), which
-`--harmful` and `--benign` read. A run that was stopped goes on where it was when it is started again.
+Writes a JSON row a prompt (`prompt`, `completion` with the prefill before it, other fields of the prompt's row in
+`of_prompt`), which `--harmful` and `--benign` read. A run that was stopped goes on where it was when started again.
 """
 
 import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,12 +22,13 @@ from cbtrain.config import InputError, cli
 from cbtrain.config.validation import check_fields, nearest
 from cbtrain.data.formats.hub import expanded
 from cbtrain.data.formats.readers import read_rows
+from cbtrain.data.formats.shapes import LABEL_FIELDS, SHAPES, SYSTEM_FIELDS
 from cbtrain.utils.errors import reason
 
-PROMPT_FIELDS = ("prompt", "goal", "behavior", "Behavior", "question", "instruction", "query", "text")
+PROMPT_FIELDS = ("prompt", "Prompt", "goal", "Goal", "question", "instruction", "query", "behavior", "Behavior", "text")
 """The first of these that a row has is asked; of `messages` all up to the last user turn, of AgentHarm `behaviors`."""
-ANSWERS = ("completion", "response", "output", "answer", "target", "messages", "behaviors")
-"""Fields that are not kept beside a completion: another answer, or what the prompt was taken of."""
+CONTEXT_FIELDS = ("context", "ContextString", "input")
+"""What stands behind the prompt, after an empty line."""
 
 
 @dataclass(kw_only=True)
@@ -96,10 +97,10 @@ def _asked(files: Sequence[str]) -> Iterator[Asked]:
     for file in expanded(files):
         if Path(file).suffix == ".txt":
             try:
-                lines = Path(file).read_text(encoding="utf-8").splitlines()
+                lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(f"{file}: cannot be read ({error})") from None
-            yield from (_said(line, {}, f"{file}:{i}") for i, line in enumerate(lines, 1) if line.strip())
+            yield from (_said(line.strip(), {}, f"{file}:{i}") for i, line in enumerate(lines, 1) if line.strip())
             continue
         for number, row in read_rows(file):
             yield from _of_row(row, f"{file}:{number}")
@@ -126,16 +127,24 @@ def _of_row(row: object, source: str) -> Iterator[Asked]:
         users = [i for i, message in enumerate(messages) if message["role"] == "user"]
         if not users:
             raise InputError(f"{source}: no user speaks in these messages")
-        yield Asked(tuple(messages[: users[-1] + 1]), _others(row, ""), source)
+        yield Asked(tuple(messages[: users[-1] + 1]), _others(row), source)
         return
     name = next((name for name in PROMPT_FIELDS if isinstance(row.get(name), str) and row[name].strip()), None)
     if name is None:
         raise InputError(f"{source}: no prompt; a row needs one of {', '.join(PROMPT_FIELDS)}")
-    yield _said(row[name], _others(row, name), source)
+    context = next((row[c] for c in CONTEXT_FIELDS if isinstance(row.get(c), str) and row[c].strip()), "")
+    asked = _said(f"{row[name]}\n\n{context}" if context else row[name], _others(row), source)
+    system = next((row[s] for s in SYSTEM_FIELDS if isinstance(row.get(s), str) and row[s].strip()), "")
+    if system:
+        asked = replace(asked, messages=({"role": "system", "content": system}, *asked.messages))
+    yield asked
 
 
-def _others(row: dict[str, Any], prompt: str) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in (prompt, "prompt", *ANSWERS)}
+def _others(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row says besides, under a key that no reader of rows looks at: its labels are of another answer."""
+    read = {name for each in SHAPES for name in each.reads} | LABEL_FIELDS | {*PROMPT_FIELDS, *CONTEXT_FIELDS}
+    kept = {name: value for name, value in row.items() if name not in read | {*SYSTEM_FIELDS, "target", "behaviors"}}
+    return {"of_prompt": kept} if kept else {}
 
 
 def _said(prompt: str, others: dict[str, Any], source: str) -> Asked:

@@ -9,12 +9,14 @@
 - WildJailbreak (`data_type`): `*_benign` is benign; the completions of `*_harmful` are refusals, which are neither.
 - A field that says it of the answer: `label`, `labels` or `labels.category` with harmful, unsafe, benign, safe,
   unharmful or resisted, in any case (of a list of words the one that is among them); `response_harm_label` with harmful
-  or unharmful; `is_safe`, `is_unsafe`, `is_harmful` or `is_benign` true or false. Any other value is no label, since
-  fields of that name mean many things: token ids, for one. `SideFields` tells of those that look as if they said it.
+  or unharmful; `is_safe`, `is_unsafe`, `is_harmful` or `is_benign` true or false (1 or 0). Any other value is no
+  label, since fields of that name mean many things: token ids, for one. `SideFields` tells of what looks like it.
 
 The first of these that a row has counts; a field that says otherwise is an error.
 """
 
+import contextlib
+import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -24,6 +26,8 @@ from typing import Any, Literal
 from cbtrain.config import InputError
 
 RESISTED = "attack resisted"
+ENDED = "AgentDojo: ended in an error"
+INJECTION_ALONE = "AgentDojo: an injection task by itself"
 REFUSED = "XSTest: refused"
 UNSAFE = "XSTest: answers an unsafe prompt"
 WILDJAILBREAK = "WildJailbreak: a refusal"
@@ -31,7 +35,7 @@ _TRACE_LABELS = {word: word for word in ("harmful", "benign", "resisted")}
 _SIDE_WORDS = _TRACE_LABELS | {"unsafe": "harmful", "safe": "benign", "unharmful": "benign"}
 _SAFE_IF_TRUE = ("is_safe", "is_benign")
 _SAFE_IF_FALSE = ("is_unsafe", "is_harmful")
-_BOOLEANS = {True: True, False: False, "true": True, "false": False}
+_BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _SAYS_SIDE = re.compile(
     r"(?:^|_)(?:un)?(?:safe|safety|harm|harmful|harmfulness|toxic|toxicity|benign|malicious|jailbreak|jailbroken|"
     r"label|labels|refusal|refused|security|resisted|attacked)(?:_|$)"
@@ -71,14 +75,18 @@ def is_agentdojo(row: dict[str, Any]) -> bool:
         return False
     return any(
         "injection_task_id" in told
-        and not (told["injection_task_id"] is None and told.get("security", "absent") is None)
+        and not (
+            told["injection_task_id"] is None
+            and told.get("security", "absent") is None
+            and told.get("user_task_id") is None
+        )
         for told in _run_facts(row)
     )
 
 
 def safety_label(value: object) -> Label | None:
     """The side of an answer that a field calls safe or not; None where it says neither."""
-    safe = _boolean(value)
+    safe = boolean(value)
     return None if safe is None else Label("benign" if safe else "harmful")
 
 
@@ -115,14 +123,21 @@ def _agreeing(label: Label, trace: Label | None, kind: str, source: str) -> Labe
 
 
 def _run_facts(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where a run's attack and outcome may stand."""
-    return [told for told in (row, row.get("metadata")) if isinstance(told, dict)]
+    """Where a run's attack and outcome may stand; a table may hold the metadata as text."""
+    metadata = row.get("metadata")
+    if isinstance(metadata, str) and metadata.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            metadata = json.loads(metadata)
+    return [told for told in (row, metadata) if isinstance(told, dict)]
 
 
 def _agentdojo(row: dict[str, Any], source: str) -> Label:
     told = next(told for told in _run_facts(row) if "injection_task_id" in told)
+    if told.get("error") and told.get("security") is None:
+        return Label(None, ENDED)
     if told["injection_task_id"] is None:
-        return Label("benign")
+        alone = str(told.get("user_task_id") or "").startswith("injection_task")
+        return Label(None, INJECTION_ALONE) if alone else Label("benign")
     security = told.get("security")
     if not isinstance(security, bool):
         field = "security" if told is row else "metadata.security"
@@ -149,7 +164,7 @@ def _trace(row: dict[str, Any], source: str, words: Mapping[str, str]) -> Label 
     if words is _SIDE_WORDS:
         found |= {words[word] for word in _words(row.get("response_harm_label")) if word in words}
         for names, if_true, if_false in ((_SAFE_IF_TRUE, "benign", "harmful"), (_SAFE_IF_FALSE, "harmful", "benign")):
-            for value in filter(lambda value: value is not None, (_boolean(row.get(name)) for name in names)):
+            for value in filter(lambda value: value is not None, (boolean(row.get(name)) for name in names)):
                 found.add(if_true if value else if_false)
     if len(found) > 1:
         raise InputError(f"{source}: is labelled {' and '.join(sorted(found))}; a row belongs to one side")
@@ -160,11 +175,9 @@ def _trace(row: dict[str, Any], source: str, words: Mapping[str, str]) -> Label 
     return Label("harmful" if "harmful" in found else "benign")
 
 
-def _boolean(value: object) -> bool | None:
-    """True or false, also as CSV writes them; a number is neither."""
-    if isinstance(value, str):
-        value = value.strip().casefold()
-    return _BOOLEANS.get(value) if isinstance(value, bool | str) else None
+def boolean(value: object) -> bool | None:
+    """True or false, also as tables write them: as words, or as 1 and 0."""
+    return _BOOLEANS.get(str(value).strip().casefold()) if isinstance(value, bool | str | int | float) else None
 
 
 def _words(value: object) -> list[str]:

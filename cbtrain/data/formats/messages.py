@@ -10,12 +10,15 @@ Message = dict[str, Any]
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "ipython", "observation"), "tool"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "model", "function_call", "function-call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "ipython", "observation", "function-response"), "tool"),
 }
 """What a role is called here, by its name in lower case; ShareGPT's `function_call` is an assistant turn that calls."""
 READ = ("role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name")
 """Fields of a message that are read."""
+_ARGUMENTS = ("arguments", "args", "parameters", "input")
+"""What the arguments of a call are called: by OpenAI, AgentDojo and LangChain, Llama 3, Anthropic."""
+_OF_A_CALL = {"name", "id", "type", "index", "function", "cache_control", "placeholder_args", "caller"}
 MEDIA = ("image", "audio", "video", "file", "document")
 """Kinds of parts that text cannot carry; also `image_url`, `input_image` and the like."""
 _PLACEHOLDERS = tuple(f"<{kind}>" for kind in MEDIA)
@@ -39,8 +42,19 @@ def messages_of(values: object, where: str, odd: Counter[str], name: str = "mess
 
 
 def text_of(value: object, where: str) -> str:
-    """A field that must be text; null is nothing said."""
+    """A field that must be text; null is nothing said.
+
+    Raises:
+        InputError: it is none, or several, which joined would be no text that anyone wrote.
+    """
+    if isinstance(value, list) and sum(isinstance(part, str) for part in value) > 1:
+        raise InputError(f"{where} holds {len(value)} texts; a row has one (a file of columns is no file of rows)")
     return _content(value, where, Counter())[0]
+
+
+def is_parts(value: object) -> bool:
+    """Whether a field holds the parts of a message, which may be more than text."""
+    return isinstance(value, list) and any(isinstance(part, dict) for part in value)
 
 
 def _message(value: object, where: str, odd: Counter[str]) -> list[Message]:
@@ -50,14 +64,18 @@ def _message(value: object, where: str, odd: Counter[str]) -> list[Message]:
     if not isinstance(value, dict) or role is None:
         known = "system, user, assistant, tool, or another name of these"
         raise InputError(f"{where}: must be an object whose role is one of {known}")
-    written = value["content"] if "content" in value else value.get("value")
-    if str(named).strip().casefold() == "function_call":
+    written = next((value[name] for name in ("content", "value") if value.get(name) is not None), None)
+    calling = value.get("tool_calls") or _named_call(value.get("function_call"))
+    if not calling and not {"content", "value", "refusal"} & value.keys() and role != "tool":
+        others = ", ".join(sorted(value.keys() - {"role", "from"})) or "none"
+        raise InputError(f"{where}: has no content (fields: {others[:60]})")
+    if str(named).strip().casefold() in ("function_call", "function-call"):
         return [{"role": role, "content": "", "tool_calls": _tool_calls(_parsed(written), f"{where}: value")}]
     content, calls, results = _content(written, f"{where}: content", odd)
     message: Message = {"role": role, "content": content}
     # Templates test for the key: an empty list of calls would be rendered as a call. OpenAI's first form had one call.
-    if given := value.get("tool_calls") or value.get("function_call"):
-        calls = [*calls, *_tool_calls(given, f"{where}: tool_calls")]
+    if calling:
+        calls = [*calls, *_tool_calls(calling, f"{where}: tool_calls")]
     if calls:
         message["tool_calls"] = calls
     message |= {key: value[key] for key in ("tool_call_id", "name") if isinstance(value.get(key), str)}
@@ -80,8 +98,7 @@ def _content(value: object, where: str, odd: Counter[str]) -> tuple[str, list[Me
         elif not isinstance(part, dict):
             raise InputError(f"{where}: a part must be an object with text, this is {kind_of(part)}")
         elif kind in ("tool_use", "tool_call", "function_call"):
-            called = part | {"arguments": part.get("input", part.get("arguments"))}
-            calls += _tool_calls([called], f"{where}: {kind}")
+            calls += _tool_calls([part], f"{where}: {kind}")
         elif kind == "tool_result":
             told = _content(part.get("content"), f"{where}: tool_result", odd)[0]
             identity = {"tool_call_id": part["tool_use_id"]} if isinstance(part.get("tool_use_id"), str) else {}
@@ -99,9 +116,10 @@ def _content(value: object, where: str, odd: Counter[str]) -> tuple[str, list[Me
 
 def _text(part: dict[str, Any]) -> str | None:
     """The text of a part, under any of the names that it goes by."""
-    if part.get("type", "text") not in ("text", "input_text", "output_text"):
+    if (part.get("type") or "text") not in ("text", "input_text", "output_text", "refusal"):
         return None
-    return next((part[name] for name in ("text", "content", "value") if isinstance(part.get(name), str)), None)
+    names = ("text", "content", "value", "refusal")
+    return next((part[name] for name in names if isinstance(part.get(name), str)), None)
 
 
 def without_placeholders(messages: list[Message], odd: Counter[str]) -> list[Message]:
@@ -117,16 +135,25 @@ def without_placeholders(messages: list[Message], odd: Counter[str]) -> list[Mes
     return kept
 
 
+def _named_call(value: object) -> object:
+    """OpenAI's first form of a call; a column of structs has one without a name where a row has none."""
+    return None if isinstance(value, dict) and value.get("name") is None else value
+
+
 def _tool_calls(value: object, where: str) -> list[Message]:
-    """Calls in the forms of OpenAI (`function` with name and arguments), AgentDojo (`function`, `args`) or bare."""
+    """Calls in the forms of OpenAI, Anthropic, AgentDojo, LangChain and Llama 3."""
     calls: list[Message] = []
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if isinstance(call, dict) and isinstance(function, str):
-            function = {"name": function, "arguments": call.get("args", call.get("arguments"))}
+            function = {**call, "name": function}
         if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise InputError(f"{where} must be a list of objects with function.name and function.arguments")
-        called = {"name": function["name"], "arguments": _arguments(function.get("arguments"))}
+        given = next((function[name] for name in _ARGUMENTS if function.get(name) is not None), None)
+        strange = sorted(name for name in function.keys() - _OF_A_CALL - {*_ARGUMENTS} if function[name] is not None)
+        if given is None and strange:
+            raise InputError(f"{where}: {function['name']} has no arguments (fields: {', '.join(strange)[:60]})")
+        called = {"name": function["name"], "arguments": _arguments(given)}
         identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         calls.append(identity | {"type": "function", "function": called})
     return calls

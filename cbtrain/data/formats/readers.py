@@ -25,6 +25,8 @@ _NESTED_COLUMNS = {
     *("messages", "conversations", "metadata", "labels", "label", "input_ids", "attention_mask", "loss_mask")
 }
 """Columns of a CSV file whose cells may hold JSON."""
+_MESSAGE_COLUMNS = {"prompt", "completion", "chosen", "rejected"}
+"""Columns whose cells are text, or messages written as JSON."""
 _LONGEST_CELL = 2**31 - 1
 
 
@@ -177,7 +179,7 @@ def _csv_rows(file: str, text: str) -> Iterator[tuple[int, object]]:
             if not cells:
                 continue
             if columns is None:
-                columns = [cell.strip() for cell in cells]
+                columns = [_named_as_known(cell.strip()) for cell in cells]
                 if twice := [name for name in columns if columns.count(name) > 1]:
                     raise InputError(f"{file}:{line}: two columns are named {twice[0]!r}")
                 continue
@@ -192,7 +194,20 @@ def _cell(file: str, line: int, column: str, cell: str) -> object:
     """A cell's text, or what it holds where the column is known to hold JSON."""
     if column in _NESTED_COLUMNS and cell.lstrip()[:1] in ("[", "{"):
         return _decode(file, line, cell)
+    if column in _MESSAGE_COLUMNS and cell.lstrip().startswith("[{"):
+        try:
+            value = json.loads(cell)
+        except (ValueError, RecursionError):
+            return cell
+        messages = all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in value)
+        return value if messages else cell
     return cell
+
+
+def _named_as_known(column: str) -> str:
+    """A column's name, `Prompt` as `prompt`."""
+    lower = column.casefold()
+    return lower if lower in _KNOWN_COLUMNS | _NESTED_COLUMNS | _MESSAGE_COLUMNS | {"response", "output"} else column
 
 
 def _parquet_rows(file: str, content: bytes) -> Iterator[tuple[int, object]]:
@@ -219,6 +234,7 @@ def _without_absent_arguments(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     kept = {name: _without_absent_arguments(item) for name, item in value.items()}
-    if isinstance(kept.get("arguments"), dict):
-        kept["arguments"] = {name: item for name, item in kept["arguments"].items() if item is not None}
+    for name in ("arguments", "args", "input"):
+        if isinstance(kept.get(name), dict):
+            kept[name] = {key: item for key, item in kept[name].items() if item is not None}
     return kept

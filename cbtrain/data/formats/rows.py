@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from cbtrain.config import InputError, flag
 from cbtrain.data.formats.hub import expanded
 from cbtrain.data.formats.labels import Label, SideFields, label_of
-from cbtrain.data.formats.messages import READ, Message, kind_of
+from cbtrain.data.formats.messages import READ, ROLES, Message, kind_of
 from cbtrain.data.formats.pretokenized import Renders, TokenisedRow, is_mask, is_tokenised
 from cbtrain.data.formats.readers import read_rows
 from cbtrain.data.formats.shapes import SHAPES, Choices, Shape, conversations, shape_of, unread_fields
@@ -96,6 +96,7 @@ def load_rows(harmful: Sequence[str], benign: Sequence[str], choices: Choices = 
     return sides
 
 
+NO_ANSWER = "prompts without an answer"
 REFUSALS = "refusals of the harmful side's rows"
 
 
@@ -166,12 +167,19 @@ class _Reading:
             return [(value, source)] if self._belongs(label, value, source, given_to_both, labelled, unread) else []
         shape = _recognised(value, source)
         shapes[_told(shape, value)] += 1
-        self._found.unread.setdefault(source.rpartition(":")[0], set()).update(unread_fields(value))
+        self._found.unread.setdefault(source.rpartition(":")[0], set()).update(unread_fields(value, shape))
         of_row = label_of(value, source)
+        if of_row and of_row.side is None:  # whatever else is in it
+            self._belongs(of_row, value, source, given_to_both, labelled, unread)
+            return []
         found: list[Row | tuple[dict[str, Any], str]] = []
         for each in conversations(value, shape, source, self._choices):
-            label = each.label or of_row
-            if shape.name == "circuit-breakers rows" and self._side == "benign" and not given_to_both:
+            circuit_breakers = shape.name == "circuit-breakers rows"
+            # Which of two answers a circuit-breakers row has is what tells its side, unless the row says it itself.
+            label = (of_row or each.label) if circuit_breakers else (each.label or of_row)
+            if label is None and given_to_both and not each.messages[-1]["content"] and len(each.messages) < 3:
+                label = Label(None, NO_ANSWER)
+            if circuit_breakers and of_row is None and self._side == "benign" and not given_to_both:
                 raise InputError(
                     f"{source}: a circuit-breakers row ({', '.join(sorted(value))[:60]}) is harmful; give its file to "
                     "--harmful only (--refusals-as-benign gives its refusals to the benign side)"
@@ -266,19 +274,28 @@ def _recognised(row: dict[str, Any], source: str) -> Shape:
 
 def _unpacked(value: object) -> list[object]:
     """The rows of a value: HarmBench keeps lists of completions by behaviour in one object."""
-    if isinstance(value, dict) and value and all(isinstance(items, list) and items for items in value.values()):
+    if isinstance(value, dict) and all(isinstance(items, list) for items in value.values()):
         items = [item for items in value.values() for item in items]
-        if all(isinstance(item, dict) and {"test_case", "generation"} <= item.keys() for item in items):
+        if items and all(isinstance(item, dict) and {"test_case", "generation"} <= item.keys() for item in items):
             return items
     return [value]
 
 
 def _unused(row: dict[str, Any]) -> set[str]:
     """What a conversation says in fields that are not read."""
-    turns = row["messages"] if isinstance(row.get("messages"), list) else []
-    assistant = [turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "assistant"]
-    told = {f"{name} of assistant turns" for turn in assistant for name in turn if turn[name] and name not in READ}
+    turns = [turn for name in ("messages", "conversations") for turn in _list(row.get(name)) if isinstance(turn, dict)]
+    roles = [ROLES.get(str(turn.get("role", turn.get("from"))).strip().casefold()) for turn in turns]
+    told = {
+        f"{name} of assistant turns"
+        for turn, role in zip(turns, roles, strict=True)
+        for name in turn
+        if role == "assistant" and name not in READ and turn[name] not in (None, "", [], {}, False)
+    }
     return told | ({"tools"} if row.get("tools") else set())
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 _ASKS = {"prompt", "goal", "behavior", "Behavior", "question", "instruction", "query"}

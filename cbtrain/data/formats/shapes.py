@@ -13,21 +13,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cbtrain.config import InputError
-from cbtrain.data.formats.labels import RESISTED, Label, is_agentdojo, safety_label
-from cbtrain.data.formats.messages import Message, messages_of, text_of, without_placeholders
+from cbtrain.data.formats.labels import RESISTED, Label, boolean, is_agentdojo, safety_label
+from cbtrain.data.formats.messages import ROLES, Message, is_parts, messages_of, text_of, without_placeholders
 
 RowFields = dict[str, Any]
 MEDIA_FIELDS = ("image", "images", "audio", "audios", "video", "videos")
 """Fields of a row that hold what text cannot carry."""
+SYSTEM_FIELDS = ("system", "system_prompt")
+"""Fields of a row that hold a system prompt."""
 
 
-READ_FIELDS = frozenset(
-    "messages conversations system prompt completion response output chosen rejected response_0 response_1 instruction "
-    "input context question answer vanilla adversarial data_type test_case generation label labels metadata security "
-    "injection_task_id final_label type is_safe is_unsafe is_harmful is_benign is_response_0_safe is_response_1_safe "
-    "response_harm_label tools".split()
+LABEL_FIELDS = frozenset(
+    "label labels metadata security injection_task_id user_task_id final_label type data_type is_safe is_unsafe "
+    "is_harmful is_benign response_harm_label".split()
 )
-"""What some shape, or a label, reads of a row; `*_output` beside them."""
+"""What tells a row's side; read of every shape."""
 
 
 @dataclass(frozen=True)
@@ -64,40 +64,55 @@ class Shape:
     says: str
     """What is taken of it and which side it is of, for the table."""
     read: Reader
+    reads: frozenset[str] = frozenset()
+    """The fields of a row that it takes something of."""
 
 
 SHAPES: list[Shape] = []
 
 
 def shape(
-    name: str, needs: str | Callable[[RowFields], bool], example: str, says: str = ""
+    name: str, needs: str | Callable[[RowFields], bool], example: str, says: str = "", *, reads: str = ""
 ) -> Callable[[Reader], Reader]:
-    """Register a reader of rows that have the fields `needs` (or of which it is true)."""
+    """Register a reader of rows that have the fields `needs` (or of which it is true), and takes those and `reads`."""
     fields = set(needs.split()) if isinstance(needs, str) else set()
 
     def register(read: Reader) -> Reader:
         recognises = needs if callable(needs) else lambda row: fields <= row.keys()
-        SHAPES.append(Shape(name, recognises, example, says, read))
+        SHAPES.append(Shape(name, recognises, example, says, read, frozenset(fields | set(reads.split()))))
         return read
 
     return register
 
 
 def shape_of(row: RowFields) -> Shape | None:
-    """The first shape that a row has."""
-    return next((each for each in SHAPES if each.recognises(row)), None)
+    """The first shape that a row has; fields that are null count only where no other makes one, as columns of a table
+    give every row all fields."""
+    there = {name: value for name, value in row.items() if value is not None or name == "injection_task_id"}
+    return next((each for fields in (there, row) for each in SHAPES if each.recognises(fields)), None)
 
 
-def unread_fields(row: RowFields) -> set[str]:
-    """The fields of a row that nothing reads."""
-    return {name for name in row.keys() - READ_FIELDS - set(MEDIA_FIELDS) if not name.endswith("_output")}
+def unread_fields(row: RowFields, found: Shape) -> set[str]:
+    """The fields of a row of a shape that nothing reads."""
+    known = found.reads | LABEL_FIELDS | set(MEDIA_FIELDS) | set(SYSTEM_FIELDS) | {"tools"}
+    if found.name == "circuit-breakers rows":
+        known |= {name for name in row if name.endswith("_output")}
+    return {name for name in row.keys() - known if row[name] not in (None, "", [], {})}
 
 
 def conversations(row: RowFields, found: Shape, where: str, choices: Choices) -> list[Conversation]:
-    """The conversations of a row of a known shape, media that stand beside their text left out and counted."""
-    has_media = any(row.get(name) for name in MEDIA_FIELDS)
+    """The conversations of a row of a known shape, a system prompt that stands beside them first, media that stand
+    beside their text left out and counted."""
     read = found.read(row, where, choices)
-    if has_media:
+    system = next((row[name] for name in SYSTEM_FIELDS if row.get(name)), None)
+    text = "" if system is None else text_of(system, f"{where}: system")
+    if text.strip():
+        first: Message = {"role": "system", "content": text}
+        read = [
+            c if any(m["role"] == "system" for m in c.messages) else Conversation([first, *c.messages], c.label, c.odd)
+            for c in read
+        ]
+    if any(row.get(name) for name in MEDIA_FIELDS):
         read = [Conversation(without_placeholders(c.messages, c.odd), c.label, c.odd) for c in read]
     return read
 
@@ -109,12 +124,24 @@ def table() -> Iterator[tuple[str, str, str]]:
 
 
 def _pair(
-    prompt: object, answer: object, where: str, names: tuple[str, str] = ("prompt", "completion")
-) -> list[Message]:
-    return [
-        {"role": "user", "content": text_of(prompt, f"{where}: {names[0]}")},
-        {"role": "assistant", "content": text_of(answer, f"{where}: {names[1]}")},
-    ]
+    prompt: object,
+    answer: object,
+    where: str,
+    names: tuple[str, str] = ("prompt", "completion"),
+    label: Label | None = None,
+) -> Conversation:
+    """A question and its answer, of which either may be the parts of a message; the question also a dialogue in one
+    string, as HH-RLHF writes it."""
+    odd = Counter[str]()
+    if is_parts(prompt) or is_parts(answer):
+        parts = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return Conversation(messages_of(parts, where, odd), label, odd)
+    asked, said = text_of(prompt, f"{where}: {names[0]}"), text_of(answer, f"{where}: {names[1]}")
+    before = _hh_turns(asked)
+    if before and before[-1]["role"] == "assistant" and not before[-1]["content"].strip():
+        before = before[:-1]
+    turns: list[Message] = before or [{"role": "user", "content": asked}]
+    return Conversation([*turns, {"role": "assistant", "content": said}], label)
 
 
 def _listed(*values: object) -> bool:
@@ -128,10 +155,38 @@ def _turns(values: object, where: str, name: str = "messages") -> Conversation:
 
 
 @shape(
+    "preference rows",
+    "chosen rejected",
+    '{"prompt": "hi", "chosen": "hello", "rejected": "no"}',
+    "`--preference chosen` or `rejected` says which; also messages, whole conversations, and HH-RLHF's text",
+    reads="prompt messages conversations",
+)
+def _preference(row: RowFields, where: str, choices: Choices) -> list[Conversation]:
+    if choices.preference is None:
+        raise InputError(f"{where}: a row of preferences; --preference chosen or --preference rejected says which")
+    answer = row[choices.preference]
+    prompt = row.get("prompt") if row.get("prompt") is not None else row.get("conversations")
+    if isinstance(answer, str) and (turns := _hh_turns(answer)):
+        return [Conversation(turns)]
+    if isinstance(answer, dict):
+        answer = [answer]
+    if _listed(answer) or _listed(prompt):
+        after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+        before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        if prompt is None or _asks(after):
+            before = []  # a whole conversation
+        return [_turns([*before, *after], where, choices.preference)]
+    if prompt is None:
+        raise InputError(f"{where}: a row of preferences needs a prompt, or conversations in chosen and rejected")
+    return [_pair(prompt, answer, where, ("prompt", choices.preference))]
+
+
+@shape(
     "AgentDojo runs",
     is_agentdojo,
     '{"messages": […], "injection_task_id": null, "security": true}',
     "also with these two fields in `metadata`; no attack: benign; `security` true: harmful; false: left out",
+    reads="messages",
 )
 def _agentdojo(row: RowFields, where: str, _choices: Choices) -> list[Conversation]:
     return [_turns(row["messages"], where)]
@@ -149,38 +204,17 @@ def _chat(row: RowFields, where: str, _choices: Choices) -> list[Conversation]:
     "also `role` and `content`; `system` beside it comes first",
 )
 def _sharegpt(row: RowFields, where: str, _choices: Choices) -> list[Conversation]:
-    read = _turns(row["conversations"], where, "conversations")
-    system = row.get("system")
-    before = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
-    return [Conversation([*before, *read.messages], odd=read.odd)]
+    return [_turns(row["conversations"], where, "conversations")]
 
 
-@shape(
-    "preference rows",
-    "chosen rejected",
-    '{"prompt": "hi", "chosen": "hello", "rejected": "no"}',
-    "`--preference chosen` or `rejected` says which; also whole conversations, and HH-RLHF's text",
-)
-def _preference(row: RowFields, where: str, choices: Choices) -> list[Conversation]:
-    if choices.preference is None:
-        raise InputError(
-            f"{where}: a row of preferences; --preference chosen or --preference rejected says which to take"
-        )
-    answer, prompt = row[choices.preference], row.get("prompt")
-    if isinstance(answer, str) and (turns := _hh_turns(answer)):
-        return [Conversation(turns)]
-    if isinstance(answer, list) or _listed(prompt):
-        before = prompt if isinstance(prompt, list) else []
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and not _speaks(answer, "user") else []
-        after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-        return [_turns([*before, *asked, *after], where, choices.preference)]
-    if prompt is None:
-        raise InputError(f"{where}: a row of preferences needs a prompt, or conversations in chosen and rejected")
-    return [Conversation(_pair(prompt, answer, where, ("prompt", choices.preference)))]
-
-
-def _speaks(turns: object, role: str) -> bool:
-    return isinstance(turns, list) and any(isinstance(turn, dict) and turn.get("role") == role for turn in turns)
+def _asks(turns: object) -> bool:
+    """Whether a user speaks among messages."""
+    names = (
+        (turn.get("role", turn.get("from")) for turn in turns if isinstance(turn, dict))
+        if isinstance(turns, list)
+        else ()
+    )
+    return any(ROLES.get(str(name).strip().casefold()) == "user" for name in names)
 
 
 def _hh_turns(text: str) -> list[Message]:
@@ -205,12 +239,13 @@ def _refusals(row: RowFields) -> list[str]:
     _has_refusal,
     '{"prompt": "do harm", "output": "Sure, …", "llama3_output": "I cannot …"}',
     "`output` is harmful; `--refusals-as-benign` gives `llama3_output` (or another `*_output`) to the benign side",
+    reads="prompt output",
 )
 def _circuit_breakers(row: RowFields, where: str, choices: Choices) -> list[Conversation]:
     if not choices.refusals:
-        return [Conversation(_pair(row["prompt"], row["output"], where, ("prompt", "output")), Label("harmful"))]
+        return [_pair(row["prompt"], row["output"], where, ("prompt", "output"), Label("harmful"))]
     name = "llama3_output" if "llama3_output" in row else _refusals(row)[0]
-    return [Conversation(_pair(row["prompt"], row[name], where, ("prompt", name)), Label("benign"))]
+    return [_pair(row["prompt"], row[name], where, ("prompt", name), Label("benign"))]
 
 
 @shape(
@@ -218,6 +253,7 @@ def _circuit_breakers(row: RowFields, where: str, choices: Choices) -> list[Conv
     "prompt response_0 response_1",
     '{"prompt": "hi", "response_0": "…", "is_response_0_safe": true, "response_1": …}',
     "each answer by itself; safe ones are benign, the others harmful",
+    reads="is_response_0_safe is_response_1_safe",
 )
 def _safe_rlhf(row: RowFields, where: str, _choices: Choices) -> list[Conversation]:
     found = []
@@ -225,7 +261,7 @@ def _safe_rlhf(row: RowFields, where: str, _choices: Choices) -> list[Conversati
         label = safety_label(row.get(f"is_{name}_safe"))
         if label is None:
             raise InputError(f"{where}: a SafeRLHF pair needs is_{name}_safe true or false")
-        found.append(Conversation(_pair(row["prompt"], row[name], where, ("prompt", name)), label))
+        found.append(_pair(row["prompt"], row[name], where, ("prompt", name), label))
     return found
 
 
@@ -234,12 +270,13 @@ def _safe_rlhf(row: RowFields, where: str, _choices: Choices) -> list[Conversati
     "vanilla completion data_type",
     "vanilla ⇥ adversarial ⇥ completion ⇥ data_type",
     "the adversarial prompt where there is one; `*_benign` is benign, `*_harmful` (a refusal) left out",
+    reads="adversarial",
 )
 def _wildjailbreak(row: RowFields, where: str, _choices: Choices) -> list[Conversation]:
     adversarial = row.get("adversarial")
     attacked = isinstance(adversarial, str) and adversarial.strip()
     prompt = adversarial if attacked else row["vanilla"]
-    return [Conversation(_pair(prompt, row["completion"], where))]
+    return [_pair(prompt, row["completion"], where)]
 
 
 @shape(
@@ -249,8 +286,9 @@ def _wildjailbreak(row: RowFields, where: str, _choices: Choices) -> list[Conver
     "`label` 1 (the attack succeeded): harmful; 0: left out; none: by the flag",
 )
 def _harmbench(row: RowFields, where: str, _choices: Choices) -> list[Conversation]:
-    label = {"1": Label("harmful"), "0": Label(None, RESISTED)}.get(str(row.get("label")))
-    return [Conversation(_pair(row["test_case"], row["generation"], where, ("test_case", "generation")), label)]
+    succeeded = boolean(row.get("label"))
+    label = None if succeeded is None else Label("harmful") if succeeded else Label(None, RESISTED)
+    return [_pair(row["test_case"], row["generation"], where, ("test_case", "generation"), label)]
 
 
 @shape(
@@ -265,7 +303,7 @@ def _completion(row: RowFields, where: str, _choices: Choices) -> list[Conversat
         before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         after = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
         return [_turns([*before, *after], where, "prompt and completion")]
-    return [Conversation(_pair(prompt, completion, where))]
+    return [_pair(prompt, completion, where)]
 
 
 def _of_two(name: str, fields: tuple[str, str], example: str, says: str = "") -> None:
@@ -273,7 +311,7 @@ def _of_two(name: str, fields: tuple[str, str], example: str, says: str = "") ->
 
     @shape(name, " ".join(fields), example, says)
     def _read(row: RowFields, where: str, _choices: Choices) -> list[Conversation]:
-        return [Conversation(_pair(row[fields[0]], row[fields[1]], where, fields))]
+        return [_pair(row[fields[0]], row[fields[1]], where, fields)]
 
 
 _of_two(
@@ -289,13 +327,15 @@ _of_two(
     lambda row: "instruction" in row and bool({"output", "response"} & row.keys()),
     '{"instruction": "Translate.", "input": "hi", "output": "hallo"}',
     "`input` (Dolly: `context`) follows the instruction after an empty line; `response` for `output`",
+    reads="instruction input context output response",
 )
 def _alpaca(row: RowFields, where: str, _choices: Choices) -> list[Conversation]:
     given = text_of(row.get("input") or row.get("context"), f"{where}: input")
     asked = text_of(row["instruction"], f"{where}: instruction")
     answer = "output" if "output" in row else "response"
-    return [Conversation(_pair(f"{asked}\n\n{given}" if given.strip() else asked, row[answer], where, ("", answer)))]
+    return [_pair(f"{asked}\n\n{given}" if given.strip() else asked, row[answer], where, ("", answer))]
 
 
 _of_two("prompts with outputs", ("prompt", "output"), '{"prompt": "hi", "output": "hello"}')
 _of_two("questions with answers", ("question", "answer"), '{"question": "who?", "answer": "me"}', "TOFU")
+_of_two("questions with responses", ("question", "response"), '{"question": "who?", "response": "me"}', "OpenOrca")

@@ -46,8 +46,11 @@ OPTIONS: dict[str, Any] = {"enable_thinking": False}
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)
 _CLOCK = "strftime_now"
 """The function by which templates ask for the time."""
-_STOPPED_CLOCK = "{%- macro strftime_now(format) -%}{{ stopped_clock[format] }}{%- endmacro -%}"
-_TIME_FORMAT = re.compile(r"""(['"])((?:(?!\1).)*?%(?:(?!\1).)*)\1""")
+_STOPPED_CLOCK = (
+    "{%- macro strftime_now(format) -%}{%- if format not in stopped_clock -%}"
+    "{{ raise_exception('it asks for the time in a format that it puts together') }}{%- endif -%}"
+    "{{ stopped_clock[format] }}{%- endmacro -%}"
+)
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 EARLIER = "an earlier turn is scored, as the last one is empty"
 CLIPPED = "the template's marks clipped to what the assistant says"
@@ -91,7 +94,8 @@ class ChatTemplate:
         self._template = tokenizer.get_chat_template()
         if _CLOCK in self._template:
             # The library takes no function from us; a macro of the template's own stands in for its clock.
-            formats = {match[2] for match in _TIME_FORMAT.finditer(self._template)}
+            tokens = jinja2.Environment().lex(self._template)
+            formats = {text[1:-1] for _, kind, text in tokens if kind == "string" and "%" in text}
             self._options["stopped_clock"] = {text: date.strftime(text) for text in sorted(formats)}
             self._options["chat_template"] = self._template = _STOPPED_CLOCK + self._template
         self._marks_turns = bool(_GENERATION_MARK.search(self._template))

@@ -239,3 +239,15 @@ def test_thoughts_are_kept_or_dropped_and_counted(config_of):
         texts = "".join(bpe_tokenizer().decode(row.input_ids) for row in data.harmful.train + data.harmful.held_out)
         assert ("why" in texts) is holds
         assert data.harmful.counts.rewritten == ({} if holds else {"thoughts dropped": 1})
+
+
+def test_a_clock_whose_format_is_put_together_is_refused_and_quotes_in_comments_do_not_matter(config_of):
+    rows = [pair("a"), pair("b")]
+    put_together = CLOCK.replace("'%d %B %Y'", "'%d ' + '%B'")
+    with pytest.raises(InputError, match="it asks for the time in a format that it puts together"):
+        load_data(config_of(rows, rows[::-1]), bpe_tokenizer(put_together))
+    commented = "{#- it's a template -#}" + CLOCK
+    text = bpe_tokenizer().decode(
+        load_data(config_of(rows, rows[::-1]), bpe_tokenizer(commented)).harmful.train[0].input_ids
+    )
+    assert text.startswith("Today: 26 July 2024")
