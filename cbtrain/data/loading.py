@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cbtrain.config import CircuitBreakerConfig, InputError, MaskPolicy, flag
 from cbtrain.data.dataset import CircuitBreakerData, SideCounts, SideData
+from cbtrain.data.formats.conversations import Choices
 from cbtrain.data.formats.pretokenized import TokenisedRow
 from cbtrain.data.formats.rows import Row, Side, SideRows, load_rows
-from cbtrain.data.formats.shapes import Choices
 from cbtrain.data.loss_mask import is_agent_row, policy_of, scored_turns
 from cbtrain.data.split import held_out_prompts, normalized_prompt, tokenised_prompt
 from cbtrain.data.templates.chat_template import ChatTemplate, Rendering

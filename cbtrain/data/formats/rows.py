@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cbtrain.config import InputError, flag
+from cbtrain.data.formats.conversations import Choices
 from cbtrain.data.formats.hub import expanded
 from cbtrain.data.formats.labels import Label, SideFields, label_of
 from cbtrain.data.formats.messages import READ, ROLES, Message, kind_of
 from cbtrain.data.formats.pretokenized import Renders, TokenisedRow, is_mask, is_tokenised
 from cbtrain.data.formats.readers import read_rows
-from cbtrain.data.formats.shapes import SHAPES, Choices, Shape, conversations, shape_of, unread_fields
+from cbtrain.data.formats.shapes import SHAPES, Shape, conversations, shape_of, unread_fields
 
 Side = Literal["harmful", "benign"]
 SIDES: tuple[Side, ...] = get_args(Side)

@@ -6,15 +6,22 @@ row, `cbtrain.data --shapes` and the table in `cbtrain/data/README.md` come from
 function here and one row in the test's table.
 """
 
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from cbtrain.config import InputError
+from cbtrain.data.formats.conversations import (
+    Choices,
+    Conversation,
+    a_user_asks,
+    dialogue,
+    holds_messages,
+    pair,
+    turns_of,
+)
 from cbtrain.data.formats.labels import RESISTED, Label, boolean, is_agentdojo, safety_label
-from cbtrain.data.formats.messages import ROLES, Message, is_parts, messages_of, text_of, without_placeholders
+from cbtrain.data.formats.messages import Message, text_of, without_placeholders
 
 RowFields = dict[str, Any]
 MEDIA_FIELDS = ("image", "images", "audio", "audios", "video", "videos")
@@ -28,26 +35,6 @@ LABEL_FIELDS = frozenset(
     "is_harmful is_benign response_harm_label".split()
 )
 """What tells a row's side; read of every shape."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What a row holds, or one of the conversations in it."""
-
-    messages: list[Message]
-    label: Label | None = None
-    """Its side where the shape tells it; None leaves it to the row's own label."""
-    odd: Counter[str] = field(default_factory=Counter)
-    """What text cannot carry, by kind."""
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a user chose of rows that hold more than one answer."""
-
-    preference: Literal["chosen", "rejected"] | None = None
-    refusals: bool = False
-    """Whether the refusals of circuit-breakers rows are asked for, in place of their harmful answers."""
 
 
 Reader = Callable[[RowFields, str, Choices], list[Conversation]]
@@ -123,37 +110,6 @@ def table() -> Iterator[tuple[str, str, str]]:
         yield each.name, each.example, each.says
 
 
-def _pair(
-    prompt: object,
-    answer: object,
-    where: str,
-    names: tuple[str, str] = ("prompt", "completion"),
-    label: Label | None = None,
-) -> Conversation:
-    """A question and its answer, of which either may be the parts of a message; the question also a dialogue in one
-    string, as HH-RLHF writes it."""
-    odd = Counter[str]()
-    if is_parts(prompt) or is_parts(answer):
-        parts = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        return Conversation(messages_of(parts, where, odd), label, odd)
-    asked, said = text_of(prompt, f"{where}: {names[0]}"), text_of(answer, f"{where}: {names[1]}")
-    before = _hh_turns(asked)
-    if before and before[-1]["role"] == "assistant" and not before[-1]["content"].strip():
-        before = before[:-1]
-    turns: list[Message] = before or [{"role": "user", "content": asked}]
-    return Conversation([*turns, {"role": "assistant", "content": said}], label)
-
-
-def _listed(*values: object) -> bool:
-    """Whether any of the values is a list of messages."""
-    return any(isinstance(v, list) and v and isinstance(v[0], dict) and {"role", "from"} & v[0].keys() for v in values)
-
-
-def _turns(values: object, where: str, name: str = "messages") -> Conversation:
-    odd = Counter[str]()
-    return Conversation(messages_of(values, where, odd, name), odd=odd)
-
-
 @shape(
     "preference rows",
     "chosen rejected",
@@ -166,19 +122,19 @@ def _preference(row: RowFields, where: str, choices: Choices) -> list[Conversati
         raise InputError(f"{where}: a row of preferences; --preference chosen or --preference rejected says which")
     answer = row[choices.preference]
     prompt = row.get("prompt") if row.get("prompt") is not None else row.get("conversations")
-    if isinstance(answer, str) and (turns := _hh_turns(answer)):
+    if isinstance(answer, str) and (turns := dialogue(answer)):
         return [Conversation(turns)]
     if isinstance(answer, dict):
         answer = [answer]
-    if _listed(answer) or _listed(prompt):
+    if holds_messages(answer) or holds_messages(prompt):
         after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
         before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        if prompt is None or _asks(after):
+        if prompt is None or a_user_asks(after):
             before = []  # a whole conversation
-        return [_turns([*before, *after], where, choices.preference)]
+        return [turns_of([*before, *after], where, choices.preference)]
     if prompt is None:
         raise InputError(f"{where}: a row of preferences needs a prompt, or conversations in chosen and rejected")
-    return [_pair(prompt, answer, where, ("prompt", choices.preference))]
+    return [pair(prompt, answer, where, ("prompt", choices.preference))]
 
 
 @shape(
@@ -189,12 +145,12 @@ def _preference(row: RowFields, where: str, choices: Choices) -> list[Conversati
     reads="messages",
 )
 def _agentdojo(row: RowFields, where: str, _choices: Choices) -> list[Conversation]:
-    return [_turns(row["messages"], where)]
+    return [turns_of(row["messages"], where)]
 
 
 @shape("chats", "messages", '{"messages": [{"role": "user", "content": "hi"}, …]}', "roles in any dialect")
 def _chat(row: RowFields, where: str, _choices: Choices) -> list[Conversation]:
-    return [_turns(row["messages"], where)]
+    return [turns_of(row["messages"], where)]
 
 
 @shape(
@@ -204,26 +160,7 @@ def _chat(row: RowFields, where: str, _choices: Choices) -> list[Conversation]:
     "also `role` and `content`; `system` beside it comes first",
 )
 def _sharegpt(row: RowFields, where: str, _choices: Choices) -> list[Conversation]:
-    return [_turns(row["conversations"], where, "conversations")]
-
-
-def _asks(turns: object) -> bool:
-    """Whether a user speaks among messages."""
-    names = (
-        (turn.get("role", turn.get("from")) for turn in turns if isinstance(turn, dict))
-        if isinstance(turns, list)
-        else ()
-    )
-    return any(ROLES.get(str(name).strip().casefold()) == "user" for name in names)
-
-
-def _hh_turns(text: str) -> list[Message]:
-    """The turns of HH-RLHF's one string, `\\n\\nHuman: … \\n\\nAssistant: …`; none where it is not of that form."""
-    parts = re.split(r"\n\n(Human|Assistant): ?", text)
-    if parts[0].strip() or "Human" not in parts[1::2]:
-        return []
-    names = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": names[who], "content": said} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+    return [turns_of(row["conversations"], where, "conversations")]
 
 
 def _has_refusal(row: RowFields) -> bool:
@@ -243,9 +180,9 @@ def _refusals(row: RowFields) -> list[str]:
 )
 def _circuit_breakers(row: RowFields, where: str, choices: Choices) -> list[Conversation]:
     if not choices.refusals:
-        return [_pair(row["prompt"], row["output"], where, ("prompt", "output"), Label("harmful"))]
+        return [pair(row["prompt"], row["output"], where, ("prompt", "output"), Label("harmful"))]
     name = "llama3_output" if "llama3_output" in row else _refusals(row)[0]
-    return [_pair(row["prompt"], row[name], where, ("prompt", name), Label("benign"))]
+    return [pair(row["prompt"], row[name], where, ("prompt", name), Label("benign"))]
 
 
 @shape(
@@ -261,7 +198,7 @@ def _safe_rlhf(row: RowFields, where: str, _choices: Choices) -> list[Conversati
         label = safety_label(row.get(f"is_{name}_safe"))
         if label is None:
             raise InputError(f"{where}: a SafeRLHF pair needs is_{name}_safe true or false")
-        found.append(_pair(row["prompt"], row[name], where, ("prompt", name), label))
+        found.append(pair(row["prompt"], row[name], where, ("prompt", name), label))
     return found
 
 
@@ -276,7 +213,7 @@ def _wildjailbreak(row: RowFields, where: str, _choices: Choices) -> list[Conver
     adversarial = row.get("adversarial")
     attacked = isinstance(adversarial, str) and adversarial.strip()
     prompt = adversarial if attacked else row["vanilla"]
-    return [_pair(prompt, row["completion"], where)]
+    return [pair(prompt, row["completion"], where)]
 
 
 @shape(
@@ -288,7 +225,7 @@ def _wildjailbreak(row: RowFields, where: str, _choices: Choices) -> list[Conver
 def _harmbench(row: RowFields, where: str, _choices: Choices) -> list[Conversation]:
     succeeded = boolean(row.get("label"))
     label = None if succeeded is None else Label("harmful") if succeeded else Label(None, RESISTED)
-    return [_pair(row["test_case"], row["generation"], where, ("test_case", "generation"), label)]
+    return [pair(row["test_case"], row["generation"], where, ("test_case", "generation"), label)]
 
 
 @shape(
@@ -299,11 +236,11 @@ def _harmbench(row: RowFields, where: str, _choices: Choices) -> list[Conversati
 )
 def _completion(row: RowFields, where: str, _choices: Choices) -> list[Conversation]:
     prompt, completion = row["prompt"], row["completion"]
-    if _listed(prompt, completion):
+    if holds_messages(prompt, completion):
         before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         after = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-        return [_turns([*before, *after], where, "prompt and completion")]
-    return [_pair(prompt, completion, where)]
+        return [turns_of([*before, *after], where, "prompt and completion")]
+    return [pair(prompt, completion, where)]
 
 
 def _of_two(name: str, fields: tuple[str, str], example: str, says: str = "") -> None:
@@ -311,7 +248,7 @@ def _of_two(name: str, fields: tuple[str, str], example: str, says: str = "") ->
 
     @shape(name, " ".join(fields), example, says)
     def _read(row: RowFields, where: str, _choices: Choices) -> list[Conversation]:
-        return [_pair(row[fields[0]], row[fields[1]], where, fields)]
+        return [pair(row[fields[0]], row[fields[1]], where, fields)]
 
 
 _of_two(
@@ -333,7 +270,7 @@ def _alpaca(row: RowFields, where: str, _choices: Choices) -> list[Conversation]
     given = text_of(row.get("input") or row.get("context"), f"{where}: input")
     asked = text_of(row["instruction"], f"{where}: instruction")
     answer = "output" if "output" in row else "response"
-    return [_pair(f"{asked}\n\n{given}" if given.strip() else asked, row[answer], where, ("", answer))]
+    return [pair(f"{asked}\n\n{given}" if given.strip() else asked, row[answer], where, ("", answer))]
 
 
 _of_two("prompts with outputs", ("prompt", "output"), '{"prompt": "hi", "output": "hello"}')

@@ -10,8 +10,8 @@ from row_files import write_jsonl
 from test_shapes import SPARE, TABLE
 
 from cbtrain.config import InputError
+from cbtrain.data.formats.conversations import Choices
 from cbtrain.data.formats.rows import load_rows
-from cbtrain.data.formats.shapes import Choices
 from cbtrain.data.loss_mask import policy_of
 from cbtrain.data.templates.chat_template import ChatTemplate
 

@@ -9,8 +9,9 @@ from chat_tokenizers import CHATML, bpe_tokenizer
 from row_files import write_csv, write_jsonl
 
 from cbtrain.config import CircuitBreakerConfig, InputError, get_config
+from cbtrain.data.formats.conversations import Choices
 from cbtrain.data.formats.rows import NO_CHOICES, SIDES, load_rows
-from cbtrain.data.formats.shapes import SHAPES, Choices, shape_of, table
+from cbtrain.data.formats.shapes import SHAPES, shape_of, table
 from cbtrain.data.loading import load_data
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "data" / "agentdojo"
