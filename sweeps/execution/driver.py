@@ -24,7 +24,7 @@ from analysis.decision import Decision
 from analysis.report.commands import wider_command
 from cbtrain.teacher_cache.plan import LIVE, CachePlan, CacheUnavailableError
 from cbtrain.training.calibration import Calibration, steps_allowed
-from sweeps.execution.behaviour import BehaviourError, Meter, behaviour_sentences, file_of, subjects
+from sweeps.execution.behaviour import NEW_TOKENS, BehaviourError, Meter, behaviour_sentences, file_of, subjects
 from sweeps.execution.calibration import calibrate_before, spent, summary, told, with_recipe
 from sweeps.execution.searcher import PlanSearcher
 from sweeps.execution.teacher_cache import norms_are_missing, run_teacher
@@ -179,7 +179,11 @@ class SweepDriver:
         try:
             while specs:
                 named = ", ".join(spec.trial_id for spec in specs)
-                said = f"behaviour of {named}: at most {meter.expected_seconds(specs):.0f} s"
+                said = (
+                    f"behaviour of {named}: {len(specs) + 1} models, the one before training among them, answer at "
+                    f"most {self.behaviour_prompts} held-out prompts a kind with at most {NEW_TOKENS} tokens each, in "
+                    f"at most {meter.expected_seconds(specs):.0f} s"
+                )
                 print("\n".join(["", *wrapped(said)]), flush=True)
                 meter.measure(specs)
                 specs = self._unmeasured()
