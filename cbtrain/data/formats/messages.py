@@ -181,3 +181,20 @@ def kind_of(value: object) -> str:
     """A JSON value's kind, in words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+def unread_of_messages(row: dict[str, Any]) -> set[str]:
+    """What a conversation says in fields that are not read."""
+    turns = [turn for name in ("messages", "conversations") for turn in _list(row.get(name)) if isinstance(turn, dict)]
+    roles = [ROLES.get(str(turn.get("role", turn.get("from"))).strip().casefold()) for turn in turns]
+    told = {
+        f"{name} of assistant turns"
+        for turn, role in zip(turns, roles, strict=True)
+        for name in turn
+        if role == "assistant" and name not in READ and turn[name] not in (None, "", [], {}, False)
+    }
+    return told | ({"tools"} if row.get("tools") else set())
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -16,7 +16,7 @@ from cbtrain.config import InputError, flag
 from cbtrain.data.formats.conversations import Choices
 from cbtrain.data.formats.hub import expanded
 from cbtrain.data.formats.labels import Label, SideFields, label_of
-from cbtrain.data.formats.messages import READ, ROLES, Message, kind_of
+from cbtrain.data.formats.messages import Message, kind_of, unread_of_messages
 from cbtrain.data.formats.pretokenized import Renders, TokenisedRow, is_mask, is_tokenised
 from cbtrain.data.formats.readers import read_rows
 from cbtrain.data.formats.shapes import SHAPES, Shape, conversations, shape_of, unread_fields
@@ -186,7 +186,7 @@ class _Reading:
                     "--harmful only (--refusals-as-benign gives its refusals to the benign side)"
                 )
             if self._belongs(label, value, source, given_to_both, labelled, unread):
-                self._unused.update(_unused(value))
+                self._unused.update(unread_of_messages(value))
                 self._odd.update(each.odd.keys())
                 found.append(Row(tuple(each.messages), source))
         return found
@@ -280,23 +280,6 @@ def _unpacked(value: object) -> list[object]:
         if items and all(isinstance(item, dict) and {"test_case", "generation"} <= item.keys() for item in items):
             return items
     return [value]
-
-
-def _unused(row: dict[str, Any]) -> set[str]:
-    """What a conversation says in fields that are not read."""
-    turns = [turn for name in ("messages", "conversations") for turn in _list(row.get(name)) if isinstance(turn, dict)]
-    roles = [ROLES.get(str(turn.get("role", turn.get("from"))).strip().casefold()) for turn in turns]
-    told = {
-        f"{name} of assistant turns"
-        for turn, role in zip(turns, roles, strict=True)
-        for name in turn
-        if role == "assistant" and name not in READ and turn[name] not in (None, "", [], {}, False)
-    }
-    return told | ({"tools"} if row.get("tools") else set())
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 _ASKS = {"prompt", "goal", "behavior", "Behavior", "question", "instruction", "query"}

@@ -28,6 +28,7 @@ from cbtrain.data.templates.spans import (
     common_prefix,
     encodable,
     lost_part,
+    marked_conversation,
     overlap,
     words,
 )
@@ -271,7 +272,7 @@ class ChatTemplate:
         """Whether the template renders every part of a conversation of this shape, tried with marks for its texts."""
         shape = tuple((m["role"], bool(m["content"].strip()), len(m.get("tool_calls", ()))) for m in messages)
         if shape not in self._shown:
-            marked, marks = _marked(shape)
+            marked, marks = marked_conversation(shape)
             try:
                 text = self.text(marked)
             except TEMPLATE_ERRORS:
@@ -283,22 +284,3 @@ class ChatTemplate:
 
 def _shown_to_template(message: Message) -> Message:
     return {key: value for key, value in message.items() if key not in (CALLS_AS_TEXT, TOOL_RESULT)}
-
-
-def _marked(shape: tuple[tuple[str, bool, int], ...]) -> tuple[list[Message], list[str]]:
-    """A conversation of the given shape whose every part is a word of its own, and these words."""
-    messages: list[Message] = []
-    marks: list[str] = []
-    for i, (role, speaks, calls) in enumerate(shape):
-        message: Message = {"role": role, "content": f"said{i}x" if speaks else ""}
-        marks += [f"said{i}x"] * speaks
-        for j in range(calls):
-            function = {"name": f"name{i}x{j}x", "arguments": {"key": f"value{i}x{j}x"}}
-            # Nine letters and digits: Mistral's templates accept no other id.
-            call = {"id": f"{i:04}{j:05}", "type": "function", "function": function}
-            message.setdefault("tool_calls", []).append(call)
-            marks += [f"name{i}x{j}x", f"value{i}x{j}x"]
-        if role == "tool":
-            message["tool_call_id"] = f"{i:09}"
-        messages.append(message)
-    return messages, marks

@@ -80,3 +80,22 @@ def common_prefix(a: str, b: str) -> int:
     if b.startswith(a):
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def marked_conversation(shape: tuple[tuple[str, bool, int], ...]) -> tuple[list[Message], list[str]]:
+    """A conversation of the given shape whose every part is a word of its own, and these words."""
+    messages: list[Message] = []
+    marks: list[str] = []
+    for i, (role, speaks, calls) in enumerate(shape):
+        message: Message = {"role": role, "content": f"said{i}x" if speaks else ""}
+        marks += [f"said{i}x"] * speaks
+        for j in range(calls):
+            function = {"name": f"name{i}x{j}x", "arguments": {"key": f"value{i}x{j}x"}}
+            # Nine letters and digits: Mistral's templates accept no other id.
+            call = {"id": f"{i:04}{j:05}", "type": "function", "function": function}
+            message.setdefault("tool_calls", []).append(call)
+            marks += [f"name{i}x{j}x", f"value{i}x{j}x"]
+        if role == "tool":
+            message["tool_call_id"] = f"{i:09}"
+        messages.append(message)
+    return messages, marks
