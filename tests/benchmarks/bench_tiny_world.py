@@ -19,6 +19,10 @@ Whole sweeps of 20, seeds 0 to 4: `choose` at four (beta_kl 1.19 T 2, 1.39 T 3.5
 confirmed on four seeds, P .96 to .99), `insufficient_evidence` at seed 4 (its search met seed 7, at which weights from
 1.5 on lose 0.15, and stayed there; P .94 at 0.1); 103 to 117 s each, other work beside some of them.
 
+Of another machine's base (seed 1, as seed 0 did not learn the world there; 2026-11-27) sweep seeds 0 to 2: `choose` at
+1.94, 1.95 and 1.80, T 4, each confirmed on four seeds, 135 to 156 s with the report; trained again on five fresh seeds
+98 to 100 % of benign prompts are answered rightly there, 60 to 97 % without KL.
+
 Reroute is `eval_loss_reroute`, lost is against the baseline of the same seed, drift `eval_benign_kl` in nats a token,
 right is word for word an answer of the world, gibberish means benign answers. Two x86-64 cores, then a third slower
 than they can be, torch 2.13, 2026-11-26, eight minutes:
