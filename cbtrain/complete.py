@@ -6,9 +6,9 @@ Writes a JSON row a prompt (`prompt`, `completion` with the prefill before it, o
 `of_prompt`), which `--harmful` and `--benign` read. A run that was stopped goes on where it was when started again.
 """
 
-import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +18,11 @@ from annotated_types import Ge, Gt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cbtrain.config import InputError, cli
-from cbtrain.config.validation import check_fields, nearest
+from cbtrain.config import CircuitBreakerConfig, InputError, cli
+from cbtrain.config.schema import is_date
+from cbtrain.config.validation import check_fields
 from cbtrain.data.formats.hub import expanded
+from cbtrain.data.formats.messages import messages_of
 from cbtrain.data.formats.readers import read_rows
 from cbtrain.data.formats.shapes import LABEL_FIELDS, SHAPES, SYSTEM_FIELDS
 from cbtrain.utils.errors import reason
@@ -49,7 +51,7 @@ class CompletionSettings:
     """Prompts that are completed at once."""
     seed: Annotated[int, Ge(0)] | None = None
     """Draw completions at temperature 1, reproducibly; greedy if not given."""
-    template_date: str = "2024-07-26"
+    template_date: str = CircuitBreakerConfig.template_date
     """What chat templates that write today's date write (YYYY-MM-DD)."""
 
 
@@ -75,16 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _settings(argv: Sequence[str]) -> CompletionSettings:
     settings, unknown = cli.read(CompletionSettings(), argv, "python -m cbtrain.complete")
-    if unknown:
-        known = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(CompletionSettings)]
-        word = unknown[0].split("=")[0]
-        raise InputError(f"{word}: no such flag{nearest(word, known)}; --help lists them")
+    cli.refuse_unknown(unknown, CompletionSettings)
     for name in ("model", "prompts"):
         if not getattr(settings, name):
             raise InputError(f"--{name}: name at least one")
     if settings.out == Path():
         raise InputError("--out: name a file to write")
     check_fields(settings, CompletionSettings)
+    if not is_date(settings.template_date):
+        raise InputError(f"--template-date {settings.template_date}: must be a date, YYYY-MM-DD")
     return settings
 
 
@@ -119,10 +120,6 @@ def _of_row(row: object, source: str) -> Iterator[Asked]:
             yield from _of_row(each, source)
         return
     if isinstance(row.get("messages"), list):
-        from collections import Counter
-
-        from cbtrain.data.formats.messages import messages_of
-
         messages = messages_of(row["messages"], source, Counter())
         users = [i for i, message in enumerate(messages) if message["role"] == "user"]
         if not users:

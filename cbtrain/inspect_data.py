@@ -132,8 +132,8 @@ def _alike(data: CircuitBreakerData, tokenizer: "PreTrainedTokenizerBase") -> It
 
 def sample_rows(data: CircuitBreakerData) -> list[tuple[TokenRow, str]]:
     """Three rows worth looking at: the first of each side, and the longest of all but these."""
-    firsts = [(side, (*part.train, *part.held_out)) for side, part in _sides(data)]
-    chosen = [(min(rows, key=lambda row: _place(row.source)), f"first {side} row") for side, rows in firsts]
+    firsts = [(side, part.rows) for side, part in _sides(data)]
+    chosen = [(min(rows, key=lambda row: row.place), f"first {side} row") for side, rows in firsts]
     shown = [row for row, _ in chosen]
     others = [(row, side) for side, rows in firsts for row in rows if row not in shown]
     if others:
@@ -197,7 +197,7 @@ def _unended(data: CircuitBreakerData, tokenizer: "PreTrainedTokenizerBase") -> 
     """Sides most of whose rows do not end on a token that ends a text or a turn."""
     special = set(tokenizer.all_special_ids)
     for side, part in _sides(data):
-        rows = [*part.train, *part.held_out]
+        rows = part.rows
         ended = sum(_last_scored(row) in special for row in rows)
         if tokenizer.eos_token_id is not None and data.mask_policy != "tool_calls_only" and ended < len(rows) / 2:
             yield f"{side}: {len(rows) - ended:,} of {len(rows):,} rows end on no special token; no end is scored there"
@@ -209,11 +209,6 @@ def _last_scored(row: TokenRow) -> int:
 
 def _sides(data: CircuitBreakerData) -> Iterable[tuple[Side, SideData]]:
     return ("harmful", data.harmful), ("benign", data.benign)
-
-
-def _place(source: str) -> tuple[str, int]:
-    file, _, line = source.rpartition(":")
-    return file, int(line)
 
 
 def _shortened(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -51,11 +51,7 @@ def parse(
     default = settings_type(preset=preset, config=recorded or get_config(preset))
     settings, unknown = read(default, argv, prog)
     settings.preset = canonical(settings.preset)
-    if unknown:
-        fields = [*dataclasses.fields(settings_type), *dataclasses.fields(settings.config)]
-        known = [flag(field.name) for field in fields if field.name != "config"]
-        word = unknown[0].split("=")[0]
-        raise InputError(f"{word}: no such flag{nearest(word, known)}; --help lists them")
+    refuse_unknown(unknown, settings_type, settings.config)
     for field in dataclasses.fields(settings.config):
         if getattr(settings.config, field.name) == () and flag(field.name) in argv:
             raise InputError(f"{flag(field.name)}: name at least one")
@@ -84,6 +80,14 @@ def read(default: Settings, argv: Sequence[str], prog: str) -> tuple[Settings, l
         if stop.code == 0:
             raise
         raise InputError(_unboxed(captured.getvalue())) from None
+
+
+def refuse_unknown(unknown: Sequence[str], *flagged: Any) -> None:
+    """Raise `InputError` for the first word that is no flag of these dataclasses, with the nearest one."""
+    if unknown:
+        names = [field.name for each in flagged for field in dataclasses.fields(each) if field.name != "config"]
+        word = unknown[0].split("=")[0]
+        raise InputError(f"{word}: no such flag{nearest(word, list(map(flag, names)))}; --help lists them")
 
 
 _stopped: list[int] = []

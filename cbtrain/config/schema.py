@@ -150,7 +150,7 @@ class CircuitBreakerConfig:
                 raise InputError(f"{flag(name)} {getattr(self, name)}: {mend}")
 
         check_fields(self, CircuitBreakerConfig)  # not by its own class: a preset declares its defaults without bounds
-        require(_is_date(self.template_date), "template_date", "must be a date, YYYY-MM-DD")
+        require(is_date(self.template_date), "template_date", "must be a date, YYYY-MM-DD")
         require(self.warmup_steps <= self.steps, "warmup_steps", f"is more than --steps {self.steps}")
         require(len(self.target_layers) > 0, "target_layers", "name at least one layer")
         require(len(set(self.target_layers)) == len(self.target_layers), "target_layers", "a layer is named twice")
@@ -174,7 +174,8 @@ class CircuitBreakerConfig:
             )
 
 
-def _is_date(text: str) -> bool:
+def is_date(text: str) -> bool:
+    """Whether a text is a date, YYYY-MM-DD."""
     try:
         return datetime.date.fromisoformat(text).isoformat() == text
     except ValueError:

@@ -65,14 +65,14 @@ def overlapping_rows(data: CircuitBreakerData) -> int:
 
 def shared_prompts(data: CircuitBreakerData) -> int:
     """Prompts that both sides have, as runs of one task with and without an attack do."""
-    harmful, benign = ({row.prompt for row in _all(side)} for side in (data.harmful, data.benign))
+    harmful, benign = ({row.prompt for row in side.rows} for side in (data.harmful, data.benign))
     return len(harmful & benign)
 
 
 def shared_rows(data: CircuitBreakerData) -> list[tuple[TokenRow, TokenRow]]:
     """Harmful rows whose very tokens are a benign row too, each with that one."""
-    benign = {row.input_ids: row for row in _all(data.benign)}
-    return [(row, benign[row.input_ids]) for row in _all(data.harmful) if row.input_ids in benign]
+    benign = {row.input_ids: row for row in data.benign.rows}
+    return [(row, benign[row.input_ids]) for row in data.harmful.rows if row.input_ids in benign]
 
 
 def rows_of(count: int) -> str:
@@ -98,7 +98,7 @@ def _between_sides(data: CircuitBreakerData) -> Iterator[str]:
 
 def _of_side(side: Side, data: SideData, chosen: bool) -> Iterator[str]:
     """Of one side; `chosen` is whether every token is meant to be scored."""
-    rows = _all(data)
+    rows = data.rows
     if rows and not chosen and all(all(row.scored) for row in rows):
         yield f"{side}: every token of every row is scored, prompts included; is the mask meant to?"
     if rows and (typical := median(row.scored_tokens for row in rows)) < FEW_SCORED:
@@ -134,7 +134,3 @@ def _cuts(data: SideData, kept: int) -> Iterator[str]:
         yield f"{counts.cut_short:,} of {kept:,} rows lost scored tokens; {mend}"
     elif counts.prompts_mostly_cut <= few_prompts and counts.truncated > MANY_TRUNCATED * kept:
         yield f"{counts.truncated:,} of {kept:,} rows are truncated, where nothing is scored; {mend}"
-
-
-def _all(side: SideData) -> list[TokenRow]:
-    return [*side.train, *side.held_out]

@@ -68,6 +68,11 @@ class SideData:
     remarks: tuple[str, ...] = ()
     """What a user should know of this side's files."""
 
+    @property
+    def rows(self) -> list[TokenRow]:
+        """Training and held-out rows."""
+        return [*self.train, *self.held_out]
+
 
 @dataclass(frozen=True)
 class CircuitBreakerData:

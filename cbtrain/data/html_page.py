@@ -51,7 +51,7 @@ def html_page(data: CircuitBreakerData, tokenizer: "PreTrainedTokenizerBase") ->
     sides = []
     for side in ("harmful", "benign"):
         part = getattr(data, side)
-        rows = sorted((*part.train, *part.held_out), key=lambda row: _place(row.source))
+        rows = sorted(part.rows, key=lambda row: row.place)
         sides.append((side, len(rows), [(row.source, _stretches(row, tokenizer)) for row in rows[:ROWS]]))
     return _PAGE.render(policy=data.mask_policy, sides=sides)
 
@@ -60,8 +60,3 @@ def _stretches(row: TokenRow, tokenizer: "PreTrainedTokenizerBase") -> list[tupl
     """The row's text in stretches that are scored or not."""
     groups = groupby(range(len(row.input_ids)), key=row.scored.__getitem__)
     return [(scored, tokenizer.decode([row.input_ids[i] for i in places])) for scored, places in groups]
-
-
-def _place(source: str) -> tuple[str, int]:
-    file, _, line = source.rpartition(":")
-    return file, int(line)

@@ -143,14 +143,14 @@ class _Tokenised:
         template = ChatTemplate(self._tokenizer, date.fromisoformat(self._config.template_date))
         if self._config.thoughts == "drop":
             dropped = [(index, row, replace(row, messages=without_thoughts(row.messages))) for index, row in rows]
-            self.rewritten[DROPPED] += sum(now != was for _, was, now in dropped)
+            if changed := sum(now != was for _, was, now in dropped):
+                self.rewritten[DROPPED] = changed
             rows = [(index, now) for index, _, now in dropped]
         policies = {index: policy_of(row.messages, self._config.mask_policy) for index, row in rows}
         for index, row in rows:
             self._count_calls(row, policies[index])
         rendered = [(index, row, template.render(row, policies[index])) for index, row in rows]
         kept = [(index, row, rendering) for index, row, rendering in rendered if rendering is not None]
-        self.rewritten = +self.rewritten
         self.rewritten.update(change for *_, rendering in kept for change in rendering.rewritten)
         tokens = tokenize([rendering for *_, rendering in kept], self._tokenizer)
         return {

@@ -16,7 +16,7 @@ _NOT_A_WORD = re.compile(r"[\W_]+")
 
 def near_duplicates(data: CircuitBreakerData, tokenizer: "PreTrainedTokenizerBase") -> list[tuple[TokenRow, TokenRow]]:
     """Harmful rows of which a benign row is the same but for case, punctuation and white space, each with that one."""
-    harmful, benign = (_normalised(_all(side), tokenizer) for side in (data.harmful, data.benign))
+    harmful, benign = (_normalised(side.rows, tokenizer) for side in (data.harmful, data.benign))
     return [(row, benign[text]) for text, row in harmful.items() if text in benign]
 
 
@@ -34,7 +34,7 @@ def token_overlap(data: CircuitBreakerData) -> float:
 
 def _frequencies(side: SideData) -> Counter[int]:
     counts: Counter[int] = Counter()
-    for row in _all(side):
+    for row in side.rows:
         counts.update(token for token, scored in zip(row.input_ids, row.scored, strict=True) if scored)
     return counts
 
@@ -42,7 +42,3 @@ def _frequencies(side: SideData) -> Counter[int]:
 def _normalised(rows: Sequence[TokenRow], tokenizer: "PreTrainedTokenizerBase") -> dict[str, TokenRow]:
     texts = tokenizer.batch_decode([row.input_ids for row in rows], skip_special_tokens=True)
     return {_NOT_A_WORD.sub(" ", text.casefold()).strip(): row for text, row in zip(texts, rows, strict=True)}
-
-
-def _all(side: SideData) -> list[TokenRow]:
-    return [*side.train, *side.held_out]

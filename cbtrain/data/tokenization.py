@@ -29,6 +29,12 @@ class TokenRow:
     """`file:line`."""
 
     @property
+    def place(self) -> tuple[str, int]:
+        """`source` as file and line, which sort as the rows stand."""
+        file, _, line = self.source.rpartition(":")
+        return file, int(line)
+
+    @property
     def scored_tokens(self) -> int:
         return sum(self.scored)
 

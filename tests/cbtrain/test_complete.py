@@ -95,6 +95,7 @@ def test_flags_are_checked(tmp_path, prompts):
         (["--model", "m", "--prompts", prompts], "--out"),
         (["--modle", "m"], "--modle: no such flag"),
         (["--model", "m", "--prompts", prompts, "--out", "x", "--batch-size", "0"], "--batch-size"),
+        (["--model", "m", "--prompts", prompts, "--out", "x", "--template-date", "today"], "--template-date today"),
     ):
         with pytest.raises(InputError, match=says):
             main(argv)

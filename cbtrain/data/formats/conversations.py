@@ -3,10 +3,10 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from cbtrain.data.formats.labels import Label
-from cbtrain.data.formats.messages import ROLES, Message, is_parts, messages_of, text_of
+from cbtrain.data.formats.messages import Message, is_parts, messages_of, role_of, text_of
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,9 @@ def turns_of(values: object, where: str, name: str = "messages") -> Conversation
     return Conversation(messages_of(values, where, odd, name), odd=odd)
 
 
-def a_user_asks(turns: object) -> bool:
+def a_user_asks(turns: list[Any]) -> bool:
     """Whether a user speaks among messages."""
-    names = (
-        (turn.get("role", turn.get("from")) for turn in turns if isinstance(turn, dict))
-        if isinstance(turns, list)
-        else ()
-    )
-    return any(ROLES.get(str(name).strip().casefold()) == "user" for name in names)
+    return any(role_of(turn) == "user" for turn in turns if isinstance(turn, dict))
 
 
 def dialogue(text: str) -> list[Message]:

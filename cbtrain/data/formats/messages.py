@@ -52,6 +52,15 @@ def text_of(value: object, where: str) -> str:
     return _content(value, where, Counter())[0]
 
 
+def role_of(message: Message) -> str | None:
+    """What a message's role is called here; None where it has none that is known."""
+    return ROLES.get(_named_role(message))
+
+
+def _named_role(message: Message) -> str:
+    return str(message.get("role", message.get("from"))).strip().casefold()
+
+
 def is_parts(value: object) -> bool:
     """Whether a field holds the parts of a message, which may be more than text."""
     return isinstance(value, list) and any(isinstance(part, dict) for part in value)
@@ -59,8 +68,7 @@ def is_parts(value: object) -> bool:
 
 def _message(value: object, where: str, odd: Counter[str]) -> list[Message]:
     """One message, after the tool results that it carries as parts."""
-    named = value.get("role", value.get("from")) if isinstance(value, dict) else None
-    role = ROLES.get(named.strip().casefold()) if isinstance(named, str) else None
+    role = role_of(value) if isinstance(value, dict) else None
     if not isinstance(value, dict) or role is None:
         known = "system, user, assistant, tool, or another name of these"
         raise InputError(f"{where}: must be an object whose role is one of {known}")
@@ -69,7 +77,7 @@ def _message(value: object, where: str, odd: Counter[str]) -> list[Message]:
     if not calling and not {"content", "value", "refusal"} & value.keys() and role != "tool":
         others = ", ".join(sorted(value.keys() - {"role", "from"})) or "none"
         raise InputError(f"{where}: has no content (fields: {others[:60]})")
-    if str(named).strip().casefold() in ("function_call", "function-call"):
+    if _named_role(value) in ("function_call", "function-call"):
         return [{"role": role, "content": "", "tool_calls": _tool_calls(_parsed(written), f"{where}: value")}]
     content, calls, results = _content(written, f"{where}: content", odd)
     message: Message = {"role": role, "content": content}
@@ -105,8 +113,8 @@ def _content(value: object, where: str, odd: Counter[str]) -> tuple[str, list[Me
             results.append({"role": "tool", "content": told, **identity})
         elif (text := _text(part)) is not None:
             texts.append(text)
-        elif any(medium in kind or any(medium in key for key in part) for medium in MEDIA):
-            odd[next(medium for medium in MEDIA if medium in kind or any(medium in key for key in part))] += 1
+        elif medium := next((m for m in MEDIA if m in kind or any(m in key for key in part)), None):
+            odd[medium] += 1
         elif kind in ("thinking", "redacted_thinking", "reasoning"):
             odd["thinking"] += 1
         else:
@@ -186,12 +194,11 @@ def kind_of(value: object) -> str:
 def unread_of_messages(row: dict[str, Any]) -> set[str]:
     """What a conversation says in fields that are not read."""
     turns = [turn for name in ("messages", "conversations") for turn in _list(row.get(name)) if isinstance(turn, dict)]
-    roles = [ROLES.get(str(turn.get("role", turn.get("from"))).strip().casefold()) for turn in turns]
     told = {
         f"{name} of assistant turns"
-        for turn, role in zip(turns, roles, strict=True)
+        for turn in turns
         for name in turn
-        if role == "assistant" and name not in READ and turn[name] not in (None, "", [], {}, False)
+        if role_of(turn) == "assistant" and name not in READ and turn[name] not in (None, "", [], {}, False)
     }
     return told | ({"tools"} if row.get("tools") else set())
 
