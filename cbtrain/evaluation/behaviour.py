@@ -14,6 +14,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.config.saved import require_adapter
 from cbtrain.data.dataset import CircuitBreakerData
+from cbtrain.data.tokenization import TokenRow
 from cbtrain.evaluation.completions import SAMPLES, VIEWS, Completer, Completion, Known, View
 from cbtrain.evaluation.generation import complete
 from cbtrain.evaluation.held_out import evaluate, held_out, row_nll
-from cbtrain.evaluation.judge.judge import load_classifier
+from cbtrain.evaluation.judge.judge import JudgeFunction, load_classifier
 from cbtrain.evaluation.prompts import Prompt, beyond_prefill, from_rows, from_xstest
 from cbtrain.model.checks import prepare
 from cbtrain.model.loading import forget_base, load_base, load_tokenizer, weightless_model
@@ -86,11 +88,8 @@ def measure(
     """
     # Longer than fifty lines for its signature and docstring.
     classifier = load_classifier(judge)
-    data, pad = prepare(config)
-    tokenizer = load_tokenizer(config)
-    kinds, in_training = _prompts(config, data, tokenizer, prompts, prefill_tokens, xstest)
-    with adapter(config, adapter_dir) as model:
-        decoder = Decoder(model, config.hidden_states)
+    with _asked(config, adapter_dir, prompts, prefill_tokens, xstest) as asked:
+        decoder, data, pad = asked.decoder, asked.data, asked.pad_token_id
         record: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "model": shown(config.model),
@@ -99,29 +98,49 @@ def measure(
                 "max_new_tokens": max_new_tokens,
                 "prefill_tokens": prefill_tokens,
                 "judge": judge or OWN_JUDGE,
-                "xstest_prompts_left_out_in_training": in_training,
+                "xstest_prompts_left_out_in_training": asked.in_training,
             },
             "held_out": evaluate(decoder, held_out(data, config, pad), config),
             "prefill": _prefill(decoder, data, config, pad, prefill_tokens),
         }
-        everything = [prompt for asked in kinds.values() for prompt in asked]
-        completer = Completer(
-            decoder=decoder,
-            config=config,
-            tokenizer=tokenizer,
-            pad_token_id=pad,
-            max_new_tokens=max_new_tokens,
-            classifier=classifier,
-            teacher_said={} if teacher_said is None else teacher_said,
-            progress=_counted(progress, len(everything) * (2 if classifier else 2 + SAMPLES)),
-        )
-        completed = completer.completions(everything, [*data.harmful.held_out, *data.benign.held_out])
-    rates, lines = _by_kind(kinds, completed, tokenizer)
+        everything = asked.prompts
+        counted = _counted(progress, len(everything) * (2 if classifier else 2 + SAMPLES))
+        completer = asked.completer(max_new_tokens, classifier, {} if teacher_said is None else teacher_said, counted)
+        completed = completer.completions(everything, asked.held_out)
+    rates, lines = _by_kind(asked.kinds, completed, asked.tokenizer)
     record |= rates
     if output_dir is not None:
         write_whole(output_dir / "completions.jsonl", "".join(json.dumps(finite_or_none(x)) + "\n" for x in lines))
         write_whole(output_dir / "behaviour.json", json.dumps(finite_or_none(record), indent=1) + "\n")
     return finite_or_none(record)
+
+
+def teacher_answers(
+    config: CircuitBreakerConfig,
+    adapter_dir: Path,
+    *,
+    prompts: int,
+    max_new_tokens: int,
+    judge: str = "",
+    known: Collection[tuple[int, ...]] = (),
+    part: tuple[int, int] = (0, 1),
+) -> dict[tuple[int, ...], Known]:
+    """The teacher's answers, for `measure`'s `teacher_said`: processes that each ask for a part share the work.
+
+    Args:
+        known: prompts that are not asked again.
+        part: (i, n): every n-th of the others, from the i-th on.
+
+    Raises:
+        InputError: as `measure`.
+    """
+    classifier = load_classifier(judge)
+    said: dict[tuple[int, ...], Known] = {}
+    with _asked(config, adapter_dir, prompts, PREFILL_TOKENS, ()) as asked:
+        unknown = [prompt for prompt in asked.prompts if prompt.tokens not in known]
+        completer = asked.completer(max_new_tokens, classifier, said, lambda _more: None)
+        completer.ask_teacher(unknown[part[0] :: part[1]], asked.held_out)
+    return said
 
 
 def expected_seconds(
@@ -131,12 +150,14 @@ def expected_seconds(
     max_new_tokens: int,
     *,
     teacher_known: Collection[tuple[int, ...]] = (),
+    processes: int = 1,
 ) -> float:
     """At most so many seconds to `measure` trained models, told by some tokens of the one before training.
 
     Args:
         models: how many.
         teacher_known: prompts that the teacher has answered.
+        processes: that share the models, and the teacher's prompts.
 
     Raises:
         InputError: as `measure`.
@@ -152,7 +173,62 @@ def expected_seconds(
     complete(base, first, max_new_tokens=new, batch_size=config.eval_batch_size, pad_token_id=pad)
     batch_s = (time.perf_counter() - started) / new * max_new_tokens
     unknown = sum(tokens not in teacher_known for tokens in asked)
-    return batch_s * (models * len(asked) + (1 + SAMPLES) * unknown) / len(first)
+    teacher = (1 + SAMPLES) * unknown / processes
+    return batch_s * (math.ceil(models / processes) * len(asked) + teacher) / len(first)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A student, and the prompts that it and its teacher are asked."""
+
+    config: CircuitBreakerConfig
+    decoder: Decoder
+    tokenizer: PreTrainedTokenizerBase
+    data: CircuitBreakerData
+    pad_token_id: int
+    kinds: dict[str, list[Prompt]]
+    in_training: int
+    """XSTest's prompts that were left out as the model was trained on them."""
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Of all kinds, in their order."""
+        return [prompt for asked in self.kinds.values() for prompt in asked]
+
+    @property
+    def held_out(self) -> list[TokenRow]:
+        """Of both sides."""
+        return [*self.data.harmful.held_out, *self.data.benign.held_out]
+
+    def completer(
+        self,
+        max_new_tokens: int,
+        classifier: JudgeFunction | None,
+        teacher_said: dict[tuple[int, ...], Known],
+        progress: Callable[[int], None],
+    ) -> Completer:
+        """What asks them."""
+        return Completer(
+            decoder=self.decoder,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            pad_token_id=self.pad_token_id,
+            max_new_tokens=max_new_tokens,
+            classifier=classifier,
+            teacher_said=teacher_said,
+            progress=progress,
+        )
+
+
+@contextlib.contextmanager
+def _asked(
+    config: CircuitBreakerConfig, adapter_dir: Path, limit: int, prefill_tokens: int, xstest: Sequence[str]
+) -> Iterator[_Asked]:
+    data, pad = prepare(config)
+    tokenizer = load_tokenizer(config)
+    kinds, in_training = _prompts(config, data, tokenizer, limit, prefill_tokens, xstest)
+    with adapter(config, adapter_dir) as model:
+        yield _Asked(config, Decoder(model, config.hidden_states), tokenizer, data, pad, kinds, in_training)
 
 
 def _counted(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:

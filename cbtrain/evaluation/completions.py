@@ -85,15 +85,22 @@ class Completer:
         Args:
             data: rows whose words are words, and whose scored special tokens may be said.
         """
-        model, words = self.decoder.model, self._words(data)
-        said_in_data = {
-            token for row in data for token, scored in zip(row.input_ids, row.scored, strict=True) if scored
-        }
-        special = set(self.tokenizer.all_special_ids) - said_in_data  # a tool call may begin with one
-        model.eval()
+        self.ask_teacher(prompts, data)
+        known = [self.teacher_said[prompt.tokens] for prompt in prompts]
+        own = [(each.greedy.generated, *each.sampled) for each in known]
+        student = self._judged(prompts, self._generated(prompts, self._special(data)), own, self._words(data))
+        return {"teacher": [each.greedy for each in known], "student": student}
+
+    def ask_teacher(self, prompts: Sequence[Prompt], data: Sequence[TokenRow]) -> None:
+        """Have the teacher's answers to all prompts in `teacher_said`.
+
+        Args:
+            data: as for `completions`.
+        """
         unknown = [prompt for prompt in prompts if prompt.tokens not in self.teacher_said]
         self.progress((1 + self._samples) * (len(prompts) - len(unknown)))
-        with model.disable_adapter():
+        special, words = self._special(data), self._words(data)
+        with self.decoder.model.disable_adapter():
             greedy = self._generated(unknown, special)
             drawn = self._generated([prompt for prompt in unknown for _ in range(self._samples)], special, _SEED)
         sampled = [tuple(drawn[i * self._samples : (i + 1) * self._samples]) for i in range(len(unknown))]
@@ -101,10 +108,13 @@ class Completer:
             unknown, sampled, self._judged(unknown, greedy, sampled, words), strict=True
         ):
             self.teacher_said[prompt.tokens] = Known(completion, said)
-        known = [self.teacher_said[prompt.tokens] for prompt in prompts]
-        own = [(each.greedy.generated, *each.sampled) for each in known]
-        student = self._judged(prompts, self._generated(prompts, special), own, words)
-        return {"teacher": [each.greedy for each in known], "student": student}
+
+    def _special(self, data: Sequence[TokenRow]) -> set[int]:
+        """Special tokens that no scored text says; a tool call may begin with one."""
+        said_in_data = {
+            token for row in data for token, scored in zip(row.input_ids, row.scored, strict=True) if scored
+        }
+        return set(self.tokenizer.all_special_ids) - said_in_data
 
     @property
     def _samples(self) -> int:
@@ -112,6 +122,7 @@ class Completer:
         return SAMPLES if self.classifier is None else 0
 
     def _generated(self, asked: Sequence[Prompt], special: Set[int], seed: int | None = None) -> list[Generated]:
+        self.decoder.model.eval()
         texts = complete(
             self.decoder.model.get_base_model(),
             [prompt.tokens for prompt in asked],

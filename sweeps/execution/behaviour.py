@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 from analysis.behaviour.measured import Behaviour
 from analysis.decision import Decision
 from analysis.formatting import percent
+from cbtrain.config import CircuitBreakerConfig
 from cbtrain.utils.environment import quiet_libraries
 from sweeps.execution.trial import TrialContext, output_to, root_cause
 from sweeps.plan.journal import TrialSpec, trial_config
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 64
 """Of each answer that is measured, at most."""
+_START_S = 20.0
+"""Measuring does not wait longer for another process once one has started."""
 LOG = "behaviour"
 """Of `logs/`, without its suffix: what the measuring process prints."""
 
@@ -58,17 +61,25 @@ def file_of(run_dir: Path, spec: TrialSpec) -> Path:
 
 
 class Meter:
-    """Measures trials' behaviour in one process, which has what one of their workers had and keeps what it loads.
+    """Measures trials' behaviour in processes that each have what one worker of a trial had, and share the work.
 
     Args:
         prompts: held-out prompts of each kind, at most.
         judge: `module:function` of a user's classifier; empty for the judge of this package.
+        processes: as many as there were trials at a time, at most.
     """
 
-    def __init__(self, context: TrialContext, prompts: int, judge: str = "") -> None:
+    def __init__(self, context: TrialContext, prompts: int, judge: str = "", processes: int = 1) -> None:
         workers = context.workers
         actor = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=0)(_Measuring)
-        self._process = actor.remote(context, prompts, judge)
+        wanted = [actor.remote(context, prompts, judge) for _ in range(processes)]
+        starting = [process.started.remote() for process in wanted]
+        ray.wait(starting)
+        started, _ = ray.wait(starting, num_returns=processes, timeout=_START_S)
+        self._processes = [process for process, start in zip(wanted, starting, strict=True) if start in started]
+        for process in set(wanted) - set(self._processes):  # a node may be gone since the trials ran
+            ray.kill(process)
+        self._teacher_said: dict[tuple[int, ...], Known] = {}
 
     def expected_seconds(self, specs: Sequence[TrialSpec]) -> float:
         """At most so many seconds to measure trials, told by some tokens of the model before training.
@@ -76,7 +87,9 @@ class Meter:
         Raises:
             BehaviourError: why it cannot be told, and nothing can be measured.
         """
-        return float(self._asked(self._process.expected_seconds.remote(specs)))
+        at_work, known = self._at_work(specs), set(self._teacher_said)
+        told = [process.expected_seconds.remote(specs, known, len(at_work)) for process in at_work]
+        return max(self._asked(told))
 
     def measure(self, specs: Sequence[TrialSpec]) -> None:
         """Write each trial's `behaviour.json` and `completions.jsonl`.
@@ -84,15 +97,26 @@ class Meter:
         Raises:
             BehaviourError: why that fails.
         """
-        self._asked(self._process.measure.remote(specs))
+        at_work, known = self._at_work(specs), set(self._teacher_said)
+        of_all = len(at_work)
+        for said in self._asked(
+            [process.ask_teacher.remote(specs[0], known, (i, of_all)) for i, process in enumerate(at_work)]
+        ):
+            self._teacher_said |= said
+        said = ray.put(self._teacher_said)
+        self._asked([process.measure.remote(specs[i::of_all], said) for i, process in enumerate(at_work)])
 
     def end(self) -> None:
-        """End the process."""
-        ray.kill(self._process)
+        """End the processes."""
+        for process in self._processes:
+            ray.kill(process)
 
-    def _asked(self, answer: Any) -> Any:
+    def _at_work(self, specs: Sequence[TrialSpec]) -> list[Any]:
+        return self._processes[: len(specs)]
+
+    def _asked(self, answers: list[Any]) -> list[Any]:
         try:
-            return ray.get(answer)
+            return ray.get(answers)
         except RayError as error:
             raise BehaviourError(f"{root_cause(error)} (logs/{LOG}.log)") from error
 
@@ -134,30 +158,57 @@ class _Measuring:
 
     def __init__(self, context: TrialContext, prompts: int, judge: str) -> None:
         self._context, self._prompts, self._judge = context, prompts, judge
-        self._teacher_said: dict[tuple[int, ...], Known] = {}
 
-    def expected_seconds(self, specs: Sequence[TrialSpec]) -> float:
+    def started(self) -> None:
+        """Returns once the process is there."""
+
+    def expected_seconds(self, specs: Sequence[TrialSpec], known: set[tuple[int, ...]], processes: int) -> float:
         with self._logged():
             from cbtrain.evaluation.behaviour import expected_seconds
 
-            config = trial_config(self._context.config, specs[0])
-            return expected_seconds(config, len(specs), self._prompts, NEW_TOKENS, teacher_known=self._teacher_said)
+            return expected_seconds(
+                trial_config(self._context.config, specs[0]),
+                len(specs),
+                self._prompts,
+                NEW_TOKENS,
+                teacher_known=known,
+                processes=processes,
+            )
 
-    def measure(self, specs: Sequence[TrialSpec]) -> None:
+    def ask_teacher(
+        self, spec: TrialSpec, known: set[tuple[int, ...]], part: tuple[int, int]
+    ) -> dict[tuple[int, ...], "Known"]:
+        with self._logged():
+            from cbtrain.evaluation.behaviour import teacher_answers
+
+            return teacher_answers(
+                *self._trained(spec),
+                prompts=self._prompts,
+                max_new_tokens=NEW_TOKENS,
+                judge=self._judge,
+                known=known,
+                part=part,
+            )
+
+    def measure(self, specs: Sequence[TrialSpec], teacher_said: dict[tuple[int, ...], "Known"]) -> None:
         with self._logged():
             from cbtrain.evaluation.behaviour import measure
 
             for spec in specs:
-                directory = file_of(self._context.run_dir, spec).parent
+                config, adapter = self._trained(spec)
                 measure(
-                    trial_config(self._context.config, spec),
-                    directory / "adapter",
+                    config,
+                    adapter,
                     prompts=self._prompts,
                     max_new_tokens=NEW_TOKENS,
                     judge=self._judge,
-                    output_dir=directory,
-                    teacher_said=self._teacher_said,
+                    output_dir=adapter.parent,
+                    teacher_said=teacher_said,
                 )
+
+    def _trained(self, spec: TrialSpec) -> tuple[CircuitBreakerConfig, Path]:
+        """A trial's configuration and adapter."""
+        return trial_config(self._context.config, spec), file_of(self._context.run_dir, spec).parent / "adapter"
 
     @contextlib.contextmanager
     def _logged(self) -> Iterator[None]:

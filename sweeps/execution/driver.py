@@ -175,7 +175,7 @@ class SweepDriver:
         specs = self._unmeasured()
         if not specs:
             return
-        meter = Meter(context, self.behaviour_prompts, self.judge)
+        meter = Meter(context, self.behaviour_prompts, self.judge, min(self.concurrency, len(specs)))
         try:
             while specs:
                 named = ", ".join(spec.trial_id for spec in specs)

@@ -1,6 +1,7 @@
 """Which trials a sweep measures in the end, and what it says of them; the measuring itself is the command's test."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from analysis.decide import decide
 from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.evaluation.judge.judge import load_classifier
 from cbtrain.training.loop import train
-from sweeps.execution.behaviour import BehaviourError, Meter, _Measuring, behaviour_sentences, subjects
+from sweeps.execution.behaviour import BehaviourError, Meter, _Measuring, behaviour_sentences, file_of, subjects
 from sweeps.execution.placement import Workers
 from sweeps.execution.trial import TrialContext
 from sweeps.plan.journal import TrialSpec, trial_config
@@ -83,18 +84,18 @@ def test_what_is_wrong_is_in_the_log_of_the_measuring_process(
     small_config: CircuitBreakerConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(InputError, match="--adapter"):
-        _Measuring(TrialContext(small_config, tmp_path, Workers()), 1, "").measure([BASELINE])
+        _Measuring(TrialContext(small_config, tmp_path, Workers()), 1, "").measure([BASELINE], {})
     assert "InputError: --adapter" in capsys.readouterr().err
 
 
 @pytest.fixture
-def one_cpu() -> Iterator[None]:
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+def two_cpus() -> Iterator[None]:
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
     yield
     ray.shutdown()
 
 
-@pytest.mark.usefixtures("one_cpu")
+@pytest.mark.usefixtures("two_cpus")
 def test_a_process_that_cannot_measure_is_a_line_that_names_the_log(
     small_config: CircuitBreakerConfig, tmp_path: Path
 ) -> None:
@@ -105,7 +106,7 @@ def test_a_process_that_cannot_measure_is_a_line_that_names_the_log(
     meter.end()
 
 
-def test_one_process_tells_its_cost_and_measures_a_partitioned_model_by_a_users_classifier(
+def test_processes_that_share_partitioned_models_say_what_one_says_by_a_users_classifier(
     small_config: CircuitBreakerConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -115,14 +116,19 @@ def test_one_process_tells_its_cost_and_measures_a_partitioned_model_by_a_users_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
     load_classifier("one_verdict:judge")  # as the command does; Ray's processes look where this one does
-    request.getfixturevalue("one_cpu")
+    request.getfixturevalue("two_cpus")
     config = replace(small_config, zero_stage=3)
     for spec in (BASELINE, CHOSEN):
         train(replace(trial_config(small_config, spec), steps=3), tmp_path / "trials" / spec.trial_id, lambda _m: None)
-    meter = Meter(TrialContext(config, tmp_path, Workers(count=2)), prompts=3, judge="one_verdict:judge")
-    assert 0 < meter.expected_seconds([BASELINE, CHOSEN]) < 60
+    context = TrialContext(config, tmp_path, Workers(count=2))
+    monkeypatch.setattr("sweeps.execution.behaviour._START_S", 2.0)
+    meter = Meter(context, prompts=3, judge="one_verdict:judge", processes=3)  # one more than there is room for
+    assert 0 < meter.expected_seconds([BASELINE, CHOSEN]) < math.inf
     meter.measure([BASELINE, CHOSEN])
     meter.end()
+    by_two = [file_of(tmp_path, spec).read_text() for spec in (BASELINE, CHOSEN)]
+    _Measuring(context, 3, "one_verdict:judge").measure([BASELINE, CHOSEN], {})
+    assert [file_of(tmp_path, spec).read_text() for spec in (BASELINE, CHOSEN)] == by_two
     before, *models = load_behaviour(tmp_path, pd.DataFrame([BASELINE, CHOSEN]))
     assert len(models) == 2
     assert {each.harmful.refused for each in (before, *models)} == {1.0}
