@@ -118,10 +118,11 @@ def _by_model(
     of_suspects = {each.trial_id for each in found}
     judge = replace(judge, measured=[each for each in judge.measured if each.trial_id not in of_suspects])
     settings = _assess(candidates, model, baseline, decision, judge)
+    n_stopped = int((trials["status"] == "stopped").sum())
     decision = replace(
         decision,
         settings=settings,
-        sensitivity=alternatives(model, settings, decision.reroute_tolerance, decision.confidence),
+        sensitivity=alternatives(model, settings, decision.reroute_tolerance, decision.confidence, n_stopped),
         reason=why_insufficient(settings, needed, tolerance, decision.confidence),
     )
     if untrusted := _not_to_be_trusted(decision, baselines):

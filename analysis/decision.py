@@ -100,6 +100,8 @@ class Alternative:
     beta_kl: float | None
     kl_temperature: float | None
     drift: float | None
+    n_stopped: int = 0
+    """Trials that were stopped early under a smaller limit than this one, and are not known under it."""
 
 
 @dataclass(frozen=True)

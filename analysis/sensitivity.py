@@ -15,11 +15,18 @@ CONFIDENCES = (0.9, 0.99)
 
 
 def alternatives(
-    model: Surrogate, settings: Sequence[SettingAssessment], reroute_tolerance: float, confidence: float
+    model: Surrogate,
+    settings: Sequence[SettingAssessment],
+    reroute_tolerance: float,
+    confidence: float,
+    n_stopped: int = 0,
 ) -> tuple[Alternative, ...]:
     """The choice at each of `TOLERANCES` by the decision's confidence, then at each of `CONFIDENCES` by its tolerance.
 
     By the model that decides, with another limit. Settings that fail or misbehave stay out.
+
+    Args:
+        n_stopped: trials that were stopped early under `reroute_tolerance`.
     """
     points = coordinates([each.beta_kl for each in settings], [each.kl_temperature for each in settings], model.space)
     lost, barred = model.lost(points), model.not_to_be_chosen()
@@ -34,6 +41,7 @@ def alternatives(
         qualifies = [probably_feasible(chance, sure) for chance in lost.probability_below(tolerance)]
         allowed = np.where(np.array(qualifies) & ~np.array(out), drift, np.inf)
         best = settings[int(allowed.argmin())] if np.isfinite(allowed.min()) else None
-        setting = (None, None, None) if best is None else (best.beta_kl, best.kl_temperature, best.drift)
-        found.append(Alternative(tolerance, sure, *setting))
+        unknown = n_stopped if tolerance > reroute_tolerance else 0
+        beta_kl, heat, drift_there = (best.beta_kl, best.kl_temperature, best.drift) if best else (None, None, None)
+        found.append(Alternative(tolerance, sure, beta_kl, heat, drift_there, unknown))
     return tuple(found)

@@ -73,6 +73,13 @@ def test_other_limits_and_confidences_choose_what_they_would_choose_when_asked(s
     assert drifts == sorted(drifts, reverse=True), "a looser limit allows no more drift"
 
 
+def test_trials_stopped_under_the_limit_leave_a_larger_one_unknown(sweep):
+    assert not any(each.n_stopped for each in decide(sweep).sensitivity)
+    searched = sweep[sweep["beta_kl"] > 0].index
+    stopped = sweep.assign(status=sweep["status"].mask(sweep.index == searched[-1], "stopped"))
+    assert [each.n_stopped for each in decide(stopped).sensitivity] == [0, 0, 1, 0, 0]
+
+
 def test_a_rule_that_fired_and_is_not_followed_has_a_sentence_why(sweep):
     decision: Decision = decide(sweep.assign(loss_kl=np.where(sweep["beta_kl"] > 0, 2.0, 0.0)))
     strong, *_ = decision.rules_of_thumb
