@@ -2,8 +2,8 @@
 
     python -m cbtrain.data --preset llama-3.1-8b-instruct --harmful harmful.jsonl --benign benign.jsonl
 
-Reads the files as training does and needs the tokenizer, not the model's weights. On a terminal scored tokens are
-shown in colour, elsewhere between ⟦ and ⟧.
+Reads the files as training does and needs the tokenizer; the model's weights for `--states` alone. On a terminal scored
+tokens are shown in colour, elsewhere between ⟦ and ⟧.
 """
 
 import sys
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 SHOWN_ENDS = 40
 """Tokens shown at either end of a stretch that is too long to be shown whole."""
 _SCORED_STYLE = "bold green"
+_WARNS = ": to this layer they are one text, and rerouting one will move the other"
 
 
 @dataclass(kw_only=True)
@@ -53,6 +54,8 @@ class InspectionSettings:
     """Print the shapes of rows that are read, with an example of each, and nothing else."""
     html: Path | None = None
     """File to write the first 50 rows of each side to, as a page with the scored tokens marked."""
+    states: bool = False
+    """Load the model and print how alike the sides' hidden states are at the target layers."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
 
 
@@ -75,6 +78,9 @@ def main() -> int:
     console = Console(soft_wrap=True, highlight=False, emoji=False)
     for line in report(config, tokenizer, data):
         console.print(line, markup=False)
+    alike = list(_states(config)) if settings.states else []
+    for line in alike:
+        console.print(f"          {line}", markup=False)
     for row, why in sample_rows(data):
         console.print(f"\n{row.source} · {why}", markup=False)
         console.print(marked(row, tokenizer, coloured=console.is_terminal))
@@ -117,6 +123,17 @@ def report(config: CircuitBreakerConfig, tokenizer: "PreTrainedTokenizerBase", d
     ]
     share = token_overlap(data)
     return [*lines, f"          {share:.0%} of the scored tokens are common to both sides (by their frequencies)"]
+
+
+def _states(config: CircuitBreakerConfig) -> Iterator[str]:
+    """How alike the sides are to the model before training, a line for each target layer."""
+    from cbtrain.training.state_similarity import state_similarity
+
+    for each in state_similarity(config):
+        yield (
+            f"layer {each.layer}: mean hidden states of harmful and benign text have a cosine of {each.sides:.4f}, "
+            f"two halves of benign text {each.within:.4f}{_WARNS if each.too_alike else ''}"
+        )
 
 
 def _alike(data: CircuitBreakerData, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
@@ -168,6 +185,14 @@ def _side_lines(side: SideData, config: CircuitBreakerConfig) -> Iterator[tuple[
     share, each = counts.scored_tokens / max(1, counts.tokens), counts.scored_tokens / max(1, kept)
     yield "tokens", f"{counts.tokens:,} · scored {counts.scored_tokens:,} ({share:.1%}, {each:,.0f} a row)"
     lost = f" to {config.max_length:,} tokens; {counts.cut_short:,} lost scored tokens" if counts.truncated else ""
+    if counts.parts:
+        yield (
+            "by part",
+            "scored: "
+            + " · ".join(
+                f"{part} {scored / (scored + rest):.0%}" for part, (scored, rest) in sorted(counts.parts.items())
+            ),
+        )
     yield "truncated", rows_of(counts.truncated) + lost
     yield from _cut_lines(counts)
     why = f": nothing scored, as {counts.first_dropped}" if counts.dropped_unscored else ""

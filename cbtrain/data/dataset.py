@@ -54,6 +54,8 @@ class SideCounts:
     """Tool calls of the assistant turns."""
     calls_scored: int = 0
     """Of these, those in turns that the mask policy scores."""
+    parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Characters scored and not scored, before truncation, by part of a conversation (`templates/parts.py`)."""
     rewritten: Mapping[str, int] = field(default_factory=dict)
     """Rows that the chat template could not render as they are, by what was changed."""
     shapes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from cbtrain.data.formats.rows import Row, Side, SideRows, load_rows
 from cbtrain.data.loss_mask import is_agent_row, policy_of, scored_turns
 from cbtrain.data.split import held_out_prompts, normalized_prompt, tokenised_prompt
 from cbtrain.data.templates.chat_template import ChatTemplate, Rendering
+from cbtrain.data.templates.parts import scored_parts
 from cbtrain.data.templates.spans import without_thoughts
 from cbtrain.data.templates.turns import Turns, find_turns
 from cbtrain.data.tokenization import TokenRow, tokenize, turns_in_tokens
@@ -98,6 +99,7 @@ class _Tokenised:
         self.truncated = self.agent_rows = self.calls = self.calls_scored = 0
         self.lost: list[Lost] = []
         self.rewritten: Counter[str] = Counter()
+        self.parts: Counter[tuple[str, bool]] = Counter()
         self._config, self._tokenizer = config, tokenizer
         text = [(index, row) for index, row in enumerate(side_rows.rows) if isinstance(row, Row)]
         ready = self._from_text(text) | self._from_tokens(side_rows)
@@ -133,6 +135,7 @@ class _Tokenised:
             calls=self.calls,
             calls_scored=self.calls_scored,
             left_out_because=dict(side_rows.left_out),
+            parts={part: (self.parts[part, True], self.parts[part, False]) for part, _ in self.parts},
             rewritten=dict(self.rewritten),
             shapes={file: dict(shapes) for file, shapes in side_rows.shapes.items()},
         )
@@ -152,6 +155,8 @@ class _Tokenised:
         rendered = [(index, row, template.render(row, policies[index])) for index, row in rows]
         kept = [(index, row, rendering) for index, row, rendering in rendered if rendering is not None]
         self.rewritten.update(change for *_, rendering in kept for change in rendering.rewritten)
+        for *_, rendering in kept:
+            self.parts += scored_parts(rendering)
         tokens = tokenize([rendering for *_, rendering in kept], self._tokenizer)
         return {
             index: _Whole(ids, scored, normalized_prompt(row.prompt), self._turns(rendering, ids, template))

@@ -120,5 +120,6 @@ def _unpacked(content: bytes) -> CircuitBreakerData:
                 ]
             counts = told[name]["counts"]
             counts["unread"] = {file: tuple(names) for file, names in counts["unread"].items()}
+            counts["parts"] = {part: tuple(characters) for part, characters in counts["parts"].items()}
             sides[name] = SideData(**parts, counts=SideCounts(**counts), remarks=tuple(told[name]["remarks"]))
     return CircuitBreakerData(**sides, mask_policy=told["mask_policy"])

@@ -122,7 +122,7 @@ class ChatTemplate:
                 if self._shows_everything(messages):
                     text = self.text(messages)
                     if turns is None:
-                        return Rendering(text, None, form.changes)
+                        return Rendering(text, None, form.changes, messages)
                     spans, left_out = self._verified_spans(messages, turns, text, policy)
                     earlier = (EARLIER,) if policy == "completion_only" and ends_on_nothing(row.messages) else ()
                     return Rendering(text, spans, form.changes + left_out + earlier, messages, turns[0])

@@ -1,6 +1,7 @@
 """`python -m cbtrain.data`: what it prints, and what it warns of."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -79,12 +80,46 @@ def test_the_command_prints_counts_overlaps_and_rows_with_their_scored_tokens_ma
         "overlap   training and held out (must be 0): 0 prompts, 0 rows",
         "          harmful and benign: 8 prompts, 0 rows alike",
         f"{files['runs']}:13 · first harmful row",
+        "  by part     scored: assistant calls 100% · assistant text 100% · tool text 0% · user text 0%",
     ):
         assert line in printed.splitlines(), (line, printed)
     assert '⟦{"name": "open_door", "parameters": {"key": "old"}}<|eot_id|>⟧' in printed
     assert "⟦I sent the money.<|eot_id|>⟧" in printed
     assert "⟦The door is open.<|eot_id|>⟧" in printed
     assert "warning" not in printed
+
+
+def test_shares_by_part_follow_the_mask_policy(command):
+    both = ("--harmful", "{runs}", "--benign", "{runs}")
+    parts = {}
+    for policy in ("completion_only", "tool_calls_only", "full_sequence"):
+        lines = command(*both, "--mask-policy", policy).splitlines()
+        parts[policy] = next(line.split("scored: ")[1] for line in lines if "by part" in line)
+    assert parts == {
+        "completion_only": "assistant calls 0% · assistant text 100% · tool text 0% · user text 0%",
+        "tool_calls_only": "assistant calls 100% · user text 0%",  # what follows the last call is cut
+        "full_sequence": "assistant calls 100% · assistant text 100% · tool text 100% · user text 100%",
+    }
+
+
+def test_how_alike_the_sides_states_are_is_told_and_warned_of_where_they_are_one_text(
+    small_world, tmp_path, monkeypatch, capsys
+):
+    rows = [json.loads(line) for line in (small_world / "benign.jsonl").read_text().splitlines()]
+    random.Random(0).shuffle(rows)
+    halves = [str(write_jsonl(tmp_path / f"{name}.jsonl", rows[i::2])) for i, name in enumerate("ab")]
+    others = [row | {"completion": "no no no no no no"} for row in pairs("other", 16)]
+
+    def layers(harmful: str, benign: str) -> list[str]:
+        flags = ["--model", str(small_world), "--harmful", harmful, "--benign", benign, "--target-layers", "1", "2"]
+        monkeypatch.setattr(sys, "argv", ["", *flags, "--lora-layers", "0", "1", "--states"])
+        assert main() == 0
+        return [line for line in capsys.readouterr().out.splitlines() if "cosine" in line]
+
+    of_sides = layers(str(write_jsonl(tmp_path / "others.jsonl", others)), halves[0])
+    assert [line.split(":")[0].strip() for line in of_sides] == ["layer 1", "layer 2"]
+    assert not any("one text" in line for line in of_sides)
+    assert all("one text" in line for line in layers(*halves))
 
 
 def test_the_module_is_a_command():
