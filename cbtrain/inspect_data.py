@@ -29,7 +29,6 @@ from cbtrain.data.dataset import CircuitBreakerData, SideCounts, SideData
 from cbtrain.data.formats.rows import SIDES, Side
 from cbtrain.data.formats.shapes import table
 from cbtrain.data.html_page import html_page
-from cbtrain.data.loading import load_data
 from cbtrain.data.similarity import near_duplicates, token_overlap
 from cbtrain.data.tokenization import TokenRow
 from cbtrain.model.auto import derived
@@ -70,11 +69,13 @@ def main() -> int:
     from cbtrain.utils.environment import quiet_libraries
 
     quiet_libraries()
+    from cbtrain.data.token_cache import cached_data
+    from cbtrain.model.checks import DATA_FIELDS
     from cbtrain.model.loading import load_tokenizer, resolve
 
     config = resolve(settings.config)
     tokenizer = load_tokenizer(config)
-    data = load_data(config, tokenizer)
+    data = cached_data(config, tokenizer, DATA_FIELDS)
     console = Console(soft_wrap=True, highlight=False, emoji=False)
     for line in report(config, tokenizer, data):
         console.print(line, markup=False)
