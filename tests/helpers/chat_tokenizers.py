@@ -106,6 +106,12 @@ MARKED = (
 )
 """Marks what the assistant generates, the end of its turn included."""
 
+UNOPENED = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+"""Opens no assistant turn when asked to, as the templates of transformers' own tests."""
+
+MARKED_UNOPENED = MARKED.partition("{% if add_generation_prompt %}")[0]
+"""The same with marks."""
+
 TEMPLATES = {
     "chatml": CHATML,
     "llama3": LLAMA3,
@@ -116,6 +122,8 @@ TEMPLATES = {
     "phi": PHI,
     "spaced": SPACED,
     "marked": MARKED,
+    "unopened": UNOPENED,
+    "marked_unopened": MARKED_UNOPENED,
 }
 END_OF_TURN = {"llama3": "<|eot_id|>", "llama31": "<|eot_id|>", "spaced": ""}
 """What a template writes at the end of a turn, where that is not `<|im_end|>`."""

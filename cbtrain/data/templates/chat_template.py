@@ -13,6 +13,7 @@ import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -21,6 +22,7 @@ from cbtrain.config import InputError, MaskPolicy
 from cbtrain.data.formats.messages import Message
 from cbtrain.data.formats.rows import Row
 from cbtrain.data.loss_mask import ends_on_nothing, scored_turns
+from cbtrain.data.templates.clock import asks_for_the_time, stopped_clock
 from cbtrain.data.templates.spans import (
     THOUGHTS,
     Span,
@@ -45,13 +47,6 @@ DATE = datetime.date(2024, 7, 26)
 OPTIONS: dict[str, Any] = {"enable_thinking": False}
 """Given to every template: no thinking, so that an empty thought belongs to the prompt and is not scored."""
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)
-_CLOCK = "strftime_now"
-"""The function by which templates ask for the time."""
-_STOPPED_CLOCK = (
-    "{%- macro strftime_now(format) -%}{%- if format not in stopped_clock -%}"
-    "{{ raise_exception('it asks for the time in a format that it puts together') }}{%- endif -%}"
-    "{{ stopped_clock[format] }}{%- endmacro -%}"
-)
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 EARLIER = "an earlier turn is scored, as the last one is empty"
 CLIPPED = "the template's marks clipped to what the assistant says"
@@ -93,12 +88,10 @@ class ChatTemplate:
                 "chat_template.jinja beside it, or name another with --tokenizer"
             )
         self._template = tokenizer.get_chat_template()
-        if _CLOCK in self._template:
-            # The library takes no function from us; a macro of the template's own stands in for its clock.
-            tokens = jinja2.Environment().lex(self._template)
-            formats = {text[1:-1] for _, kind, text in tokens if kind == "string" and "%" in text}
-            self._options["stopped_clock"] = {text: date.strftime(text) for text in sorted(formats)}
-            self._options["chat_template"] = self._template = _STOPPED_CLOCK + self._template
+        if asks_for_the_time(self._template):
+            stopped, formats = stopped_clock(self._template, date)
+            self._options |= {"stopped_clock": formats, "chat_template": stopped}
+            self._template = stopped
         self._marks_turns = bool(_GENERATION_MARK.search(self._template))
 
     def render(self, row: Row, policy: MaskPolicy) -> Rendering | None:
@@ -146,10 +139,30 @@ class ChatTemplate:
             InputError: the template refuses it; names `source`.
         """
         try:
-            return self.text(messages, add_generation_prompt=True)
+            return self._up_to_answer(messages)
         except TEMPLATE_ERRORS as error:
             reason = first_line(error)
             raise InputError(f"{source}: the tokenizer's chat template refuses the prompt ({reason})") from None
+
+    def _up_to_answer(self, messages: Sequence[Message]) -> str:
+        """What the template writes for `messages` and in front of an answer to them.
+
+        A template that opens no turn when asked to writes what two answers have in common; else a role's header would
+        be taken for the assistant's words.
+        """
+        if self._opens:
+            return self.text(messages, add_generation_prompt=True)
+        answers = [self.text([*messages, {"role": "assistant", "content": said}]) for said in (_SAID, _SAID[::-1])]
+        return answers[0][: common_prefix(*answers)]
+
+    @cached_property
+    def _opens(self) -> bool:
+        """Whether the template heeds `add_generation_prompt`."""
+        asked: list[Message] = [{"role": "user", "content": _SAID}]
+        try:
+            return self.text(asked, add_generation_prompt=True) != self.text(asked)
+        except TEMPLATE_ERRORS:
+            return True
 
     def text(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """What the template writes for `messages`, or one of `TEMPLATE_ERRORS`."""
@@ -230,7 +243,7 @@ class ChatTemplate:
 
     def _span(self, messages: Sequence[Message], turn: int, text: str) -> Span:
         """Where `text`, the rendering of all `messages`, holds what the assistant says in `turn`."""
-        prompt = self.text(messages[:turn], add_generation_prompt=True)
+        prompt = self._up_to_answer(messages[:turn])
         start = common_prefix(prompt, text)
         # A generation prompt may open a thought that the row does not have; the turns before it must agree.
         if start < len(prompt) and not text.startswith(self.text(messages[:turn]).rstrip()):
@@ -265,7 +278,7 @@ class ChatTemplate:
             behind = self.text([*before, turn | {"content": _SAID}]).rpartition(_SAID)[2]
         else:
             whole = self.text(messages)
-            behind = whole[common_prefix(self.text(before, add_generation_prompt=True), whole) :]
+            behind = whole[common_prefix(self._up_to_answer(before), whole) :]
         return behind.removesuffix(ending).strip()
 
     def _shows_everything(self, messages: Sequence[Message]) -> bool:
