@@ -55,7 +55,8 @@ class SideCounts:
     calls_scored: int = 0
     """Of these, those in turns that the mask policy scores."""
     parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Characters scored and not scored, before truncation, by part of a conversation (`templates/parts.py`)."""
+    """Characters scored and not scored by part of a conversation (`templates/parts.py`), before truncation; of at most
+    100 rows."""
     rewritten: Mapping[str, int] = field(default_factory=dict)
     """Rows that the chat template could not render as they are, by what was changed."""
     shapes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 
 DROPPED = "thoughts dropped"
+PARTS_OF = 100
+"""Rows of a side of which it is told how much of each part is scored, evenly spread: each of their turns is rendered
+again."""
 
 
 def load_data(config: CircuitBreakerConfig, tokenizer: "PreTrainedTokenizerBase") -> CircuitBreakerData:
@@ -155,8 +158,8 @@ class _Tokenised:
         rendered = [(index, row, template.render(row, policies[index])) for index, row in rows]
         kept = [(index, row, rendering) for index, row, rendering in rendered if rendering is not None]
         self.rewritten.update(change for *_, rendering in kept for change in rendering.rewritten)
-        for *_, rendering in kept:
-            self.parts += scored_parts(rendering)
+        for i in range(min(len(kept), PARTS_OF)):
+            self.parts += scored_parts(kept[i * len(kept) // min(len(kept), PARTS_OF)][2], template)
         tokens = tokenize([rendering for *_, rendering in kept], self._tokenizer)
         return {
             index: _Whole(ids, scored, normalized_prompt(row.prompt), self._turns(rendering, ids, template))

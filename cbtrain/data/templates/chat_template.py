@@ -13,7 +13,6 @@ import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -25,6 +24,7 @@ from cbtrain.data.loss_mask import ends_on_nothing, scored_turns
 from cbtrain.data.templates.clock import asks_for_the_time, stopped_clock
 from cbtrain.data.templates.spans import (
     THOUGHTS,
+    Shape,
     Span,
     behind_empty_thought,
     common_prefix,
@@ -32,6 +32,7 @@ from cbtrain.data.templates.spans import (
     lost_part,
     marked_conversation,
     overlap,
+    shape_of,
     words,
 )
 from cbtrain.data.templates.template_fallbacks import CALLS_AS_TEXT, FORMS, TOOL_RESULT
@@ -50,6 +51,7 @@ TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 EARLIER = "an earlier turn is scored, as the last one is empty"
 CLIPPED = "the template's marks clipped to what the assistant says"
+_ENDS_IN_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
 _SAID = "said7x"
 """Stands for the text of a turn, to see what a template writes behind it."""
 
@@ -81,7 +83,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", date: datetime.date = DATE) -> None:
         self._options = OPTIONS | {"date_string": date.strftime("%d %b %Y")}
         self._tokenizer = tokenizer
-        self._shown: dict[tuple[object, ...], bool] = {}
+        self._shown: dict[Shape, bool] = {}
+        self._opens: dict[Shape, bool] = {}
         if not tokenizer.chat_template:
             raise InputError(
                 f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template: put a "
@@ -150,19 +153,18 @@ class ChatTemplate:
         A template that opens no turn when asked to writes what two answers have in common; else a role's header would
         be taken for the assistant's words.
         """
-        if self._opens:
-            return self.text(messages, add_generation_prompt=True)
-        answers = [self.text([*messages, {"role": "assistant", "content": said}]) for said in (_SAID, _SAID[::-1])]
-        return answers[0][: common_prefix(*answers)]
-
-    @cached_property
-    def _opens(self) -> bool:
-        """Whether the template heeds `add_generation_prompt`."""
-        asked: list[Message] = [{"role": "user", "content": _SAID}]
+        opened = self.text(messages, add_generation_prompt=True)
+        shape = shape_of(messages)
+        if shape not in self._opens:
+            self._opens[shape] = opened != self.text(messages)
+        if self._opens[shape]:
+            return opened
         try:
-            return self.text(asked, add_generation_prompt=True) != self.text(asked)
+            answers = [self.text([*messages, {"role": "assistant", "content": said}]) for said in (_SAID, _SAID[::-1])]
         except TEMPLATE_ERRORS:
-            return True
+            return opened
+        # Blanks before an answer belong to its first token, and an empty thought to an answer without one.
+        return _ENDS_IN_EMPTY_THOUGHT.sub("", answers[0][: common_prefix(*answers)]).rstrip(" ")
 
     def text(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """What the template writes for `messages`, or one of `TEMPLATE_ERRORS`."""
@@ -283,7 +285,7 @@ class ChatTemplate:
 
     def _shows_everything(self, messages: Sequence[Message]) -> bool:
         """Whether the template renders every part of a conversation of this shape, tried with marks for its texts."""
-        shape = tuple((m["role"], bool(m["content"].strip()), len(m.get("tool_calls", ()))) for m in messages)
+        shape = shape_of(messages)
         if shape not in self._shown:
             marked, marks = marked_conversation(shape)
             try:

@@ -1,69 +1,77 @@
-"""How much of each part of a conversation is scored: of the text, the calls and the thoughts of each role."""
+"""How much of each part of a conversation is scored: of the text, the calls and the thoughts of each role.
+
+A part of a turn is what changes in the rendering when another stands in its place, so that a word is never taken for
+the same word in a role's header, an end mark or another turn.
+"""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from cbtrain.data.formats.messages import Message
-from cbtrain.data.templates.chat_template import Rendering
-from cbtrain.data.templates.spans import Span, encodable
+from cbtrain.data.templates.chat_template import TEMPLATE_ERRORS, ChatTemplate, Rendering
+from cbtrain.data.templates.spans import Span, common_prefix, encodable
 from cbtrain.data.templates.template_fallbacks import CALLS_AS_TEXT
 
 _END_OF_THOUGHT = "</think>"
+_OTHER_TEXT, _OTHER_NAME, _OTHER_VALUE = "result7x", "name7x", "value7x"
+Part = tuple[str, bool]
+"""`assistant calls`, say, and whether it is the scored share."""
 
 
-def scored_parts(rendering: Rendering) -> Counter[tuple[str, bool]]:
-    """Characters of the rendering by part (`assistant text`, `assistant calls`, `tool text`), scored and not.
-
-    A part that the template does not write as the row has it (escaped, rewritten) is not found, and not counted; a call
-    counts from its name to the last of its arguments that is found.
-    """
+def scored_parts(rendering: Rendering, template: ChatTemplate) -> Counter[Part]:
+    """Characters of a rendering, scored and not, by part; one that the template lets nobody tell is not counted."""
     spans = [(0, len(rendering.text))] if rendering.spans is None else rendering.spans
-    counts: Counter[tuple[str, bool]] = Counter()
-    position = 0
-    for message in rendering.messages:
-        for kind, pieces in _pieces(message):
-            start = None
-            for piece in pieces:
-                found = rendering.text.find(piece, position) if piece else -1
-                if found >= 0:
-                    start, position = found if start is None else start, found + len(piece)
-            if start is not None:
-                scored = sum(_common((start, position), span) for span in spans)
-                counts[f"{message['role']} {kind}", True] += scored
-                counts[f"{message['role']} {kind}", False] += position - start - scored
+    counts: Counter[Part] = Counter()
+    for turn, message in enumerate(rendering.messages):
+        for kind, (start, stop) in _parts(rendering.messages, turn, rendering.text, template):
+            scored = sum(max(0, min(stop, end) - max(start, begin)) for begin, end in spans)
+            counts[f"{message['role']} {kind}", True] += scored
+            counts[f"{message['role']} {kind}", False] += stop - start - scored
     return counts
 
 
-def _pieces(message: Message) -> Iterator[tuple[str, list[str]]]:
-    """Parts of a message in the order in which templates write them, each as texts that follow each other."""
-    content = encodable(message["content"])
-    thought, end, said = content.rpartition(_END_OF_THOUGHT)
-    if end and message["role"] == "assistant":
-        yield "thoughts", [thought.strip()]
-        content = said
-    calls = [encodable(call) for call in message.get(CALLS_AS_TEXT, ())]
-    for call in calls:
-        before, _, content = content.partition(call)
-        yield "text", [before.strip()]
-        yield "calls", [call]
-    yield "text", [content.strip()]
-    for call in message.get("tool_calls", ()):
-        function = call["function"]
-        yield "calls", [encodable(function["name"]), *map(encodable, _values(function["arguments"]))]
+def replaced_text(messages: Sequence[Message], turn: int, text: str, template: ChatTemplate) -> Span | None:
+    """Where `text`, the rendering of `messages`, holds the content of a turn; None where that cannot be told."""
+    other = messages[turn] | {"content": _OTHER_TEXT}
+    try:
+        changed = template.text([*messages[:turn], other, *messages[turn + 1 :]])
+    except TEMPLATE_ERRORS:
+        return None
+    before, _, behind = changed.rpartition(_OTHER_TEXT)
+    start, stop = len(before), len(text) - len(behind)
+    # Nothing else may change with it, or what lies between is more than its text.
+    return (start, stop) if start < stop and text.startswith(before) and text.endswith(behind) else None
 
 
-def _values(arguments: Any) -> Iterator[str]:
-    """The texts and numbers among a call's arguments."""
-    if isinstance(arguments, Mapping):
-        for value in arguments.values():
-            yield from _values(value)
-    elif isinstance(arguments, list):
-        for value in arguments:
-            yield from _values(value)
-    elif isinstance(arguments, str | int | float) and not isinstance(arguments, bool):
-        yield str(arguments)
+def _parts(messages: Sequence[Message], turn: int, text: str, template: ChatTemplate) -> Iterator[tuple[str, Span]]:
+    """The parts of a turn and where they stand."""
+    message = messages[turn]
+    if message["content"].strip() and (said := replaced_text(messages, turn, text, template)):
+        start, stop = said
+        thought = text.rfind(_END_OF_THOUGHT, start, stop)
+        if message["role"] == "assistant" and thought >= 0:
+            yield "thoughts", (start, thought)
+            start = thought + len(_END_OF_THOUGHT)
+        for call in map(encodable, message.get(CALLS_AS_TEXT, ())):
+            place = text.find(call, start, stop)
+            if place >= 0:
+                yield "text", (start, place)
+                yield "calls", (place, place + len(call))
+                start = place + len(call)
+        yield "text", (start, stop)
+    if message.get("tool_calls") and (called := _replaced_calls(messages, turn, text, template)):
+        yield "calls", called
 
 
-def _common(a: Span, b: Span) -> int:
-    return max(0, min(a[1], b[1]) - max(a[0], b[0]))
+def _replaced_calls(messages: Sequence[Message], turn: int, text: str, template: ChatTemplate) -> Span | None:
+    """Where `text` holds the calls of a turn, from the first character that tells them from others to the last."""
+    function = {"name": _OTHER_NAME, "arguments": {_OTHER_NAME: _OTHER_VALUE}}
+    others = [call | {"function": function} for call in messages[turn]["tool_calls"]]
+    other = messages[turn] | {"tool_calls": others}
+    try:
+        changed = template.text([*messages[:turn], other, *messages[turn + 1 :]])
+    except TEMPLATE_ERRORS:
+        return None
+    start = common_prefix(changed, text)
+    alike = common_prefix(changed[start:][::-1], text[start:][::-1])
+    return (start, len(text) - alike) if start < len(text) - alike else None

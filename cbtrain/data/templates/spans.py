@@ -8,6 +8,8 @@ from cbtrain.data.formats.messages import Message
 
 Span = tuple[int, int]
 """Start and stop of a range of characters."""
+Shape = tuple[tuple[str, bool, int], ...]
+"""Of each turn its role, whether it speaks and how often it calls."""
 _THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 THOUGHTS = "thoughts left out"
@@ -82,7 +84,12 @@ def common_prefix(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def marked_conversation(shape: tuple[tuple[str, bool, int], ...]) -> tuple[list[Message], list[str]]:
+def shape_of(messages: Sequence[Message]) -> Shape:
+    """The shape of a conversation."""
+    return tuple((m["role"], bool(m["content"].strip()), len(m.get("tool_calls", ()))) for m in messages)
+
+
+def marked_conversation(shape: Shape) -> tuple[list[Message], list[str]]:
     """A conversation of the given shape whose every part is a word of its own, and these words."""
     messages: list[Message] = []
     marks: list[str] = []

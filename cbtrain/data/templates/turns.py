@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 from cbtrain.data.formats.messages import Message
 from cbtrain.data.templates.chat_template import TEMPLATE_ERRORS, ChatTemplate, Rendering
+from cbtrain.data.templates.parts import replaced_text
 from cbtrain.data.templates.spans import Span, common_prefix
 from cbtrain.data.templates.template_fallbacks import TOOL_RESULT
-
-_OTHER_TEXT = "result7x"
 
 
 @dataclass(frozen=True)
@@ -59,16 +58,8 @@ def _results(messages: Sequence[Message], question: int, text: str, template: Ch
     for turn in range(question + 1, len(messages)):
         if not _is_result(messages[turn]):
             continue
-        other = messages[turn] | {"content": _OTHER_TEXT}
-        try:
-            changed = template.text([*messages[:turn], other, *messages[turn + 1 :]])
-        except TEMPLATE_ERRORS:
-            continue
-        before, _, behind = changed.rpartition(_OTHER_TEXT)
-        start, stop = len(before), len(text) - len(behind)
-        # Nothing else may change with it, or what lies between is more than its text.
-        if start < stop and text.startswith(before) and text.endswith(behind):
-            yield start, stop
+        if place := replaced_text(messages, turn, text, template):
+            yield place
 
 
 def _is_result(message: Message) -> bool:
