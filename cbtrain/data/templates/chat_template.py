@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 DATE = datetime.date(2024, 7, 26)
 """What templates take for today where no other is given; Llama 3.1's own."""
-
-
 OPTIONS: dict[str, Any] = {"enable_thinking": False}
 """Given to every template: no thinking, so that an empty thought belongs to the prompt and is not scored."""
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError)

@@ -23,7 +23,8 @@ EMPTY_THOUGHT = UNOPENED.replace(
 CALLS_FIRST = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for c in m.tool_calls or [] %}"
     "{{ {'arguments': c.function.arguments, 'name': c.function.name} | tojson }}{% endfor %}"
-    "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
