@@ -36,7 +36,7 @@ from sweeps.plan.plan import SweepPlan
 from sweeps.reporting.console import CacheReport, EventLines, noise_lines, summary_lines, wrapped
 from sweeps.storage.run_directory import RunDirectory
 
-EXIT_STATUS = {"baseline_never_rerouted": 3, "baseline_failed": 3}
+EXIT_STATUS = {"baseline_never_rerouted": 3, "baseline_failed": 3, "no_setting_behaves": 3}
 
 
 @dataclass

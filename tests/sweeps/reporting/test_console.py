@@ -268,3 +268,14 @@ def test_a_baseline_that_never_rerouted_is_told_with_the_knobs_and_without_its_n
     text = " ".join(" ".join(summary_lines(rows, decide(pd.DataFrame(rows)), 20.0, 2, Path("runs/a"))).split())
     assert "verdict baseline_never_rerouted: " in text
     assert "Give rerouting more room: more --steps, a higher --lr, a larger --schedule-horizon." in text
+
+
+def test_a_sweep_of_settings_that_all_break_behaviour_ends_like_one_without_an_answer(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    run = RunDirectory(tmp_path / "run")
+    settings = PlanSettings(num_samples=6)
+    run.record = {"preset": "qwen3-8b", "config_overrides": {}, "settings": dataclasses.asdict(settings)}
+    driver = SweepDriver(run, settings, 1)
+    drive(driver._plan, lambda spec: completed(0.01, 1 / (1 + spec.beta_kl), 0.6 if spec.beta_kl else 8.0, **TIMES))
+    assert driver.conclude() == 3
+    assert "verdict   no_setting_behaves" in capsys.readouterr().out
