@@ -7,6 +7,7 @@
   them would teach over-refusal, rerouting them would punish a refusal. So is a compliance whose `type` says
   `contrast_…`, as those prompts are unsafe.
 - WildJailbreak (`data_type`): `*_benign` is benign; the completions of `*_harmful` are refusals, which are neither.
+- WildGuard (`response_refusal_label` and `prompt_harm_label`): the refusal of a harmful prompt is neither.
 - A field that says it of the answer: `label`, `labels` or `labels.category` with harmful, unsafe, benign, safe,
   unharmful or resisted, in any case (of a list of words the one that is among them); `response_harm_label` with harmful
   or unharmful; `is_safe`, `is_unsafe`, `is_harmful` or `is_benign` true or false (1 or 0). Any other value is no
@@ -31,6 +32,7 @@ INJECTION_ALONE = "AgentDojo: an injection task by itself"
 REFUSED = "XSTest: refused"
 UNSAFE = "XSTest: answers an unsafe prompt"
 WILDJAILBREAK = "WildJailbreak: a refusal"
+WILDGUARD = "WildGuard: refuses a harmful prompt"
 _TRACE_LABELS = {word: word for word in ("harmful", "benign", "resisted")}
 _SIDE_WORDS = _TRACE_LABELS | {"unsafe": "harmful", "safe": "benign", "unharmful": "benign"}
 _SAFE_IF_TRUE = ("is_safe", "is_benign")
@@ -66,6 +68,8 @@ def label_of(row: dict[str, Any], source: str) -> Label | None:
     if isinstance(row.get("data_type"), str) and "vanilla" in row:
         benign = row["data_type"].strip().endswith("benign")
         return Label("benign") if benign else Label(None, WILDJAILBREAK)
+    if _words(row.get("response_refusal_label")) == ["refusal"] and _words(row.get("prompt_harm_label")) == ["harmful"]:
+        return Label(None, WILDGUARD)
     return _trace(row, source, _SIDE_WORDS)
 
 

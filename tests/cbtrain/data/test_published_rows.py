@@ -99,6 +99,9 @@ def test_labels_as_numbers_and_words_and_rows_own_labels_before_a_shapes(tmp_pat
     assert sides_of(tmp_path, own) == {"harmful": [], "benign": ["A"]}
     without = {"prompt": "q", "response": None, "prompt_harm_label": "harmful", "response_harm_label": None}
     assert sides_of(tmp_path, without) == {"harmful": [], "benign": []}
+    guarded = {"prompt": "q", "response": "A", "response_harm_label": "unharmful", "response_refusal_label": "refusal"}
+    assert sides_of(tmp_path, guarded | {"prompt_harm_label": "harmful"}) == {"harmful": [], "benign": []}
+    assert sides_of(tmp_path, guarded | {"prompt_harm_label": "unharmful"}) == {"harmful": [], "benign": ["A"]}
 
 
 def test_agentdojo_runs_that_are_of_no_side_are_left_out(tmp_path: Path) -> None:
