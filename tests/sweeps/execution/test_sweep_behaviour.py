@@ -55,8 +55,8 @@ def test_without_a_choice_the_baseline_alone_and_without_a_baseline_nothing() ->
 
 
 def in_digits(path: Path) -> dict:
-    """A JSON file with its numbers to nine digits: processes differ in the last of sixteen."""
-    return json.loads(path.read_text(), parse_float=lambda text: float(f"{float(text):.9g}"))
+    """A JSON file with its numbers to five digits: batches of other prompts round otherwise, in single precision."""
+    return json.loads(path.read_text(), parse_float=lambda text: float(f"{float(text):.5g}"))
 
 
 def write(run_dir: Path, spec: TrialSpec, unchanged: float) -> None:
@@ -133,7 +133,8 @@ def test_processes_that_share_partitioned_models_say_what_one_says_by_a_users_cl
     meter.end()
     by_two = [in_digits(file_of(tmp_path, spec)) for spec in (BASELINE, CHOSEN)]
     _Measuring(context, 3, "one_verdict:judge").measure([BASELINE, CHOSEN], {})
-    assert [in_digits(file_of(tmp_path, spec)) for spec in (BASELINE, CHOSEN)] == by_two
+    for spec, ours in zip((BASELINE, CHOSEN), by_two, strict=True):
+        assert in_digits(file_of(tmp_path, spec)) == ours
     before, *models = load_behaviour(tmp_path, pd.DataFrame([BASELINE, CHOSEN]))
     assert len(models) == 2
     assert {each.harmful.refused for each in (before, *models)} == {1.0}
