@@ -21,7 +21,8 @@ confirmed on four seeds, P .96 to .99), `insufficient_evidence` at seed 4 (its s
 
 Of another machine's base (seed 1, as seed 0 did not learn the world there; 2026-11-27) sweep seeds 0 to 2: `choose` at
 1.94, 1.95 and 1.80, T 4, each confirmed on four seeds, 135 to 156 s with the report; trained again on five fresh seeds
-98 to 100 % of benign prompts are answered rightly there, 60 to 97 % without KL.
+98 to 100 % of benign prompts are answered rightly there, 60 to 97 % without KL. A quiet machine took 74 s for seed 0,
+the same pick, of which 12 s from the last trial's end to the verdict with behaviour.
 
 Reroute is `eval_loss_reroute`, lost is against the baseline of the same seed, drift `eval_benign_kl` in nats a token,
 right is word for word an answer of the world, gibberish means benign answers. Two x86-64 cores, then a third slower
