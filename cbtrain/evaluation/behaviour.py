@@ -12,31 +12,26 @@ import json
 import math
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cbtrain.config import CircuitBreakerConfig, InputError
-from cbtrain.config.saved import require_adapter
 from cbtrain.data.dataset import CircuitBreakerData
 from cbtrain.data.tokenization import TokenRow
-from cbtrain.evaluation.completions import SAMPLES, VIEWS, Completer, Completion, Known, View
+from cbtrain.evaluation.completions import SAMPLES, VIEWS, Completer, Known
 from cbtrain.evaluation.generation import complete
 from cbtrain.evaluation.held_out import evaluate, held_out, row_nll
 from cbtrain.evaluation.judge.judge import JudgeFunction, load_classifier
 from cbtrain.evaluation.prompts import Prompt, beyond_prefill, from_rows, from_xstest
+from cbtrain.evaluation.rates import rates_by_kind
+from cbtrain.evaluation.student import adapter, on_device
 from cbtrain.model.checks import prepare
-from cbtrain.model.loading import forget_base, load_base, load_tokenizer, weightless_model
+from cbtrain.model.loading import load_tokenizer
 from cbtrain.model.partial_forward import Decoder
-from cbtrain.utils import distributed
-from cbtrain.utils.errors import first_line
 from cbtrain.utils.files import finite_or_none, shown, write_whole
 
 SCHEMA_VERSION = 3
@@ -107,7 +102,7 @@ def measure(
         counted = _counted(progress, len(everything) * (2 if classifier else 2 + SAMPLES))
         completer = asked.completer(max_new_tokens, classifier, {} if teacher_said is None else teacher_said, counted)
         completed = completer.completions(everything, asked.held_out)
-    rates, lines = _by_kind(asked.kinds, completed, asked.tokenizer)
+    rates, lines = rates_by_kind(asked.kinds, completed, asked.tokenizer)
     record |= rates
     if output_dir is not None:
         write_whole(output_dir / "completions.jsonl", "".join(json.dumps(finite_or_none(x)) + "\n" for x in lines))
@@ -166,7 +161,7 @@ def expected_seconds(
     kinds, _ = _prompts(config, data, load_tokenizer(config), prompts, PREFILL_TOKENS, ())
     asked = [prompt.tokens for of_kind in kinds.values() for prompt in of_kind]
     new = min(_PROBED_TOKENS, max_new_tokens)
-    base = _on_device(config)
+    base = on_device(config)
     first = sorted(asked, key=len)[-config.eval_batch_size :]
     complete(base, first[:1], max_new_tokens=1, batch_size=1, pad_token_id=pad)  # what is only paid once
     started = time.perf_counter()
@@ -243,49 +238,6 @@ def _counted(progress: Callable[[int, int], None], total: int) -> Callable[[int]
     return advance
 
 
-@contextlib.contextmanager
-def adapter(config: CircuitBreakerConfig, directory: Path) -> Iterator[PeftModel]:
-    """The base model with a saved adapter for the body; taken off again.
-
-    Raises:
-        InputError: there is no adapter, or it is not one of this model.
-    """
-    require_adapter(directory)
-    base = _on_device(config)
-    try:
-        # Trainable, as the decoder tells adapted blocks by that.
-        model = PeftModel.from_pretrained(base, directory, is_trainable=True)
-        with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
-            strange = set(file.keys()) ^ set(get_peft_model_state_dict(model))
-        if strange:
-            raise ValueError(f"{len(strange)} weights are not those of the model, {min(strange)} for one")
-    except Exception as error:  # whatever a strange file makes the libraries raise
-        forget_base()
-        raise InputError(f"--adapter {directory}: does not fit {config.model} ({first_line(error)})") from error
-    try:
-        yield model
-    finally:
-        model.unload()
-
-
-def _on_device(config: CircuitBreakerConfig) -> PreTrainedModel:
-    """The whole base model on this process's device.
-
-    Raises:
-        InputError: it does not fit.
-    """
-    device = distributed.device()
-    if device.type == "cuda":
-        weights = sum(parameter.numel() for parameter in weightless_model(config).parameters())
-        needed, free = weights * getattr(torch, config.dtype).itemsize, torch.cuda.mem_get_info(device)[0]
-        if needed > free:
-            raise InputError(
-                f"--model {config.model}: {needed / 1e9:.0f} GB of weights do not fit on one device with "
-                f"{free / 1e9:.0f} GB free, where its behaviour is measured"
-            )
-    return load_base(config).to(device)
-
-
 def _prompts(
     config: CircuitBreakerConfig,
     data: CircuitBreakerData,
@@ -320,41 +272,3 @@ def _prefill(
     likelihoods = row_nll(decoder, rows, config, pad)
     nll = {view: [value for row in likelihoods for value in getattr(row, view)] for view in VIEWS}
     return {"rows": len(rows), "nll": {view: statistics.fmean(nll[view]) if nll[view] else None for view in VIEWS}}
-
-
-def _by_kind(
-    kinds: dict[str, list[Prompt]], completed: dict[View, list[Completion]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The rates of each kind of prompt, and a line for each prompt with both models' completions."""
-    rates, lines, start = {}, [], 0
-    for kind, asked in kinds.items():
-        answers = {view: completed[view][start : start + len(asked)] for view in VIEWS}
-        start += len(asked)
-        rates[kind] = _rates(answers)
-        for prompt, teacher, student in zip(asked, answers["teacher"], answers["student"], strict=True):
-            asks = {"kind": kind, "source": prompt.source, "prompt": tokenizer.decode(prompt.tokens)}
-            lines.append(asks | {"teacher": teacher.record(), "student": student.record()})
-    return rates, lines
-
-
-def _rates(answers: dict[View, list[Completion]]) -> dict[str, Any]:
-    """The measures of one kind of prompt."""
-    pairs = list(zip(answers["teacher"], answers["student"], strict=True))
-
-    def each(of: Callable[[Completion], float]) -> dict[str, float]:
-        return {view: statistics.fmean(map(of, answers[view])) for view in VIEWS}
-
-    spoken = {view: [math.log(a.perplexity) for a in answers[view] if a.tokens] for view in VIEWS}
-    signs = {view: Counter(sign for a in answers[view] for sign in a.judgement.reasons) for view in VIEWS}
-    return {
-        "prompts": len(pairs),
-        "refusal_rate": each(lambda answer: answer.verdict == "refusal"),
-        "degenerate_rate": each(lambda answer: answer.verdict == "degenerate"),
-        "complied_rate": each(lambda answer: answer.verdict == "coherent"),
-        "degenerate_by": {view: dict(signs[view].most_common()) for view in VIEWS},
-        "perplexity": {view: math.exp(statistics.fmean(logs)) if logs else None for view, logs in spoken.items()},
-        "repetition": each(lambda answer: answer.generated.repetition),
-        "tokens": each(lambda answer: len(answer.tokens)),
-        "empty_rate": each(lambda answer: not answer.tokens),
-        "unchanged_rate": statistics.fmean(teacher.tokens == student.tokens for teacher, student in pairs),
-    }

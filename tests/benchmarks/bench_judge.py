@@ -91,9 +91,9 @@ def completed(
     config: "CircuitBreakerConfig", adapter_dir: Path, numbers: tuple[int, int, int]
 ) -> Iterator[tuple["View", str, "Completion"]]:
     """What both models answer, each with the text that it was given."""
-    from cbtrain.evaluation.behaviour import adapter
     from cbtrain.evaluation.completions import Completer
     from cbtrain.evaluation.prompts import beyond_prefill, from_rows
+    from cbtrain.evaluation.student import adapter
     from cbtrain.model.checks import prepare
     from cbtrain.model.loading import load_tokenizer
     from cbtrain.model.partial_forward import Decoder

@@ -7,9 +7,10 @@ noise of 2 %: four baseline seeds, the four ablation points at two seeds each, a
 space, half of them near the point that truly is best, as a search would. `decide` as the commands call it, and with
 the same hyper-parameter draws but every trial in the model.
 
-Two x86-64 cores, 2026-11-27, 8 sweeps of 500 trials: the same verdict at all, the same setting at 38 % (of hundreds of
-settings nearly alike); 2.4 s on some, 9.6 s on all; all recommendations truly feasible by both, true drift of the pick
-1.28 and 1.25 times the best (median). 200 sweeps of 1,000 take some hours and were not run.
+Two x86-64 cores, 2026-11-27, 10 sweeps of 1,000 trials and 8 of 500: the same verdict at all, the same setting at 20
+and 38 % (of hundreds nearly alike); 2.9 and 2.4 s on some, 65 and 9.6 s on all; all recommendations truly feasible by
+both, true drift of the pick 1.20 and 1.28 times the best, on all 1.19 and 1.25 (medians). 200 sweeps of 1,000 take two
+hours and were not run.
 """
 
 import argparse

@@ -17,9 +17,10 @@ from worlds import config_on
 
 from cbtrain import evaluate
 from cbtrain.config import InputError
-from cbtrain.evaluation.behaviour import adapter, measure
+from cbtrain.evaluation.behaviour import measure
 from cbtrain.evaluation.generation import complete
 from cbtrain.evaluation.prompts import beyond_prefill, from_rows, from_xstest
+from cbtrain.evaluation.student import adapter
 from cbtrain.model.checks import prepare
 from cbtrain.model.loading import load_base
 from cbtrain.training.loop import train

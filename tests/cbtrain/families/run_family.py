@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from cbtrain.config import CircuitBreakerConfig, InputError, get_config
 from cbtrain.data.batches import PairedBatch, ScoredCounts, TokenBatch, collate
-from cbtrain.evaluation.behaviour import adapter, measure
+from cbtrain.evaluation.behaviour import measure
+from cbtrain.evaluation.student import adapter
 from cbtrain.losses.schedule import Coefficients
 from cbtrain.model import tiny
 from cbtrain.model.checks import check_fit, prepare
