@@ -99,6 +99,8 @@ class Completer:
         """
         unknown = [prompt for prompt in prompts if prompt.tokens not in self.teacher_said]
         self.progress((1 + self._samples) * (len(prompts) - len(unknown)))
+        if not unknown:
+            return
         special, words = self._special(data), self._words(data)
         with self.decoder.model.disable_adapter():
             greedy = self._generated(unknown, special)

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from cbtrain.data.formats.messages import Message
 from cbtrain.data.templates.chat_template import TEMPLATE_ERRORS, ChatTemplate, Rendering
-from cbtrain.data.templates.spans import Span, common_prefix, encodable
+from cbtrain.data.templates.spans import END_OF_THOUGHT, Span, common_prefix, encodable
 from cbtrain.data.templates.template_fallbacks import CALLS_AS_TEXT
 
-_END_OF_THOUGHT = "</think>"
 _OTHER_TEXT, _OTHER_NAME, _OTHER_VALUE = "result7x", "name7x", "value7x"
 Part = tuple[str, bool]
 """`assistant calls`, say, and whether it is the scored share."""
@@ -48,10 +47,10 @@ def _parts(messages: Sequence[Message], turn: int, text: str, template: ChatTemp
     message = messages[turn]
     if message["content"].strip() and (said := replaced_text(messages, turn, text, template)):
         start, stop = said
-        thought = text.rfind(_END_OF_THOUGHT, start, stop)
+        thought = text.rfind(END_OF_THOUGHT, start, stop)
         if message["role"] == "assistant" and thought >= 0:
             yield "thoughts", (start, thought)
-            start = thought + len(_END_OF_THOUGHT)
+            start = thought + len(END_OF_THOUGHT)
         for call in map(encodable, message.get(CALLS_AS_TEXT, ())):
             place = text.find(call, start, stop)
             if place >= 0:

@@ -10,7 +10,7 @@ Span = tuple[int, int]
 """Start and stop of a range of characters."""
 Shape = tuple[tuple[str, bool, int], ...]
 """Of each turn its role, whether it speaks and how often it calls."""
-_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
+_THOUGHT, END_OF_THOUGHT = "<think>", "</think>"
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 THOUGHTS = "thoughts left out"
 """What some templates make of the text up to an end of thought."""
@@ -42,7 +42,7 @@ def lost_part(message: Message, scored: str, policy: MaskPolicy) -> str:
         return "a tool call"
     if policy == "tool_calls_only" or holds(message["content"]):
         return ""
-    before, _, behind = message["content"].rpartition(_END_OF_THOUGHT)
+    before, _, behind = message["content"].rpartition(END_OF_THOUGHT)
     if not holds(behind):
         return "what the assistant says"
     thought = before.rpartition(_THOUGHT)[2]
@@ -70,8 +70,8 @@ def overlap(spoken: str, text: str) -> int:
 def without_thoughts(messages: Sequence[Message]) -> tuple[Message, ...]:
     """The messages with assistant turns from behind their thoughts on."""
     return tuple(
-        message | {"content": message["content"].rpartition(_END_OF_THOUGHT)[2].lstrip()}
-        if message["role"] == "assistant" and _END_OF_THOUGHT in message["content"]
+        message | {"content": message["content"].rpartition(END_OF_THOUGHT)[2].lstrip()}
+        if message["role"] == "assistant" and END_OF_THOUGHT in message["content"]
         else message
         for message in messages
     )
