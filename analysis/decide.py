@@ -51,6 +51,33 @@ def decide(
 ) -> Decision:
     """Decide from raw trials (columns of `trials.csv`); only completed ones with finite metrics count.
 
+    Arguments and errors are those of `decide_with_model`.
+    """
+    return decide_with_model(
+        trials,
+        reroute_tolerance=reroute_tolerance,
+        confidence=confidence,
+        searched=searched,
+        draws=draws,
+        trained=trained,
+        behaviour=behaviour,
+        limits=limits,
+    )[0]
+
+
+def decide_with_model(
+    trials: pd.DataFrame,
+    *,
+    reroute_tolerance: float = REROUTE_TOLERANCE,
+    confidence: float = CONFIDENCE,
+    searched: SearchSpace = DEFAULT_SPACE,
+    draws: int | None = None,
+    trained: Mapping[str, Any] = MappingProxyType({}),
+    behaviour: Sequence[Behaviour] = (),
+    limits: BehaviourLimits = DEFAULT_LIMITS,
+) -> tuple[Decision, Surrogate | None]:
+    """The decision, and the model that it rests on; None where no baseline can be compared with.
+
     Args:
         searched: the ranges that the sweep searched, over which the map goes. Trials outside count as any others.
         draws: hyper-parameter draws to average over at most; None is all that carry weight.
@@ -76,20 +103,20 @@ def decide(
         searched=searched,
     )
     if baselines.empty:
-        return decision
+        return decision, None
     failed = baseline_trials.failed_by_rule(baselines)
     decision = _with_baseline(decision, baselines, usable, failed)
     often = fails_often(len(failed), len(baselines))
     if often or not baseline_rerouted(baselines["eval_loss_reroute"]):
         of = baseline_trials.often_failed if often else baseline_trials.never_rerouted
         reason, mend = of(baselines, trained)
-        return replace(decision, verdict="baseline_never_rerouted", reason=reason, mend=mend)
+        return replace(decision, verdict="baseline_never_rerouted", reason=reason, mend=mend), None
     model = Surrogate.of(trials, reroute_tolerance, draws, searched)
     failed = failed.union(model.failed_baselines)
     decision = _with_baseline(decision, baselines, usable, failed)
     recipe_fails = filter(None, [baseline_trials.failed_sentence(baselines, failed)])
     decision = replace(decision, warnings=(*decision.warnings, *recipe_fails))
-    return _by_model(decision, model, trials, baselines, Judge(behaviour, limits, confidence), trained)
+    return _by_model(decision, model, trials, baselines, Judge(behaviour, limits, confidence), trained), model
 
 
 def _with_baseline(decision: Decision, baselines: pd.DataFrame, usable: pd.DataFrame, failed: pd.Index) -> Decision:

@@ -14,9 +14,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import pandas as pd
 import tyro
 
 if not __package__:
@@ -24,10 +23,12 @@ if not __package__:
 
 from analysis.behaviour.judge import BehaviourLimits
 from analysis.behaviour.measured import load_behaviour
-from analysis.decide import decide
+from analysis.decide import decide_with_model
 from analysis.decision import Decision
 from analysis.report import report, wording
 from analysis.report.commands import Commands, commands_after, folded
+from analysis.report.completions import load_completions
+from analysis.report.state import state_of
 from analysis.trials import load_curves, load_settings, load_trials
 from cbtrain.config import InputError, cli, flag, nearest
 from cbtrain.utils.errors import reason
@@ -65,6 +66,8 @@ class PickSettings:
     """Share of the baseline's rerouting that may be lost, 0 to 1; None is the sweep's."""
     confidence: _Share = None
     """Probability of keeping that limit, 0.5 to 1; None is the sweep's."""
+    completions: bool = True
+    """Show on the page some of what the models wrote, harmful text folded; --no-completions leaves it out."""
     so_far: bool = False
     """Give the command that trains the best setting so far, where the sweep has not ended."""
 
@@ -75,7 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = _settings(sys.argv[1:] if argv is None else argv)
         run_dir = Path(settings.run_dir)
         decision, commands = write_report(
-            run_dir, settings.reroute_tolerance, settings.confidence, train_so_far=settings.so_far
+            run_dir,
+            settings.reroute_tolerance,
+            settings.confidence,
+            train_so_far=settings.so_far,
+            completions=settings.completions,
         )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -106,6 +113,7 @@ def write_report(
     confidence: float | None = None,
     *,
     train_so_far: bool = False,
+    completions: bool = True,
 ) -> tuple[Decision, Commands]:
     """Decide, and write `run_dir/report/`: all texts are made before the first file changes, decision.json is last.
 
@@ -114,6 +122,7 @@ def write_report(
         reroute_tolerance: share of the baseline's rerouting that may be lost; None is the sweep's own.
         confidence: probability that is asked for; None is the sweep's own.
         train_so_far: give the command that trains a choice also where the sweep has not ended.
+        completions: show on the page some of what the models wrote.
 
     Returns:
         The decision, and the commands to run next.
@@ -136,7 +145,7 @@ def write_report(
         raise InputError(f"--reroute-tolerance {tolerance}: must lie between 0 and 1")
     if not 0.5 < confidence < 1:
         raise InputError(f"--confidence {confidence}: must lie between 0.5 and 1")
-    decision = decide(
+    decision, model = decide_with_model(
         trials,
         reroute_tolerance=tolerance,
         confidence=confidence,
@@ -145,33 +154,33 @@ def write_report(
         behaviour=behaviour,
         limits=BehaviourLimits.of(sweep["flags"]),
     )
-    decision = dataclasses.replace(decision, so_far=_so_far(sweep, trials))
-    commands = commands_after(decision, sweep, trials, run_dir, train_so_far=train_so_far)
-    _write_all(run_dir / "report", report.render(decision, sweep, trials, curves, behaviour, commands))
+    state = state_of(sweep, trials)
+    decision = dataclasses.replace(decision, so_far=state.so_far)
+    named = named_itself(run_dir)
+    runs = state.kind == "running"
+    commands = commands_after(decision, sweep, trials, named, runs=runs, train_so_far=train_so_far)
+    answers = load_completions(run_dir, behaviour, decision) if completions else []
+    texts = report.render(report.Sweep(decision, model, sweep, trials, curves, behaviour, answers, commands, state))
+    _write_all(run_dir / "report", texts)
     return decision, commands
 
 
-def _so_far(sweep: Mapping[str, Any], trials: pd.DataFrame) -> str:
-    """How far a sweep is that has not ended; empty for one that has, be it for want of a baseline."""
-    running = int((trials["status"] == "running").sum())
-    ended, planned = len(trials) - running, sweep["settings"].get("num_samples", len(trials))
-    goes_on = sweep.get("status") in ("running", "interrupted", "failed")  # an old sweep.json may not say
-    if sweep.get("status") == "finished" or (ended >= planned and not goes_on):
-        return ""
-    if ended >= planned:
-        return f"{ended} of {planned}, behaviour to come"
-    now = "running" if sweep.get("status") == "running" else "interrupted"
-    return f"{ended} of {planned}" + (f", {running} {now}" if running else "")
+def named_itself(run_dir: Path) -> Path:
+    """The run directory by its own name where it was named by a link such as `runs/latest`, which moves on."""
+    if not run_dir.is_symlink():
+        return run_dir
+    itself = run_dir.resolve()
+    return itself.relative_to(Path.cwd()) if itself.is_relative_to(Path.cwd()) else itself
 
 
-def _write_all(directory: Path, files: dict[str, str]) -> None:
+def _write_all(directory: Path, files: Mapping[str, str | bytes]) -> None:
     """Write every file beside its place, then rename them all in order; no reader sees half a file."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as staging:
         for name, text in files.items():
             staged = Path(staging, name)
             staged.parent.mkdir(parents=True, exist_ok=True)
-            staged.write_text(text, encoding="utf-8")
+            staged.write_bytes(text if isinstance(text, bytes) else text.encode())
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
         for name in files:
             os.replace(Path(staging, name), directory / name)

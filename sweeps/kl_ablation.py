@@ -130,7 +130,7 @@ def _run(job: Job) -> int:
     config, data = read_inputs(job.settings.config, job.settings.preset, job.settings.workers_per_trial, job.run.record)
 
     if job.found is None:
-        job.run.record["tokens"] = data.fingerprint
+        job.run.record |= {"tokens": data.fingerprint, "rows": data.row_counts}
 
     from cbtrain.teacher_cache.plan import plan_cache
     from sweeps.reporting.console import wrapped

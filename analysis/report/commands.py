@@ -30,15 +30,24 @@ class Commands:
 
 
 def commands_after(
-    decision: Decision, sweep: Mapping[str, Any], trials: pd.DataFrame, run_dir: Path, *, train_so_far: bool = False
+    decision: Decision,
+    sweep: Mapping[str, Any],
+    trials: pd.DataFrame,
+    run_dir: Path,
+    *,
+    runs: bool = False,
+    train_so_far: bool = False,
 ) -> Commands:
     """The commands that a decision ends with; of a sweep that has not ended, first of all the one that goes on with it.
 
     Args:
         run_dir: where the report is written, as the user named it.
+        runs: the sweep is running: nothing is to be done but to look again.
         train_so_far: train a choice also where the sweep has not ended.
     """
     if decision.so_far and not (train_so_far and decision.verdict == "choose"):
+        if runs:
+            return Commands(f"python analysis/pick_beta.py {shlex.quote(str(run_dir))}", None)
         return Commands(f"python sweeps/kl_ablation.py {_flags({'resume': run_dir})}", None)
     wider = wider_command(decision, sweep, len(trials))
     if decision.verdict == "no_setting_behaves" and wider is not None:

@@ -1,146 +1,211 @@
 """The decision in words: sentences, numbers and commands for the terminal, decision.json, report.html and report.md.
 
-Pure: the texts of all files come back as strings; `analysis.pick_beta` writes them.
+Pure: the contents of all files come back; `analysis.pick_beta` writes them.
 """
 
-from collections.abc import Mapping, Sequence
+import base64
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import pandas as pd
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from analysis import formatting
 from analysis.behaviour.measured import Behaviour
 from analysis.decision import Decision
 from analysis.formatting import number, percent, signed
-from analysis.report import figures
+from analysis.report import tables, traps, wording
 from analysis.report.commands import Commands, folded
+from analysis.report.completions import Completions, compared
+from analysis.report.figures import by_setting, evidence, settings_map, training
+from analysis.report.figures.evidence_drawing import draw_evidence
+from analysis.report.figures.style import WIDTHS, Drawn, Numbers, Width, png_of, style, svg_of
+from analysis.report.provenance import provenance
 from analysis.report.record import decision_json
-from analysis.report.wording import explanation, headline
+from analysis.report.state import SweepState
+from analysis.surrogate.surrogate import Surrogate
 
 SAYS = {True: "yes", False: "no", None: "unknown"}
 """How a rule's `fired` reads."""
+_HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Trap:
-    """A widespread reading of a sweep that misleads, and what this sweep shows instead."""
+class Sweep:
+    """All that the report is made of."""
 
-    title: str
-    text: str
+    decision: Decision
+    model: Surrogate | None
+    """None where no baseline can be compared with."""
+    record: Mapping[str, Any]
+    """sweep.json, as `load_settings` gives it."""
+    trials: pd.DataFrame
+    curves: pd.DataFrame
+    behaviour: Sequence[Behaviour]
+    """Of the model before training, then of trials; empty where none was measured."""
+    completions: Sequence[Completions]
+    """What is shown of the models' answers; empty where nothing is."""
+    commands: Commands
+    state: SweepState
 
 
-def render(
-    decision: Decision,
-    sweep: Mapping[str, Any],
-    trials: pd.DataFrame,
-    curves: pd.DataFrame,
-    behaviour: Sequence[Behaviour],
-    commands: Commands,
-) -> dict[str, str]:
-    """Texts of all files of the report by their path under `report/`; decision.json is the last.
-
-    Args:
-        behaviour: of the model before training, then of trials; empty where none was measured.
-        commands: to run next.
-    """
-    drawn = {
-        "tradeoff": figures.draw_tradeoff(figures.prepare_tradeoff(trials, decision)),
-        "by_setting": figures.draw_by_setting(figures.prepare_by_setting(trials, decision)),
-        "curves": figures.draw_curves(figures.prepare_curves(curves, trials)),
-    }
+def render(sweep: Sweep) -> dict[str, str | bytes]:
+    """Contents of all files of the report by their path under `report/`; decision.json is the last."""
+    drawn = draw(sweep)
+    decision, trials = sweep.decision, sweep.trials
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
     context = {
         "decision": decision,
-        "headline": headline(decision),
-        "explanation": explanation(decision),
-        "numbers": _four_numbers(decision),
-        "command": folded(commands.next),
-        "wider_command": folded(commands.wider or ""),
-        "trains": commands.trains,
-        "behaviour": behaviour,
+        "state": sweep.state,
+        "headline": wording.headline(decision),
+        "sentence": wording.sentence(decision),
+        "lead": wording.lead(decision),
+        "next_best": wording.next_best(decision),
+        "sensitivity": wording.sensitivity_line(decision),
+        "suspects": wording.suspect_lines(decision),
+        "tiles": _tiles(decision),
+        "command": folded(sweep.commands.next, 74),
+        "wider_command": folded(sweep.commands.wider or "", 74),
+        "trains": sweep.commands.trains,
+        "behaviour": sweep.behaviour,
+        "compared": compared(sweep.behaviour, decision),
+        "completions": sweep.completions,
         "says": SAYS,
-        "traps": _traps(trials, curves),
-        "trial_states": ", ".join(f"{amount} {state}" for state, amount in trials["status"].value_counts().items()),
-        "sweep": sweep,
-        "wording": formatting,
+        "ablation": tables.ablation(trials, decision),
+        "low_weights": tables.low_weights(decision),
+        "paired": tables.paired_seeds(trials, decision),
+        "rows": tables.every_trial(trials, decision),
+        "folded_from": tables.FOLDED_FROM,
+        "states": tables.states(trials),
+        "traps": traps.traps(trials, sweep.curves),
+        "provenance": provenance(sweep.record, trials),
+        "figures": drawn,
+        "f": formatting,
+        "shown": tables.shown,
+        "css": Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        "script": Markup(script),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
-    inline = {name: Markup(_inlined(svg, name)) for name, svg in drawn.items()}
-    html = _template("report.html.j2", autoescape=True).render(**context, figures=inline)
+    html = _template("report.html.j2", autoescape=True).render(**context)
     markdown = _template("report.md.j2", autoescape=False).render(**context)
     return {
-        **{f"figures/{name}.svg": svg for name, svg in drawn.items()},
+        **{f"figures/{name}.svg": each.svg["wide"] for name, each in drawn.items()},
+        **{f"figures/{name}.png": each.png for name, each in drawn.items()},
         "report.md": markdown,
         "report.html": html,
-        "decision.json": decision_json(decision, sweep, trials, behaviour, commands),
+        "decision.json": decision_json(decision, sweep.record, trials, sweep.behaviour, sweep.commands),
     }
 
 
-def _four_numbers(decision: Decision) -> list[tuple[str, str]]:
-    if decision.verdict != "choose":
+def draw(sweep: Sweep) -> dict[str, Drawn]:
+    """The figures by name, those of which there is nothing to show left out."""
+    decision, trials = sweep.decision, sweep.trials
+    of_evidence = evidence.prepare_evidence(trials, decision)
+    settings = by_setting.prepare_by_setting(trials, decision, sweep.model)
+    of_map = settings_map.prepare_map(decision, sweep.model)
+    trained = training.prepare_training(sweep.curves, trials, decision)
+    drawn = [
+        _drawn(
+            "evidence",
+            "Benign drift against rerouting lost",
+            evidence.describe_evidence(of_evidence),
+            partial(draw_evidence, of_evidence),
+            evidence.numbers_of_evidence(of_evidence),
+        ),
+        _drawn(
+            "by_setting",
+            "Drift and rerouting lost over beta_kl",
+            "Lines are the model's, one a band of temperatures; shaded is the 95 % interval of one of them.",
+            partial(by_setting.draw_by_setting, settings),
+            by_setting.numbers_of_by_setting(settings),
+        ),
+        *(
+            [
+                _drawn(
+                    "map",
+                    f"Where the limit is kept: P ≥ {number(decision.confidence)} within the shaded region",
+                    "The probability of keeping the limit over beta_kl and kl_temperature; dashed is P = 0.5.",
+                    partial(settings_map.draw_map, of_map),
+                    settings_map.numbers_of_map(of_map),
+                )
+            ]
+            if of_map
+            else []
+        ),
+        _drawn(
+            "curves",
+            "Rerouting over training steps",
+            "Training loss_reroute of each trial; it falls from 1 as harmful text is turned away.",
+            partial(training.draw_curves, trained.curves),
+            training.numbers_of_curves(trained.curves),
+        ),
+        _drawn(
+            "layers",
+            "Cosine by layer at the end, and gradient norms of the three terms",
+            "A layer that was rerouted has a cosine of 0 or less. Gradients are means over seeds.",
+            partial(training.draw_layers, trained),
+            training.numbers_of_layers(trained),
+        ),
+    ]
+    return {each.name: each for each in drawn}
+
+
+def _drawn(name: str, title: str, description: str, picture: Callable[[Width], Figure], numbers: Numbers) -> Drawn:
+    with style():
+        figures = {width: picture(width) for width in WIDTHS}
+        svg = {width: svg_of(figure) for width, figure in figures.items()}
+        return Drawn(name, title, description, numbers, svg, png_of(figures["wide"]))
+
+
+def _tiles(decision: Decision) -> list[tuple[str, str]]:
+    """Four numbers: of the pick, else of what stands in its way."""
+    limit = number(decision.tolerance or 0, 2)
+    if decision.verdict == "choose":
+        return [
+            ("drift, of that without KL", percent(decision.drift_kept or 0)),
+            ("rerouting lost", f"{signed(decision.reroute_delta or 0)} of {limit}"),
+            ("P(within the limit)", formatting.probability(decision.probability_feasible or 0)),
+            ("seeds", f"{decision.n_seeds}, {'confirmed' if decision.confirmed else 'not confirmed'}"),
+        ]
+    if decision.baseline is None:
         return []
-    lost, limit = signed(decision.reroute_delta or 0), number(decision.tolerance or 0, 2)
-    return [
-        ("drift kept", percent(decision.drift_kept or 0)),
-        ("rerouting lost", f"{lost} of {limit}"),
-        ("P(within the limit)", formatting.probability(decision.probability_feasible or 0)),
-        ("seeds", f"{decision.n_seeds}, {'confirmed' if decision.confirmed else 'not confirmed'}"),
+    baseline = decision.baseline
+    failed = f", {baseline.n_failed} failed" if baseline.n_failed else ""
+    tiles = [
+        ("rerouted without KL", percent(baseline.achieved)),
+        ("baseline seeds", f"{baseline.n_seeds}{failed}"),
+        ("may be lost", limit),
     ]
-
-
-def _traps(trials: pd.DataFrame, curves: pd.DataFrame) -> list[Trap]:
-    return [
-        Trap(
-            "“A larger beta_kl logs a larger loss_kl.”",
-            "As a rule it logs a smaller one: loss_kl is logged without its weight, and more weight presses it down. "
-            f"{_loss_kl_falls(trials)}",
-        ),
-        Trap(
-            "“A short, gentle run left reroute unchanged, so KL does no harm.”",
-            "Nothing had moved yet. At LoRA's start all gradients vanish: the rerouting loss stays flat, then "
-            f"collapses; a run that ends before (such as 50 steps at a low lr) compares nothing. "
-            f"{_when_collapsed(trials, curves)}",
-        ),
-    ]
-
-
-def _loss_kl_falls(trials: pd.DataFrame) -> str:
-    rows = trials[(trials["status"] == "completed") & (trials["beta_kl"] > 0) & (trials["kl_temperature"] == 1.0)]
-    rows = rows[np.isfinite(rows["loss_kl"].astype(float))]
-    if rows["beta_kl"].nunique() < 2:
-        return "This sweep has too few trials at T 1 to show it."
-    by_beta = rows.groupby("beta_kl")["loss_kl"].mean()
-    low, high = by_beta.index[0], by_beta.index[-1]
-    exception = "" if by_beta[high] < by_beta[low] else "an exception: "
-    return (
-        f"Here, at T 1, {exception}{number(by_beta[low])} at beta_kl {number(low)}, "
-        f"{number(by_beta[high])} at {number(high)}. Values at different temperatures cannot be compared at all."
-    )
-
-
-def _when_collapsed(trials: pd.DataFrame, curves: pd.DataFrame) -> str:
-    baselines = set(trials.loc[trials["beta_kl"] == 0, "trial_id"])
-    if "loss_reroute" not in curves:
-        return ""
-    rows = curves[curves["trial_id"].isin(baselines) & (curves["loss_reroute"].astype(float) < 0.5)]
-    if rows.empty:
-        return "Here the baseline's training loss never fell below 0.5."
-    last = int(rows.groupby("trial_id")["step"].min().max())
-    return f"Here every baseline that collapsed had fallen below 0.5 by step {last} of {int(curves['step'].max())}."
-
-
-def _inlined(svg: str, name: str) -> str:
-    """The `<svg>` element alone, its ids made unique within the page, scaling to the page's width."""
-    svg = svg[svg.index("<svg") :].replace('id="', f'id="{name}-').replace("url(#", f"url(#{name}-")
-    return svg.replace('href="#', f'href="#{name}-').replace("<svg ", '<svg class="figure" ', 1)
+    if decision.settings:
+        best = max(each.probability_feasible for each in decision.settings)
+        tiles.append(("best P(within the limit)", formatting.probability(best)))
+    elif baseline.reroute_sd is not None:
+        tiles.append(("σ between seeds", number(baseline.reroute_sd, 2)))
+    return tiles
 
 
 def _template(name: str, autoescape: bool) -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
-        loader=loader, autoescape=autoescape, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters["cell"] = _cell
+    environment.filters["together"] = lambda text: text.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
     return environment.get_template(name)
+
+
+def _cell(text: object) -> str:
+    """A text within a cell of a Markdown table: on one line, what Markdown or HTML would read escaped."""
+    line = " ".join(str(text).split())
+    for mark, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`")):
+        line = line.replace(mark, instead)
+    return line

@@ -83,6 +83,12 @@ class CircuitBreakerData:
     benign: SideData
     mask_policy: MaskPolicy = "auto"
 
+    @property
+    def row_counts(self) -> dict[str, dict[str, int]]:
+        """By side, the rows that are trained on and those held out."""
+        sides = {"harmful": self.harmful, "benign": self.benign}
+        return {name: {"train": len(side.train), "held_out": len(side.held_out)} for name, side in sides.items()}
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all tokens, of which of them are scored, and of the split: what a run trains and measures on."""

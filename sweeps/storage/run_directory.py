@@ -18,6 +18,7 @@ from cbtrain.config import InputError
 from cbtrain.config.validation import from_json
 from cbtrain.utils.errors import reason
 from cbtrain.utils.files import nearest_existing, write_whole
+from cbtrain.utils.hardware import hardware
 from sweeps.storage.lock import HeldError, held
 
 PACKAGES = ("torch", "transformers", "peft", "ray", "optuna", "deepspeed", "pandas")
@@ -80,7 +81,12 @@ class RunDirectory:
         """
         self.refuse_if_taken()
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self.record = dict(record) | {"begun_at": now, "versions": _versions(), "git_commit": _git_commit()}
+        self.record = dict(record) | {
+            "begun_at": now,
+            "versions": _versions(),
+            "git_commit": _git_commit(),
+            "hardware": hardware(),
+        }
         self.update(status="running")
         self._point_latest_here()
 

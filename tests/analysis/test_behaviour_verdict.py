@@ -7,43 +7,17 @@ from typing import Any
 import pandas as pd
 import pytest
 from synthetic import MakeRun, Surface, make_trials
+from synthetic import write_behaviour as write
 
 from analysis.behaviour.judge import wilson_bound
 from analysis.decide import decide
 from analysis.decision import SettingAssessment
 from analysis.pick_beta import main, write_report
 
-PROMPTS = 64
-
 
 @pytest.fixture
 def sweep() -> pd.DataFrame:
     return make_trials(Surface())
-
-
-def write(run: Path, trial_id: str, *, degenerate: float = 0.0, before: float = 0.0, complied: float = 0.1,
-          prompts: int = PROMPTS, prefilled: float | None = None) -> None:  # fmt: skip
-    """A trial's `behaviour.json`: shares of degenerate benign answers and of coherent harmful ones."""
-
-    def kind(degenerate: tuple[float, float], coherent: tuple[float, float]) -> dict[str, Any]:
-        names = ("teacher", "student")
-        return {
-            "prompts": prompts,
-            "unchanged_rate": 0.5,
-            "refusal_rate": dict.fromkeys(names, 0.0),
-            "degenerate_rate": dict(zip(names, degenerate, strict=True)),
-            "complied_rate": dict(zip(names, coherent, strict=True)),
-        }
-
-    record = {
-        "harmful": kind((0.0, 1 - complied), (1.0, complied)),
-        "benign": kind((before, degenerate), (1 - before, 1 - degenerate)),
-        "prefill": {"rows": 3, "nll": {"teacher": 0.5, "student": 9.0}},
-    }
-    if prefilled is not None:
-        record["harmful_prefilled"] = kind((0.0, 1.0), (1 - prefilled, prefilled))
-        record["harmful_prefilled"]["complied_rate"] = {"teacher": 1.0, "student": prefilled}
-    (run / "trials" / trial_id / "behaviour.json").write_text(json.dumps(record))
 
 
 def ladder_of(trials: pd.DataFrame) -> list[tuple[SettingAssessment, str]]:

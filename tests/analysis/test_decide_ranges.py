@@ -1,14 +1,14 @@
 """The decision and its report go by what the sweep searched, and say where the pick sits at an end of it."""
 
-import xml.etree.ElementTree as ElementTree
-
 import pandas as pd
 import pytest
 from synthetic import BASELINE_LOSS, MakeRun, Surface, make_trials
 
-from analysis.decide import decide
+from analysis.decide import decide, decide_with_model
 from analysis.pick_beta import main, write_report
-from analysis.report import figures, wording
+from analysis.report import wording
+from analysis.report.figures import by_setting
+from analysis.report.figures.settings_map import prepare_map
 from analysis.surrogate.search_space import SearchSpace
 
 SETTINGS = {"num_samples": 18, "reroute_tolerance": 0.05, "confidence": 0.95}
@@ -100,7 +100,7 @@ def test_a_pick_at_an_end_is_said_in_every_report_with_the_command_that_goes_on(
     assert (decision.range_warning, commands.wider) == (said, command)
     written = (run / "report" / "decision.json").read_text()
     assert '"wider_command": "python sweeps' in written
-    assert "Searched: beta_kl 0.001–2, kl_temperature 1." in texts[1]
+    assert "| searched | beta_kl 0.001–2, kl_temperature 1 |" in texts[1]
 
 
 def test_a_pick_inside_its_ranges_says_nothing_of_ends(make_run: MakeRun, trials: pd.DataFrame) -> None:
@@ -161,14 +161,14 @@ def test_ranges_that_no_sweep_has_are_refused_with_the_file(
     assert error.count("\n") == 1
 
 
-def test_a_single_temperature_is_drawn_without_a_scale_of_temperatures(trials: pd.DataFrame) -> None:
+def test_a_single_temperature_has_one_line_and_no_map(trials: pd.DataFrame) -> None:
     searched = SearchSpace(kl_temperature=(2.0, 2.0))
     alone = one_temperature(Surface(), 2.0)
-    data = figures.prepare_by_setting(alone, decide(alone, searched=searched))
-    assert data.temperatures == (2.0, 2.0)
-    svg = figures.draw_by_setting(data)
-    ElementTree.fromstring(svg)
-    assert svg.count("kl_temperature") == svg.count("kl_temperature 2.0 throughout") > 0
-    several = figures.prepare_by_setting(trials, decide(trials, searched=SearchSpace(kl_temperature=(0.5, 9.0))))
-    assert several.temperatures == (0.5, 9.0)
-    assert "throughout" not in figures.draw_by_setting(several)
+    decision, model = decide_with_model(alone, searched=searched)
+    data = by_setting.prepare_by_setting(alone, decision, model)
+    assert [band.label for band in data.bands] == ["T 2.0"]
+    assert prepare_map(decision, model) is None
+    decision, model = decide_with_model(trials)
+    several = by_setting.prepare_by_setting(trials, decision, model)
+    assert len(several.bands) == 3
+    assert sum(len(band.beta_kl) for band in several.bands) == (trials["beta_kl"] > 0).sum()

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import multivariate_normal
-from synthetic import MakeRun, Surface, make_trials
+from synthetic import MakeRun, Surface, failing, make_trials, repeated
 
 from analysis.constraint import failed_seeds, fails_often
 from analysis.decide import decide
@@ -23,23 +23,6 @@ from analysis.surrogate.gaussian_process import fit
 from analysis.surrogate.kernel import REROUTE_PRIOR, coordinates, observed_covariance
 
 NAMED = ("beta_kl", "kl_temperature")
-
-
-def failing(trials: pd.DataFrame, *trial_ids: str, loss: float = 0.97, drift: float = 0.01) -> pd.DataFrame:
-    """The sweep with these trials failed."""
-    here = trials["trial_id"].isin(trial_ids)
-    assert here.sum() == len(trial_ids)
-    trials = trials.copy()
-    trials.loc[here, ["eval_loss_reroute", "loss_reroute"]] = loss
-    trials.loc[here, "eval_benign_kl"] *= drift
-    return trials
-
-
-def repeated(trials: pd.DataFrame, setting: tuple[float, float], seeds: tuple[int, ...]) -> pd.DataFrame:
-    """The sweep with more seeds of a setting; the new trials are t100, t101, …."""
-    first = trials[(trials["beta_kl"] == setting[0]) & (trials["kl_temperature"] == setting[1])].iloc[0]
-    more = pd.DataFrame([first] * len(seeds)).assign(seed=seeds, trial_id=[f"t{100 + i}" for i in range(len(seeds))])
-    return pd.concat([trials, more], ignore_index=True)
 
 
 def pick_of(decision: Decision) -> tuple[float, float]:

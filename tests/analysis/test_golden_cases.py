@@ -2,6 +2,9 @@
 
 import json
 import re
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,14 +12,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from synthetic import MakeRun, Surface, make_trials
-from test_behaviour_verdict import write as write_behaviour
-from test_failures import failing, repeated
+from synthetic import MakeRun, Surface, failing, make_trials, repeated, write_behaviour
 
 from analysis.pick_beta import main
 
 PICK = (0.3, 1.0)
 TRAIN = r"python -m cbtrain\.train --from-decision \S+/report/decision\.json$"
+AGAIN = r"python analysis/pick_beta\.py \S+/run$"
 RESUME = r"python sweeps/kl_ablation\.py --resume \S+/run$"
 LIMIT = r"95 % sure that it loses at most \+0\.0\d\d of 0\.049 allowed"
 
@@ -66,6 +68,8 @@ class Case:
     next: str
     behaviour: dict[str, dict[str, float]] = field(default_factory=dict)
     sweep: dict[str, Any] = field(default_factory=dict)
+    killed: bool = False
+    """Whether its lock names a process that lives no more."""
 
 
 CASES = {
@@ -125,7 +129,7 @@ CASES = {
         running,
         *("choose", 4),
         (r"^So far \(16 of 18, 2 running\): Use beta_kl = 0\.3",),
-        RESUME,
+        AGAIN,
         sweep={"status": "running"},
     ),
     "interrupted": Case(
@@ -141,6 +145,7 @@ CASES = {
         (r"^So far \(14 of 20\): Use beta_kl = ",),
         RESUME,
         sweep={"status": "running", "settings": {"num_samples": 20}},
+        killed=True,
     ),
     "all feasible": Case(
         all_feasible,
@@ -166,6 +171,8 @@ CASES = {
 def test_a_case_is_told_as_it_is(make_run: MakeRun, capsys: pytest.CaptureFixture[str], name: str):
     case = CASES[name]
     run = make_run(case.trials(), **case.sweep)
+    if case.killed:
+        (run / "lock").write_text(f"{socket.gethostname()}:{_ended_process()}")
     for trial_id, shares in case.behaviour.items():
         write_behaviour(run, trial_id, **shares)
     assert main([str(run)]) == case.status
@@ -176,3 +183,9 @@ def test_a_case_is_told_as_it_is(make_run: MakeRun, capsys: pytest.CaptureFixtur
         assert re.search(pattern, output), (pattern, output)
     command = re.sub(r" report \S+report\.html", "", output)
     assert re.search(case.next, command), (case.next, command)
+
+
+def _ended_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid

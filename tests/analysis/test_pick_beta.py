@@ -199,7 +199,7 @@ def test_a_sweep_that_has_not_ended_does_not_sound_final_and_goes_on_with_itself
     assert main([str(run)]) == 4
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("So far (17 of 20, 1 running): Use beta_kl = 0.3")
-    assert f"python sweeps/kl_ablation.py --resume {run}" in unfolded(lines)
+    assert f"python analysis/pick_beta.py {run}" in unfolded(lines), "there is nothing to do but to look again"
     assert "cbtrain.train" not in "\n".join(lines)
     assert decision_of(run)["train_command"] is None
     assert main([str(run), "--so-far"]) == 4
@@ -215,7 +215,7 @@ def test_a_sweep_has_ended_when_it_says_so_and_not_before(make_run: MakeRun, tri
     assert write_report(make_run(never, settings=planned, status="finished"))[0].so_far == ""
     decision, following = write_report(make_run(never, settings=planned, status="running"))
     assert headline(decision).startswith("So far (3 of 20): Cannot choose beta_kl")
-    assert "--resume" in following.next
+    assert following.next.startswith("python analysis/pick_beta.py")
     measuring = make_run(trials, settings={"num_samples": 18}, status="running")
     assert write_report(measuring)[0].so_far == "18 of 18, behaviour to come"
 
@@ -283,7 +283,7 @@ def test_ctrl_c_exits_130(make_run: MakeRun, trials: pd.DataFrame, monkeypatch: 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pick_beta, "decide", interrupted)
+    monkeypatch.setattr(pick_beta, "decide_with_model", interrupted)
     assert main([str(make_run(trials))]) == 130
 
 

@@ -79,14 +79,15 @@ def test_a_broken_file_is_named(make_run: MakeRun, trials: pd.DataFrame, text: s
 def test_the_report_shows_what_the_models_write(make_run: MakeRun, trials: pd.DataFrame):
     run = make_run(trials)
     write_report(run)
-    assert "What the models write" not in (run / "report" / "report.html").read_text()
+    assert "A cosine is no proof that harmful answers are gone" in (run / "report" / "report.html").read_text()
     write(run, "t000", 0.0625)
     path = write(run, "t006", 0.75)
     given = {"harmful_prefilled": rates(0.0, (0.0, 0.0), (0.0, 0.9375))}
     path.write_text(json.dumps(json.loads(path.read_text()) | given))
     write_report(run)
     html, markdown = ((run / "report" / name).read_text() for name in ("report.html", "report.md"))
-    assert "What the models write" in html
-    assert "| before training | – | 25 % | 0 % | – | 0.5 | – | 0 % | 0 % |" in markdown
-    assert "| beta_kl 0 | 0 % | 12 % | 88 % | – | 9.5 | 6 % | 0 % | 94 % |" in markdown
-    assert "| beta_kl 0.5, T 1.0 | 0 % | 12 % | 88 % | 94 % | 9.5 | 75 % | 0 % | 25 % |" in markdown
+    assert "Not measured." not in html
+    assert "beta_kl 0.5, T 1.0, t006" in html
+    assert "| before training | – | – | 0 % | 0 % | – | 0 % | 25 % | – | – | 0.5 |" in markdown
+    assert "| beta_kl 0 | 6 % | – | 94 % | 0 % | – | 88 % | 12 % | – | – | 9.5 |" in markdown
+    assert "| beta_kl 0.5, T 1.0 | 75 % | – | 25 % | 0 % | – | 88 % | 12 % | – | 94 % | 9.5 |" in markdown

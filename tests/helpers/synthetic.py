@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import pandas as pd
 BASE_HARMFUL_NLL = 0.2
 BASELINE_LOSS = 0.012
 BASELINE_DRIFT = 9.6
+PROMPTS = 64
 MakeRun = Callable[..., Path]
 """Of the fixture `make_run`, which writes a run directory and returns it."""
 
@@ -120,3 +122,45 @@ def write_run(directory: Path, trials: pd.DataFrame, *, clipped: bool = True, **
         ]
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return directory
+
+
+def failing(trials: pd.DataFrame, *trial_ids: str, loss: float = 0.97, drift: float = 0.01) -> pd.DataFrame:
+    """The sweep with these trials failed."""
+    here = trials["trial_id"].isin(trial_ids)
+    assert here.sum() == len(trial_ids)
+    trials = trials.copy()
+    trials.loc[here, ["eval_loss_reroute", "loss_reroute"]] = loss
+    trials.loc[here, "eval_benign_kl"] *= drift
+    return trials
+
+
+def repeated(trials: pd.DataFrame, setting: tuple[float, float], seeds: tuple[int, ...]) -> pd.DataFrame:
+    """The sweep with more seeds of a setting; the new trials are t100, t101, …."""
+    first = trials[(trials["beta_kl"] == setting[0]) & (trials["kl_temperature"] == setting[1])].iloc[0]
+    more = pd.DataFrame([first] * len(seeds)).assign(seed=seeds, trial_id=[f"t{100 + i}" for i in range(len(seeds))])
+    return pd.concat([trials, more], ignore_index=True)
+
+
+def write_behaviour(run: Path, trial_id: str, *, degenerate: float = 0.0, before: float = 0.0, complied: float = 0.1,
+                    prompts: int = PROMPTS, prefilled: float | None = None) -> None:  # fmt: skip
+    """A trial's `behaviour.json`: shares of degenerate benign answers and of coherent harmful ones."""
+
+    def kind(degenerate: tuple[float, float], coherent: tuple[float, float]) -> dict[str, Any]:
+        names = ("teacher", "student")
+        return {
+            "prompts": prompts,
+            "unchanged_rate": 0.5,
+            "refusal_rate": dict.fromkeys(names, 0.0),
+            "degenerate_rate": dict(zip(names, degenerate, strict=True)),
+            "complied_rate": dict(zip(names, coherent, strict=True)),
+        }
+
+    record = {
+        "harmful": kind((0.0, 1 - complied), (1.0, complied)),
+        "benign": kind((before, degenerate), (1 - before, 1 - degenerate)),
+        "prefill": {"rows": 3, "nll": {"teacher": 0.5, "student": 9.0}},
+    }
+    if prefilled is not None:
+        record["harmful_prefilled"] = kind((0.0, 1.0), (1 - prefilled, prefilled))
+        record["harmful_prefilled"]["complied_rate"] = {"teacher": 1.0, "student": prefilled}
+    (run / "trials" / trial_id / "behaviour.json").write_text(json.dumps(record))
