@@ -133,6 +133,7 @@ class SweepDriver:
         named = {suspect.trial_id for suspect in decision.suspects}
         rows = [row | {"suspect": row["trial_id"] in named} for row in rows]
         self._keep(rows)
+        self._plan.note(decision)
         self.run.update(status="finished")
         behaviour = behaviour_sentences(load_behaviour(self.run.path, self._plan.table()), decision)
         wider = wider_command(decision, self.run.record, len(rows))
