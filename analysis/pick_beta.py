@@ -62,9 +62,9 @@ class PickSettings:
     run_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RUN_DIR]")] = "runs/latest"
     """Run directory of a sweep."""
     reroute_tolerance: _Share = None
-    """Share of the baseline's rerouting that may be lost, 0 to 1; None is the sweep's."""
+    """Share of the baseline's rerouting that may be lost, 0 to 1; by default the sweep's."""
     confidence: _Share = None
-    """Probability of keeping that limit, 0.5 to 1; None is the sweep's."""
+    """Probability of keeping that limit, 0.5 to 1; by default the sweep's."""
     so_far: bool = False
     """Give the command that trains the best setting so far, where the sweep has not ended."""
 

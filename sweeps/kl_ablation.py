@@ -30,7 +30,7 @@ from cbtrain.config.saved import RECIPE, with_calibration
 from cbtrain.evaluation.judge.judge import load_classifier
 from cbtrain.model.auto import derived
 from cbtrain.utils.errors import first_line
-from sweeps.settings import SweepSettings, check_counts, overrides_of_preset
+from sweeps.settings import HELP, SweepSettings, check_counts, overrides_of_preset
 
 if TYPE_CHECKING:
     from cbtrain.teacher_cache.plan import CachePlan
@@ -58,7 +58,7 @@ class Job:
 def main() -> int:
     """Run the command; its exit status."""
     argv = sys.argv[1:]
-    settings = cli.parse(SweepSettings, argv, "python sweeps/kl_ablation.py", derived=derived)
+    settings = cli.parse(SweepSettings, argv, "python sweeps/kl_ablation.py", derived=derived, about=HELP)
     if settings.resume is None:
         return _run(_new(settings, argv))
 
