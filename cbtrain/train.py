@@ -20,6 +20,7 @@ from cbtrain.config.saved import config_of_decision, said_by_decision
 from cbtrain.model.auto import derived, reasons
 from cbtrain.utils.errors import reason
 from cbtrain.utils.files import nearest_existing
+from cbtrain.utils.metrics_file import read_metrics
 from cbtrain.utils.tracking import Mode, open_tracker
 
 
@@ -119,11 +120,15 @@ def _train(settings: TrainSettings, teacher_cache: Path | None) -> int:
     tracker = open_tracker(
         settings.wandb_project if _first() else None,
         settings.wandb_mode,
-        group=None,
-        name=output_dir.resolve().name,
         directory=output_dir,
+        name=output_dir.resolve().name,
         config=dataclasses.asdict(config),
+        job_type="train",
+        tags=["from-decision" if settings.from_decision else settings.preset],
+        goes_on=settings.resume,
     )
+    for earlier in read_metrics(output_dir / "metrics.jsonl", skip_damaged=True):  # what W&B has of them it keeps
+        tracker.log(earlier, int(earlier["step"]))
     with tracker, TrainingConsole(config.steps, shown=_first()) as console:
 
         def report(metrics: Metrics) -> None:
