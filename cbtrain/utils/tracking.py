@@ -23,7 +23,7 @@ FINISH_TIMEOUT_S = 120.0
 ID = Path("wandb", "id.txt")
 """Where a directory keeps what W&B knows it by."""
 OF_ONE_RUN = (
-    *("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM", "WANDB_REWIND"),
+    *("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM"),
     *("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_JOB_TYPE", "WANDB_MODE", "WANDB_DISABLED", "WANDB_DIR"),
 )
 """What W&B reads from the environment and would give to every run alike, or to none. Entity, address, key, notes and
@@ -111,14 +111,13 @@ def open_tracker(
     """
     if project is None:
         return Tracker()
-    os.environ["WANDB_SILENT"] = "true"  # read before the settings below exist
     try:
+        if mode == "online" and not logged_in():
+            raise RuntimeError("no API key; run `wandb login`, or give --wandb-mode offline")
         with _without(OF_ONE_RUN):
             import wandb
 
             identity = _identity(directory, kept=goes_on)
-            if mode == "online" and not wandb.login(prompt=False):
-                raise RuntimeError("no API key; run `wandb login`, or give --wandb-mode offline")
             run = wandb.init(
                 project=project,
                 mode=mode,
@@ -147,6 +146,14 @@ def open_tracker(
     return Tracker(run)
 
 
+def logged_in() -> bool:
+    """Whether W&B knows a user on this machine; asks nobody."""
+    with _without(OF_ONE_RUN):
+        import wandb
+
+        return wandb.login(prompt=False)
+
+
 def _identity(directory: Path, *, kept: bool) -> str:
     """What W&B is to know a directory by: new, or with `kept` what it was known by; a copy elsewhere is the same."""
     path = directory / ID
@@ -160,7 +167,8 @@ def _identity(directory: Path, *, kept: bool) -> str:
 
 @contextlib.contextmanager
 def _without(names: Sequence[str]) -> Iterator[None]:
-    """Take variables out of the environment for the body."""
+    """Take variables out of the environment for the body, and have W&B say nothing from here on."""
+    os.environ["WANDB_SILENT"] = "true"  # read before there are settings
     kept = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield

@@ -3,7 +3,6 @@ and ends, and a line on what came of that.
 """
 
 import contextlib
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from cbtrain.config import InputError
-from cbtrain.utils.tracking import Mode
+from cbtrain.utils.tracking import Mode, logged_in
 from sweeps.reporting.follower import logged_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,10 +26,7 @@ def require_login(mode: Mode) -> None:
     Raises:
         InputError: `mode` is online, and W&B knows no user on this machine.
     """
-    os.environ["WANDB_SILENT"] = "true"
-    import wandb
-
-    if mode == "online" and not wandb.login(prompt=False):
+    if mode == "online" and not logged_in():
         raise InputError("--wandb-project: no login to W&B here: run `wandb login`, or give --wandb-mode offline")
 
 
