@@ -81,6 +81,12 @@ def test_help_is_80_columns_wide_and_in_the_users_words(declared: type, about: H
     assert "|None" not in shown
 
 
+def test_help_all_is_asked_for_with_underscores_too(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        cli.read(pick_beta.PickSettings(), ["--help_all"], "x")
+    assert "--reroute-tolerance" in capsys.readouterr().out
+
+
 @each_command
 def test_help_is_one_screen_that_says_how_to_see_the_rest(declared: type, about: Help) -> None:
     shown = text(declared, about, every=False)
@@ -116,7 +122,7 @@ def test_presets_are_those_of_the_table_and_the_defaults_those_of_the_one_that_i
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("asked", ["--help", "--help-all", "--help_all"])
+@pytest.mark.parametrize("asked", ["--help", "--help-all"])
 def test_help_is_printed_without_torch_or_ray(command: str, asked: str) -> None:
     run = [sys.executable, "-X", "importtime", *command.split(), asked]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
