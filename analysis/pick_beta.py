@@ -63,9 +63,9 @@ class PickSettings:
     run_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RUN_DIR]")] = "runs/latest"
     """Run directory of a sweep."""
     reroute_tolerance: _Share = None
-    """Share of the baseline's rerouting that may be lost, 0 to 1; None is the sweep's."""
+    """Share of the baseline's rerouting that may be lost, 0 to 1; by default the sweep's."""
     confidence: _Share = None
-    """Probability of keeping that limit, 0.5 to 1; None is the sweep's."""
+    """Probability of keeping that limit, 0.5 to 1; by default the sweep's."""
     completions: bool = True
     """Show on the page some of what the models wrote, harmful text folded; --no-completions leaves it out."""
     so_far: bool = False

@@ -15,6 +15,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from cbtrain.config import CircuitBreakerConfig, InputError, cli, get_config
+from cbtrain.config.help import Help
 from cbtrain.config.validation import check_fields
 from cbtrain.model.auto import derived, reasons
 from cbtrain.utils.errors import reason
@@ -34,17 +35,28 @@ class CalibrateSettings:
     preset: str = "tiny"
     """Where the ladder starts; auto, the default where --model is given, derives it from the model."""
     max_steps: Annotated[int, Ge(1)] | None = None
-    """Optimizer updates of all runs together; None is a fifth of a sweep of 20 trials. What of --lr, --retain-scale
+    """Optimizer updates of all runs together; by default a fifth of a sweep of 20 trials. What of --lr, --retain-scale
     and --steps is given as a flag stays as it is."""
     output_dir: Path = Path("outputs/calibration")
     """Directory for calibration.json and the runs; what an earlier calibration left there is replaced."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
 
 
+HELP = Help(
+    groups={"What is looked for": ("preset", "max_steps"), "Output": ("output_dir",)},
+    first=(
+        *("preset", "max_steps", "harmful", "benign", "mask_policy", "model", "target_layers", "retain_scale"),
+        *("steps", "batch_size", "lr", "gradient_checkpointing", "output_dir"),
+    ),
+    examples=("python -m cbtrain.calibrate --model DIR --harmful h.jsonl --benign b.jsonl",),
+    metavars={"preset": "NAME"},
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    settings = cli.parse(CalibrateSettings, argv, "python -m cbtrain.calibrate", derived=derived)
+    settings = cli.parse(CalibrateSettings, argv, "python -m cbtrain.calibrate", derived=derived, about=HELP)
     check_fields(settings, CalibrateSettings)
     settings.config.validate()
     try:

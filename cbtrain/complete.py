@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cbtrain.config import CircuitBreakerConfig, InputError, cli
+from cbtrain.config.help import Help
 from cbtrain.config.schema import is_date
 from cbtrain.config.validation import check_fields
 from cbtrain.data.formats.hub import expanded
@@ -55,6 +56,17 @@ class CompletionSettings:
     """What chat templates that write today's date write (YYYY-MM-DD)."""
 
 
+HELP = Help(
+    groups={
+        "What is asked": ("model", "prompts", "prefill", "max_new_tokens", "seed", "template_date"),
+        "Where it runs": ("batch_size",),
+        "Output": ("out",),
+    },
+    examples=("python -m cbtrain.complete --model M --prompts behaviours.csv --out h.jsonl",),
+    metavars={"prompts": "FILE ..."},
+)
+
+
 @dataclass(frozen=True)
 class Asked:
     """A prompt: messages that end on a user's turn, and what its row says besides."""
@@ -76,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _settings(argv: Sequence[str]) -> CompletionSettings:
-    settings, unknown = cli.read(CompletionSettings(), argv, "python -m cbtrain.complete")
+    settings, unknown = cli.read(CompletionSettings(), argv, "python -m cbtrain.complete", HELP)
     cli.refuse_unknown(unknown, CompletionSettings)
     for name in ("model", "prompts"):
         if not getattr(settings, name):

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cbtrain.config import CircuitBreakerConfig, InputError, cli, get_config
+from cbtrain.config.help import Help
 from cbtrain.config.saved import config_of_adapter, require_adapter
 from cbtrain.model.auto import derived
 from cbtrain.utils.errors import reason
@@ -71,6 +72,20 @@ class EvaluateSettings:
     output_dir: Path | None = None
     """Directory for behaviour.json and completions.jsonl; the adapter's parent if not given."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
+
+
+HELP = Help(
+    groups={
+        "What is measured": ("adapter", "preset", "prompts", "max_new_tokens", "prefill_tokens", "xstest", "judge"),
+        "Output": ("output_dir",),
+    },
+    first=(
+        *("adapter", "prompts", "max_new_tokens", "prefill_tokens", "xstest", "judge", "harmful", "benign"),
+        *("model", "eval_batch_size", "output_dir"),
+    ),
+    examples=("python -m cbtrain.evaluate --adapter outputs/cb/adapter",),
+    metavars={"preset": "NAME", "xstest": "FILE ...", "judge": "MODULE:FUNCTION"},
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,7 +162,7 @@ def _settings(argv: Sequence[str]) -> EvaluateSettings:
     adapter = Path(cli.value_of("--adapter", argv) or EvaluateSettings.adapter)
     chosen = cli.value_of("--preset", argv) or cli.value_of("--config", argv)
     recorded = None if chosen else config_of_adapter(adapter)
-    return cli.parse(EvaluateSettings, argv, "python -m cbtrain.evaluate", recorded, derived=derived)
+    return cli.parse(EvaluateSettings, argv, "python -m cbtrain.evaluate", recorded, derived=derived, about=HELP)
 
 
 def _short(path: Path) -> Path:

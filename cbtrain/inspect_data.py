@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cbtrain.config import CircuitBreakerConfig, InputError, cli, get_config
+from cbtrain.config.help import Help
 from cbtrain.data.checks import (
     data_warnings,
     overlapping_prompts,
@@ -58,9 +59,20 @@ class InspectionSettings:
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
 
 
+HELP = Help(
+    groups={"What is shown": ("preset", "shapes", "html", "states")},
+    first=(
+        *("preset", "shapes", "html", "states", "harmful", "benign", "preference", "refusals_as_benign"),
+        *("mask_policy", "thoughts", "max_length", "eval_fraction", "model", "tokenizer"),
+    ),
+    examples=("python -m cbtrain.data --model DIR --harmful h.jsonl --benign b.jsonl",),
+    metavars={"preset": "NAME"},
+)
+
+
 def main() -> int:
     """Run the command; its exit status."""
-    settings = cli.parse(InspectionSettings, sys.argv[1:], "python -m cbtrain.data", derived=_derived)
+    settings = cli.parse(InspectionSettings, sys.argv[1:], "python -m cbtrain.data", derived=_derived, about=HELP)
     if settings.shapes:
         print("\n\n".join(f"{name}{': ' if says else ''}{says}\n  {example}" for name, example, says in table()))
         return 0

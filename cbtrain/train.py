@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cbtrain.config import CircuitBreakerConfig, InputError, cli, get_config
+from cbtrain.config.help import Help
 from cbtrain.config.saved import config_of_decision, said_by_decision
 from cbtrain.model.auto import derived, reasons
 from cbtrain.utils.errors import reason
 from cbtrain.utils.files import nearest_existing
+from cbtrain.utils.metrics_file import read_metrics
 from cbtrain.utils.tracking import Mode, open_tracker
 
 
@@ -29,8 +31,8 @@ class TrainSettings:
     preset: str = "tiny"
     """Where the defaults of all other flags come from; `python -m cbtrain.config` lists them."""
     from_decision: Path | None = None
-    """A sweep's report/decision.json: trains the setting that it chose, with the sweep's preset, data and fields.
-    Flags given beside it override."""
+    """Train what a sweep's report/decision.json chose, with the sweep's preset, data and fields. Flags given beside it
+    override."""
     despite_verdict: bool = False
     """With --from-decision: train also what is no choice, beta_kl 0 where no weight qualifies, or the setting that is
     best so far in a sweep that has not ended."""
@@ -42,10 +44,31 @@ class TrainSettings:
     """Where the frozen teacher's states are kept: auto is --output-dir where that pays and fits, off runs the teacher
     at every step, anything else is a directory that runs can share (a sweep's teacher_cache/, for one)."""
     wandb_project: str | None = None
-    """Log to this Weights & Biases project; a failure there is one line and never ends the run."""
+    """Log to this Weights & Biases project. A failure there is one line and never ends the run; --resume continues the
+    run there."""
     wandb_mode: Mode = "online"
     """`offline` needs neither login nor network: files go to --output-dir, and `wandb sync` uploads them later."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
+
+
+HELP = Help(
+    groups={
+        "What is trained": ("preset", "from_decision", "despite_verdict", "beta_kl", "kl_temperature"),
+        "Where it runs": ("teacher_cache",),
+        "Output": ("output_dir", "resume", "wandb_project", "wandb_mode"),
+    },
+    first=(
+        *("preset", "from_decision", "beta_kl", "kl_temperature", "harmful", "benign", "model"),
+        *("target_layers", "steps", "batch_size", "lr", "seed", "zero_stage", "gradient_checkpointing"),
+        *("output_dir", "resume", "wandb_project"),
+    ),
+    examples=(
+        "python -m cbtrain.train --from-decision runs/latest/report/decision.json",
+        "python -m cbtrain.train --preset llama-3.1-8b-instruct --beta-kl 0.3 …",
+        "torchrun --nproc-per-node 8 -m cbtrain.train --zero-stage 2 …",
+    ),
+    metavars={"preset": "NAME", "teacher_cache": "auto|off|DIR", "wandb_project": "NAME"},
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,11 +102,11 @@ def _settings(argv: Sequence[str]) -> TrainSettings:
     """The settings; a decision's configuration stands in for the preset's."""
     decision = cli.value_of("--from-decision", argv)
     if decision is None:
-        return cli.parse(TrainSettings, argv, "python -m cbtrain.train", derived=derived)
+        return cli.parse(TrainSettings, argv, "python -m cbtrain.train", derived=derived, about=HELP)
     if cli.value_of("--preset", argv) or cli.value_of("--config", argv):
         raise InputError("--preset: --from-decision brings the sweep's own; leave one of them out")
     config = config_of_decision(Path(decision), despite_verdict="--despite-verdict" in argv)
-    return cli.parse(TrainSettings, argv, "python -m cbtrain.train", config, derived=derived)
+    return cli.parse(TrainSettings, argv, "python -m cbtrain.train", config, derived=derived, about=HELP)
 
 
 def _train(settings: TrainSettings, teacher_cache: Path | None) -> int:
@@ -97,11 +120,15 @@ def _train(settings: TrainSettings, teacher_cache: Path | None) -> int:
     tracker = open_tracker(
         settings.wandb_project if _first() else None,
         settings.wandb_mode,
-        group=None,
-        name=output_dir.resolve().name,
         directory=output_dir,
+        name=output_dir.resolve().name,
         config=dataclasses.asdict(config),
+        job_type="train",
+        tags=["from-decision" if settings.from_decision else settings.preset],
+        goes_on=settings.resume,
     )
+    for earlier in read_metrics(output_dir / "metrics.jsonl", skip_damaged=True):  # what W&B has of them it keeps
+        tracker.log(earlier, int(earlier["step"]))
     with tracker, TrainingConsole(config.steps, shown=_first()) as console:
 
         def report(metrics: Metrics) -> None:

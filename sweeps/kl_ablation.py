@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ from cbtrain.config.saved import RECIPE, with_calibration
 from cbtrain.evaluation.judge.judge import load_classifier
 from cbtrain.model.auto import derived
 from cbtrain.utils.errors import first_line
-from sweeps.settings import SweepSettings, check_counts, overrides_of_preset
+from sweeps.settings import HELP, SweepSettings, check_counts, overrides_of_preset
 
 if TYPE_CHECKING:
     from cbtrain.teacher_cache.plan import CachePlan
@@ -58,7 +58,7 @@ class Job:
 def main() -> int:
     """Run the command; its exit status."""
     argv = sys.argv[1:]
-    settings = cli.parse(SweepSettings, argv, "python sweeps/kl_ablation.py", derived=derived)
+    settings = cli.parse(SweepSettings, argv, "python sweeps/kl_ablation.py", derived=derived, about=HELP)
     if settings.resume is None:
         return _run(_new(settings, argv))
 
@@ -205,16 +205,16 @@ def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
             stack.enter_context(run.locked())
         elif not found.done:
             wait_for_leftovers(run, [spec.trial_id for spec in found.interrupted])
-        tell = stack.enter_context(followed(run.path, run.shown, settings.wandb_project, settings.wandb_mode))
+        stack.enter_context(followed(run.path, run.shown, settings.wandb_project, settings.wandb_mode))
         if found is not None and found.done:
-            driver = _driver(job, run.record.get("concurrency", 1), tell)
+            driver = _driver(job, run.record.get("concurrency", 1))
             if driver.done:
                 run.update(flags=flags_to_keep(settings))
                 return driver.conclude()
-        return _on_ray(job, config, cache, tell)
+        return _on_ray(job, config, cache)
 
 
-def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Callable[[Iterable[str]], None]) -> int:
+def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
     """Start Ray and run what is left of the sweep; the exit status. The caller holds the run directory's lock."""
     from sweeps.execution.placement import place, placement_line, started_ray
     from sweeps.execution.trial import TrialContext
@@ -240,10 +240,10 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Ca
             reroute_tolerance=job.plan.reroute_tolerance,
             session=len(run.record.get("resumed", [])),
         )
-        return _driver(job, concurrency, tell).sweep(context, cache)
+        return _driver(job, concurrency).sweep(context, cache)
 
 
-def _driver(job: Job, concurrency: int, tell: Callable[[Iterable[str]], None]) -> "SweepDriver":
+def _driver(job: Job, concurrency: int) -> "SweepDriver":
     from sweeps.execution.driver import SweepDriver
 
     settings = job.settings
@@ -253,7 +253,6 @@ def _driver(job: Job, concurrency: int, tell: Callable[[Iterable[str]], None]) -
         concurrency,
         ended_before=len(job.found.ended) if job.found else 0,
         early_stop=settings.early_stop,
-        on_ended=tell,
         behaviour_prompts=settings.behaviour_prompts,
         judge=settings.judge,
         limits=BehaviourLimits.of(vars(settings)),

@@ -13,6 +13,7 @@ from analysis.behaviour.judge import DEFAULT_LIMITS
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
 from analysis.surrogate.search_space import BETA_KL_RANGE, KL_TEMPERATURE_RANGE, Bounds
 from cbtrain.config import CircuitBreakerConfig, InputError, flag, get_config
+from cbtrain.config.help import Help
 from cbtrain.config.validation import check_fields
 from cbtrain.model.auto import derived
 
@@ -49,12 +50,12 @@ class SweepSettings:
     """Sweep beta_kl and kl_temperature of a circuit breaker, with a total of --num-samples trials."""
 
     preset: str = "tiny"
-    """Where the defaults of the training flags come from; `python -m cbtrain.config` lists them. auto, the default
-    where --model is given, derives them from the model."""
+    """Where training's defaults come from; auto, the default with --model, derives them. `python -m cbtrain.config`
+    lists them."""
     num_samples: int = 20
     """Trials in all: baseline, ablation, search and confirmation."""
     run_dir: Path | None = None
-    """Directory for everything the sweep writes; None is runs/kl_ablation-TIME, or kl_ablation-TIME below
+    """Directory for everything the sweep writes. By default runs/kl_ablation-TIME, or kl_ablation-TIME below
     --storage-path. A relative one is below --storage-path where that is given."""
     storage_path: Path | None = None
     """Directory that all nodes share, for run directories; needed in a Ray job on several nodes. An absolute --run-dir
@@ -64,10 +65,10 @@ class SweepSettings:
     that pyarrow opens (s3://, gs://, hdfs://, file://), credentials from the environment. The copy is URI/NAME, NAME
     being the run directory's."""
     resume: Path | None = None
-    """Run directory of a sweep that was killed, or that shall have more trials (--num-samples): continue it, with the
-    settings that it was begun with."""
+    """Continue the sweep of this run directory, with its own settings. It was killed, or shall have more trials
+    (--num-samples)."""
     baseline_seeds: int | None = None
-    """Seeds of the beta_kl = 0 baseline; None is a fifth of the trials, at least 3, at most 8."""
+    """Seeds of the beta_kl = 0 baseline; by default a fifth of the trials, at least 3, at most 8."""
     reroute_tolerance: float = REROUTE_TOLERANCE
     """Share of the baseline's rerouting that a setting may lose."""
     confidence: float = CONFIDENCE
@@ -77,7 +78,7 @@ class SweepSettings:
     beta_kl_range: Annotated[Bounds, _range_flag("LOW HIGH", or_one=False)] = BETA_KL_RANGE
     """What is searched of beta_kl, on a logarithmic scale. Ablation points outside are left out."""
     kl_temperature_range: Annotated[Bounds, _range_flag("LOW [HIGH]", or_one=True)] = KL_TEMPERATURE_RANGE
-    """The same of kl_temperature, on a linear scale; a single temperature leaves the search to beta_kl alone."""
+    """The same of kl_temperature, on a linear scale. A single temperature leaves the search to beta_kl alone."""
     early_stop: bool = False
     """End a search trial whose rerouting stays over the limit; off by default: it saves too little (bench_stopping)."""
     calibrate: bool = False
@@ -87,17 +88,17 @@ class SweepSettings:
     calibration: Path | None = None
     """The calibration.json of an earlier calibration (`python -m cbtrain.calibrate`), whose recipe is taken."""
     max_concurrent: Annotated[int, Ge(1)] | None = None
-    """Trials at a time; None is what the machine holds, at most 4."""
+    """Trials at a time; by default what the machine holds, at most 4."""
     workers_per_trial: Annotated[int, Ge(1)] = 1
     """Worker processes a trial; more than 1, or a GPU, gives each trial workers of its own."""
     gpus_per_worker: Annotated[float | None, Ge(0), "must be 0 or more"] = None
-    """GPUs a worker; None is 1 where there are GPUs, else 0."""
+    """GPUs a worker; by default 1 where there are GPUs, else 0."""
     teacher_cache: str = "auto"
     """Where the frozen teacher's states are kept for all trials: auto is the run directory where that pays and fits,
     off runs the teacher at every step, anything else is a directory that sweeps can share."""
     wandb_project: str | None = None
-    """Project of Weights & Biases to log to: a run a trial when it ends, and one for the decision and its figures, in
-    a group named as the run directory."""
+    """Project of Weights & Biases to log to. Each trial is a run while it trains, and the decision with its figures one
+    more, in a group named as the run directory."""
     wandb_mode: Literal["online", "offline"] = "online"
     """offline needs no login and keeps the runs in RUN_DIR/wandb, for `wandb sync`."""
     behaviour_prompts: Annotated[int, Ge(0)] = 64
@@ -119,6 +120,40 @@ class SweepSettings:
     dry_run: bool = False
     """Check everything, print the plan and what the teacher cache would take, and start nothing."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
+
+
+HELP = Help(
+    groups={
+        "What is swept": (
+            *("num_samples", "resume", "beta_kl_range", "kl_temperature_range", "beta_kl", "kl_temperature"),
+            *("baseline_seeds", "reroute_tolerance", "confidence", "sampler", "early_stop", "calibrate", "calibration"),
+            *("behaviour_prompts", "judge", "max_degenerate_rise", "max_degenerate_bound"),
+            *("max_benign_nll_rise", "max_compliance_rise", "dry_run"),
+        ),
+        "Model": ("preset",),
+        "Where it runs": ("max_concurrent", "workers_per_trial", "gpus_per_worker", "teacher_cache"),
+        "Output": ("run_dir", "storage_path", "copy_to", "wandb_project", "wandb_mode"),
+    },
+    first=(
+        *("num_samples", "resume", "beta_kl_range", "kl_temperature_range", "reroute_tolerance", "dry_run"),
+        *("harmful", "benign", "preset", "model", "steps", "lr"),
+        *("max_concurrent", "workers_per_trial", "gpus_per_worker", "run_dir", "wandb_project"),
+    ),
+    examples=(
+        "python sweeps/kl_ablation.py --num-samples 20",
+        "python sweeps/kl_ablation.py --model DIR --harmful h.jsonl --benign b.jsonl",
+        "python sweeps/kl_ablation.py --resume runs/latest --num-samples 40",
+    ),
+    instead={name: f"Searched by the sweep, and refused as a flag: give {flag(name)}-range." for name in SEARCHED},
+    metavars={
+        "preset": "NAME",
+        "copy_to": "DIR|URI",
+        "teacher_cache": "auto|off|DIR",
+        "wandb_project": "NAME",
+        "judge": "MODULE:FUNCTION",
+    },
+)
+"""What `--help` and `--help-all` say beside the fields' own texts."""
 
 
 def overrides_of_preset(settings: SweepSettings) -> dict[str, object]:

@@ -3,10 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import NormalDist, fmean
 from typing import Any
-
-from scipy.stats import norm
 
 from analysis.behaviour.measured import Behaviour
 from analysis.formatting import count, number, percent
@@ -143,7 +141,7 @@ def wilson_bound(share: float, n: int, confidence: float) -> float:
     """Upper one-sided bound of a share that was observed in n trials (Wilson 1927); 1 for none."""
     if n == 0:
         return 1.0
-    z = float(norm.ppf(confidence))
+    z = NormalDist().inv_cdf(confidence)
     middle = share + z**2 / (2 * n)
     return float((middle + z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))) / (1 + z**2 / n))
 

@@ -3,12 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import pandas as pd
+from typing import TYPE_CHECKING, Literal
 
 from cbtrain.config.validation import from_json
 from cbtrain.utils.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class _Record:
     harmful_prefilled: _Kind | None = None
 
 
-def load_behaviour(run_dir: str | Path, trials: pd.DataFrame) -> list[Behaviour]:
+def load_behaviour(run_dir: str | Path, trials: "pd.DataFrame") -> list[Behaviour]:
     """The model before training, then every measured trial in the order of `trials`; empty where none was measured.
 
     Raises:

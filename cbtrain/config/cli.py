@@ -8,16 +8,18 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from cbtrain.config.presets import canonical, get_config
+from cbtrain.config.help import ASKED, Help, page
+from cbtrain.config.presets import PRESETS, canonical, get_config
 from cbtrain.config.schema import CircuitBreakerConfig
 from cbtrain.config.validation import flag, nearest
 from cbtrain.utils.errors import InputError, reason
 
 Settings = TypeVar("Settings", bound=Any)
+PLAIN = Help()
 
 
 def parse(
@@ -27,21 +29,26 @@ def parse(
     recorded: CircuitBreakerConfig | None = None,
     *,
     derived: Callable[[str], CircuitBreakerConfig],
+    about: Help = PLAIN,
 ) -> Settings:
     """Parse `argv` into `settings_type`, a dataclass with the fields `preset` and `config`.
 
     The preset named in `argv`, or the configuration `recorded` by an earlier run in its place, gives the defaults of
     `config`, whose fields are flags beside the dataclass's own. Where neither is given and a `--model` is, they are
     those of the preset `auto`, which `derived` makes for a model. Underscores in flags are read as hyphens, and
-    `--config` as `--preset`.
+    `--config` as `--preset`. `about` is what `--help` says beside what the fields say.
 
     Raises:
         InputError: an unknown flag, with the nearest one, or a value that does not fit.
-        SystemExit: `--help`, with status 0.
+        SystemExit: `--help` or `--help-all`, with status 0.
     """
     argv = ["--preset" + arg.removeprefix("--config") if arg.split("=")[0] == "--config" else arg for arg in argv]
     model = value_of("--model", argv)
     preset = canonical(value_of("--preset", argv) or ("tiny" if model in (None, "tiny") else "auto"))
+    if asks_for_help(argv):
+        named = preset if preset in PRESETS else "tiny"
+        default = settings_type(preset="" if recorded else named, config=recorded or get_config(named))
+        tell(default, argv, prog, about)
     if recorded is None and preset == "tiny" and model not in (None, "tiny"):
         raise InputError(f"--preset tiny: its numbers are the embedded model's, not those of {model}; leave it out")
     if recorded is None and preset == "auto":
@@ -49,7 +56,7 @@ def parse(
             raise InputError("--preset auto: give the --model that its numbers are derived from")
         recorded = derived(model)
     default = settings_type(preset=preset, config=recorded or get_config(preset))
-    settings, unknown = read(default, argv, prog)
+    settings, unknown = read(default, argv, prog, about)
     settings.preset = canonical(settings.preset)
     refuse_unknown(unknown, settings_type, settings.config)
     for field in dataclasses.fields(settings.config):
@@ -58,13 +65,26 @@ def parse(
     return settings
 
 
-def read(default: Settings, argv: Sequence[str], prog: str) -> tuple[Settings, list[str]]:
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether a command line is to be answered by what the command's flags are."""
+    return any(arg.replace("_", "-") in ASKED for arg in argv)
+
+
+def tell(default: Any, argv: Sequence[str], prog: str, about: Help) -> NoReturn:
+    """Print a command's help, all of it for `--help-all`, and end with status 0."""
+    print(page(default, prog, about, every=any(arg.replace("_", "-") == "--help-all" for arg in argv)), end="")
+    raise SystemExit(0)
+
+
+def read(default: Settings, argv: Sequence[str], prog: str, about: Help = PLAIN) -> tuple[Settings, list[str]]:
     """The dataclass `default` with what `argv` replaces of it, and the words of `argv` that belong to no flag.
 
     Raises:
         InputError: a value that does not fit.
-        SystemExit: `--help`, with status 0.
+        SystemExit: `--help` or `--help-all`, with status 0.
     """
+    if asks_for_help(argv):
+        tell(default, argv, prog, about)
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -74,11 +94,10 @@ def read(default: Settings, argv: Sequence[str], prog: str) -> tuple[Settings, l
                 default=default,
                 args=argv,
                 return_unknown_args=True,
+                add_help=False,
                 config=[tyro.conf.OmitArgPrefixes],
             )
-    except SystemExit as stop:
-        if stop.code == 0:
-            raise
+    except SystemExit:
         raise InputError(_unboxed(captured.getvalue())) from None
 
 
@@ -87,7 +106,7 @@ def refuse_unknown(unknown: Sequence[str], *flagged: Any) -> None:
     if unknown:
         names = [field.name for each in flagged for field in dataclasses.fields(each) if field.name != "config"]
         word = unknown[0].split("=")[0]
-        raise InputError(f"{word}: no such flag{nearest(word, list(map(flag, names)))}; --help lists them")
+        raise InputError(f"{word}: no such flag{nearest(word, list(map(flag, names)))}; --help-all lists them")
 
 
 _stopped: list[int] = []

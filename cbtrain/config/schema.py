@@ -19,6 +19,37 @@ Dtype = Literal["float32", "bfloat16", "fp32", "bf16"]
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 """The short names of a dtype, and what is kept in their place."""
 
+GROUPS = {
+    "Data": (
+        *("harmful", "benign", "preference", "refusals_as_benign", "mask_policy", "thoughts"),
+        *("max_length", "template_date", "eval_fraction"),
+    ),
+    "Model": (
+        *("model", "tokenizer", "dtype"),
+        *("lora_rank", "lora_alpha", "lora_dropout", "lora_layers", "lora_targets", "lora_init_std"),
+    ),
+    "Training": (
+        *("beta_kl", "kl_temperature", "alpha", "schedule_horizon", "coefficient_schedule", "beta_kl_schedule"),
+        *("target_layers", "retain_layers", "retain_norm", "retain_scale", "retain_norms"),
+        *("steps", "batch_size", "lr", "lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
+    ),
+    "Where it runs": (
+        *("micro_batch_size", "gradient_accumulation", "eval_batch_size", "zero_stage"),
+        *("gradient_checkpointing", "cpu_offload", "hidden_states"),
+    ),
+    "Output": ("log_every", "eval_every", "checkpoint_every"),
+}
+"""The groups of the fields below, as the command line's help shows them; a test sees that none is missing."""
+METAVARS = {
+    "model": "NAME|DIR",
+    "tokenizer": "NAME|DIR",
+    "harmful": "FILE ...",
+    "benign": "FILE ...",
+    "template_date": "DATE",
+    "lora_targets": "NAME ...|all-linear",
+}
+"""What stands behind their flags there, where the type says too little."""
+
 
 @dataclass(kw_only=True)
 class CircuitBreakerConfig:

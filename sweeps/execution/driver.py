@@ -8,7 +8,6 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,6 @@ class SweepDriver:
     """Trials that had ended when the sweep was resumed."""
     early_stop: bool = False
     """Whether search trials end themselves by a `StopRule`."""
-    on_ended: Callable[[Iterable[str]], None] = lambda _ended: None
-    """Called with the ids of trials that have ended, each once, when their results are on disk."""
     behaviour_prompts: int = 0
     """Held-out prompts of each kind on which baseline and chosen setting are measured in the end; 0 measures none."""
     judge: str = ""
@@ -133,6 +130,7 @@ class SweepDriver:
         named = {suspect.trial_id for suspect in decision.suspects}
         rows = [row | {"suspect": row["trial_id"] in named} for row in rows]
         self._keep(rows)
+        self._plan.note(decision)
         self.run.update(status="finished")
         behaviour = behaviour_sentences(load_behaviour(self.run.path, self._plan.table()), decision)
         wider = wider_command(decision, self.run.record, len(rows))
@@ -202,7 +200,6 @@ class SweepDriver:
         self.run.update(tolerance=self._plan.tolerance, wall_s=self._wall_s())
         ended = {str(row["trial_id"]) for row in rows if row["status"] != "running"}
         self.run.remove_checkpoints(ended - self._cleared)
-        self.on_ended(ended - self._cleared)
         self._cleared = ended
 
     def _with_teacher(self, context: TrialContext, plan: CachePlan) -> tuple[TrialContext, CacheReport | None]:

@@ -2,7 +2,8 @@
 
 Two studies share the storage: `kl_ablation` holds the searched trials, `kl_ablation_baseline` those at
 `beta_kl = 0`, which lies in no logarithmic range and would leave Optuna's model without common parameters.
-A trial comes to be in one record and its outcome is one record, so a sweep killed anywhere is read back whole.
+A trial comes to be in one record and its outcome is one record, so a sweep killed anywhere is read back whole; what
+the Optuna dashboard is to show beside them (`sweeps.plan.dashboard`) is not read back.
 """
 
 import math
@@ -19,6 +20,7 @@ from analysis.columns import Status
 from analysis.surrogate.surrogate import MIN_DRIFT
 from cbtrain.config import CircuitBreakerConfig
 from sweeps.plan.budget import Phase
+from sweeps.plan.dashboard import VERDICT, introduce, show_constraint, show_metrics, write_note
 from sweeps.plan.sampler import BETA_KL, KL_TEMPERATURE
 
 STUDY_NAME = "kl_ablation"
@@ -119,16 +121,32 @@ class Journal:
                 it cannot count as complete, since Optuna would take it for feasible, and is told as failed.
         """
         assert entry.outcome is not None
-        # A sweep killed between the constraint and the tell has it already, and Optuna warns at a second one.
-        if constraint is not None and CONSTRAINT not in self._storage.get_trial(entry.storage_id).constraints:
-            entry.trial.set_constraint(CONSTRAINT, constraint)
-        if entry.outcome.status == "completed" and (entry.spec.phase == "baseline" or constraint is not None):
+        # All before the tell, after which a trial takes no attribute. A sweep killed on the way writes them again.
+        completed = entry.outcome.status == "completed"
+        metrics = asdict(entry.outcome) | entry.outcome.metrics | {CONSTRAINT: constraint if completed else None}
+        show_metrics(self._storage, entry.storage_id, metrics)
+        if constraint is not None:
+            show_constraint(self._storage, entry.storage_id, constraint)
+            # Optuna warns where a constraint is set twice.
+            if CONSTRAINT not in self._storage.get_trial(entry.storage_id).constraints:
+                entry.trial.set_constraint(CONSTRAINT, constraint)
+        if completed and (entry.spec.phase == "baseline" or constraint is not None):
             assert entry.outcome.eval_benign_kl is not None
             entry.trial.study.tell(entry.trial, math.log(max(entry.outcome.eval_benign_kl, MIN_DRIFT)))
         else:
             state = TrialState.PRUNED if entry.outcome.status == "stopped" else TrialState.FAIL
             entry.trial.study.tell(entry.trial, state=state)
         entry.settled = True
+
+    def numbers(self) -> dict[str, int]:
+        """The searched trials' numbers in their study, by which Optuna's tools name them, by trial id."""
+        searched = [entry for entry in self.entries.values() if entry.spec.phase != "baseline"]
+        return {each.spec.trial_id: self._storage.get_trial_number_from_id(each.storage_id) for each in searched}
+
+    def note(self, headline: str, text: str) -> None:
+        """Keep a verdict, and a text (Markdown) on it, that the Optuna dashboard shows beside the searched trials."""
+        self.searched.set_user_attr(VERDICT, headline)
+        write_note(self._storage, self._storage.get_study_id_from_name(STUDY_NAME), text)
 
     def _read(self, study: optuna.Study) -> list[Entry]:
         """The trials of this sweep in `study`; what another tool added to it has no id of ours and is left out."""
@@ -150,9 +168,11 @@ class Journal:
 def _open_study(storage: BaseStorage, name: str) -> optuna.Study:
     """The study of that name, made if there is none. Its sampler is never asked: `sweeps.plan.sampler` suggests."""
     sampler = optuna.samplers.RandomSampler(seed=0)
-    return optuna.create_study(
+    study = optuna.create_study(
         study_name=name, storage=storage, direction="minimize", sampler=sampler, load_if_exists=True
     )
+    introduce(storage, storage.get_study_id_from_name(name))
+    return study
 
 
 def trial_config(config: CircuitBreakerConfig, spec: TrialSpec) -> CircuitBreakerConfig:

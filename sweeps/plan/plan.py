@@ -23,9 +23,11 @@ from analysis.constraint import (
 )
 from analysis.decide import decide
 from analysis.decision import Decision, SettingAssessment
+from analysis.report.wording import headline
 from analysis.surrogate.surrogate import MAX_MODELLED, STOPPED_LOSS
 from cbtrain.config import InputError
 from sweeps.plan.budget import PlanSettings, allocate
+from sweeps.plan.dashboard import verdict_note
 from sweeps.plan.journal import Entry, Journal, TrialOutcome, TrialSpec
 from sweeps.plan.outcomes import checked, completed_loss, metrics_of, regression_of, row_of
 from sweeps.plan.sampler import DRAWS_OF_MANY, search_space, suggest
@@ -135,6 +137,10 @@ class SweepPlan:
     def table(self) -> pd.DataFrame:
         """`rows` as a table."""
         return pd.DataFrame(self.rows())
+
+    def note(self, decision: Decision) -> None:
+        """Keep what came of the sweep where the Optuna dashboard shows it."""
+        self._journal.note(headline(decision), verdict_note(decision, self.rows(), self._journal.numbers()))
 
     def _running(self) -> int:
         return sum(entry.outcome is None for entry in self._entries.values())

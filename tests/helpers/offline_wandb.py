@@ -17,9 +17,13 @@ WHOLE, LAST = 1, 4
 class OfflineRun:
     """One run."""
 
+    id: str = ""
     name: str = ""
+    job_type: str = ""
+    tags: tuple[str, ...] = ()
     group: str = ""
     project: str = ""
+    entity: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     """A line a step, with W&B's own `_step`."""
@@ -28,10 +32,15 @@ class OfflineRun:
 
 
 def offline_runs(directory: Path) -> dict[str, OfflineRun]:
-    """The runs under `directory`/wandb, by name."""
-    runs = [_read(path) for path in sorted(directory.glob("wandb/offline-run-*/*.wandb"))]
+    """The runs under `directory`/wandb, by name; of one that was gone on with, each part is a run of its own."""
+    runs = offline_parts(directory)
     assert len({run.name for run in runs}) == len(runs), [run.name for run in runs]
     return {run.name: run for run in runs}
+
+
+def offline_parts(directory: Path) -> list[OfflineRun]:
+    """What was written under `directory`/wandb at a time, oldest first."""
+    return [_read(path) for path in sorted(directory.glob("wandb/offline-run-*/*.wandb"))]
 
 
 def _read(path: Path) -> OfflineRun:
@@ -41,6 +50,8 @@ def _read(path: Path) -> OfflineRun:
         record.ParseFromString(data)
         if record.HasField("run"):
             run.name, run.group, run.project = record.run.display_name, record.run.run_group, record.run.project
+            run.entity = record.run.entity
+            run.id, run.job_type, run.tags = record.run.run_id, record.run.job_type, tuple(record.run.tags)
             run.config |= _values(record.run.config.update)
         elif record.HasField("history"):
             run.history.append(_values(record.history.item))
@@ -63,6 +74,8 @@ def _records(content: bytes) -> Iterator[bytes]:
             continue
         _, length, kind = HEADER.unpack_from(content, position)
         position += HEADER.size
+        if position + length > len(content):
+            return  # still being written
         parts += content[position : position + length]
         position += length
         if kind in (WHOLE, LAST):

@@ -127,7 +127,7 @@ def test_the_module_is_a_command():
         [sys.executable, "-m", "cbtrain.data", "--hramful", "x"], cwd=ROOT, capture_output=True, text=True
     )
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: --hramful: no such flag; did you mean --harmful?; --help lists them\n"
+    assert result.stderr == "error: --hramful: no such flag; did you mean --harmful?; --help-all lists them\n"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import TINY
+from offline_wandb import offline_parts
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,7 @@ from cbtrain.config import InputError
 from cbtrain.config.saved import config_of_decision
 from cbtrain.training import loop
 from cbtrain.training.console import TrainingConsole
+from cbtrain.utils.metrics_file import read_metrics
 from cbtrain.utils.tracking import open_tracker
 
 RELOAD = """
@@ -236,6 +238,24 @@ def test_wandb_logs_a_run_offline_without_a_login_and_says_nothing(arguments, tm
     assert "wandb" not in shown.out.replace(str(tmp_path), "")
 
 
+def test_a_run_that_is_resumed_goes_on_as_the_same_run_on_wandb_and_a_new_one_does_not(
+    arguments, tmp_path, no_login, monkeypatch
+):
+    monkeypatch.setenv("WANDB_RUN_ID", "everyones")
+    arguments = [*arguments, "--checkpoint-every", "2", "--wandb-project", "p", "--wandb-mode", "offline"]
+    for more in ([], ["--resume"]):
+        assert train.main([*arguments, *more]) == 0
+        time.sleep(1)  # directories are named by the second
+    first, resumed = offline_parts(tmp_path / "out")
+    assert (resumed.id, resumed.name, resumed.job_type) == (first.id, "out", "train")
+    steps = [line["step"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")]
+    for part in (first, resumed):
+        assert [line["_step"] for line in part.history] == steps == [1, 2, 3, 4]
+    (tmp_path / "out" / "metrics.jsonl").unlink()
+    assert train.main(arguments) == 0
+    assert len({part.id for part in offline_parts(tmp_path / "out")}) == 2
+
+
 def test_a_wandb_failure_is_one_line_and_the_run_is_trained(arguments, tmp_path, no_login, capfd):
     assert train.main([*arguments, "--wandb-project", "p"]) == 0
     refused = "W&B: not tracked (no API key; run `wandb login`, or give --wandb-mode offline)"
@@ -244,7 +264,9 @@ def test_a_wandb_failure_is_one_line_and_the_run_is_trained(arguments, tmp_path,
 
 
 def test_a_tracker_that_fails_while_it_runs_says_so_once_and_drops_the_rest(tmp_path, no_login, capfd):
-    with open_tracker("p", "offline", group="g", name="n", directory=tmp_path, config={"a": (1, 2)}) as tracker:
+    with open_tracker(
+        "p", "offline", group="g", name="n", directory=tmp_path, config={"a": (1, 2)}, job_type="x"
+    ) as tracker:
         tracker.log({"loss": 1.0}, 1)
         tracker.figure("gone", tmp_path / "gone.svg")
         tracker.log({"loss": 0.5}, 2)

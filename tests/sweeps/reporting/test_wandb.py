@@ -2,15 +2,18 @@
 
 import contextlib
 import json
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
-from offline_wandb import offline_runs
+from offline_wandb import offline_parts, offline_runs
 from simulated import drive, failed, file_storage, plan_of, world
 
-from sweeps.reporting import wandb
+from sweeps.reporting import follower, wandb
 from sweeps.reporting.wandb import followed
 from sweeps.storage.run_directory import RunDirectory
 
@@ -45,9 +48,8 @@ def run(tmp_path: Path, quick: None) -> RunDirectory:
 
 
 def test_each_trial_is_a_run_and_the_decision_one_more_in_the_sweeps_group(run, capfd):
-    with followed(run.path, Path("shown"), "project", "offline") as tell:
-        tell(["t000"])
-        tell(["t001", "t002"])
+    with followed(run.path, Path("shown"), "project", "offline"):
+        pass
     captured = capfd.readouterr()
     assert captured.out == "wandb     4 runs, offline: wandb sync shown/wandb/offline-run-*\n"
     assert captured.err == ""
@@ -58,23 +60,86 @@ def test_each_trial_is_a_run_and_the_decision_one_more_in_the_sweeps_group(run, 
     assert [line["_step"] for line in baseline.history] == [10, 20]
     assert set(baseline.history[0]) >= {*STEPS, *REST}
     assert (baseline.config["lr"], baseline.config["phase"], baseline.config["beta_kl"]) == (0.001, "baseline", 0)
+    assert (baseline.job_type, baseline.tags) == ("trial", ("baseline", "tiny", "completed", "within limit"))
     assert baseline.summary["eval_benign_kl"] > 0
     assert (baseline.exit_code, lost.exit_code) == (0, 1)
     assert (lost.summary["status"], lost.summary["error"]) == ("failed", "out of memory")
-    assert decision.summary["verdict"] == json.loads((run.path / "report/decision.json").read_text())["verdict"]
+    verdict = json.loads((run.path / "report/decision.json").read_text())["verdict"]
+    assert (decision.summary["verdict"], decision.job_type, decision.tags) == (verdict, "decision", (verdict, "tiny"))
     figures = {name.removesuffix("._type") for name in decision.summary if name.endswith("._type")}
-    assert figures == {path.stem for path in (run.path / "report" / "figures").iterdir()}
+    assert figures == {path.stem for path in (run.path / "report" / "figures").iterdir()} | {"link list"}
+    links = decision.summary["links"]
+    assert Path(links["report"]) == run.path / "report" / "report.html"
+    assert set(links) == {"report", "decision", "run_dir", "t000", "t001", "t002"}
+    for where in links.values():
+        assert Path(where).exists(), where
 
-    with followed(run.path, Path("shown"), "project", "offline") as tell:  # as a sweep that is resumed does
-        tell(["t000", "t001"])
-        run.update(status="interrupted")
-    assert len(list(run.path.glob("wandb/offline-run-*"))) == 4, "a trial was logged twice"
+    with followed(run.path, Path("shown"), "project", "offline"):  # as a sweep that is resumed does
+        pass
+    assert len(list(run.path.glob("wandb/offline-run-*"))) == 4, "a run was logged twice"
+
+
+def test_a_trial_is_logged_while_it_trains_and_goes_on_as_the_same_run_when_its_sweep_was_killed(run):
+    rows = pd.read_csv(run.path / "trials.csv", keep_default_na=False).to_dict("records")
+    lines = [json.dumps(dict.fromkeys((*STEPS, *REST), step)) + "\n" for step in range(1, 401)]
+    metrics = run.trial("t000") / "metrics.jsonl"
+    metrics.write_text("".join(lines[:300]) + lines[300][:9])  # half of a line
+    run.write_trials([rows[0] | {"status": "running"}])
+    run.update(status="running")
+
+    def logged_and_killed():
+        waited_for(lambda: any(part.history for part in offline_parts(run.path)))  # W&B writes by blocks of 32 kB
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), followed(run.path, Path("shown"), "project", "offline"):
+        logged_and_killed()
+    (killed,) = offline_parts(run.path)
+    assert [line["_step"] for line in killed.history] == [*range(1, 301)]
+    assert killed.exit_code == follower.INTERRUPTED
+
+    metrics.write_text("".join(lines[:200]))  # what its checkpoint had
+    time.sleep(1)  # directories are named by the second
+    with followed(run.path, Path("shown"), "project", "offline"):
+        waited_for(lambda: len(offline_parts(run.path)) == 2)
+        metrics.write_text("".join(lines))
+        run.write_trials(rows[:1])
+    _, whole = offline_parts(run.path)
+    assert [line["_step"] for line in whole.history] == [*range(1, 401)]
+    assert (whole.id, whole.name, whole.exit_code) == (killed.id, killed.name, 0)
+
+
+def waited_for(there: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_runs_have_ids_of_their_own_whatever_the_environment_says(run, tmp_path, monkeypatch):
+    for name in ("RUN_ID", "NAME", "RUN_GROUP", "JOB_TYPE", "SWEEP_ID", "RESUME_FROM", "FORK_FROM"):
+        monkeypatch.setenv(f"WANDB_{name}", "the-same?_step=1")
+    for name, value in {"RESUME": "must", "MODE": "disabled", "DISABLED": "true", "TAGS": "mine,too"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("WANDB_ENTITY", "team")
+    other = RunDirectory(tmp_path / "other" / "sweep-7")
+    shutil.copytree(run.path, other.path)
+    for directory in (run.path, other.path):
+        with followed(directory, Path("shown"), "project", "offline"):
+            pass
+    parts = [*offline_parts(run.path), *offline_parts(other.path)]
+    assert len({part.id for part in parts}) == len(parts) == 8, [part.id for part in parts]
+    assert {part.group for part in parts} == {"sweep-7"}
+    assert {part.entity for part in parts} == {"team"}
+    assert {part.job_type for part in parts} == {"trial", "decision"}
+    assert len({part.name for part in parts}) == 4
+    assert {part.tags[:2] for part in parts} == {("mine", "too")}
 
 
 def test_a_sweep_ends_well_where_wandb_cannot(run, capfd):
     (run.path / "wandb").touch()  # in the place of its directory
-    with followed(run.path, Path("shown"), "project", "offline") as tell:
-        tell(["t000"])
+    with followed(run.path, Path("shown"), "project", "offline"):
+        pass
     captured = capfd.readouterr()
     assert captured.out == "wandb     0 of 4 runs logged; the rest: see shown/logs/wandb.log\n"
     assert captured.err == ""
@@ -89,13 +154,12 @@ def test_an_interrupted_sweep_is_not_kept_waiting_and_logs_no_decision(run, monk
         raise KeyboardInterrupt
     assert time.monotonic() - started < 10
     assert not (run.path / "report").exists()
-    assert not children_of_this_process("sweeps.reporting.wandb")
+    assert not children_of_this_process("sweeps.reporting.follower")
 
 
 def test_without_a_project_nothing_is_started(tmp_path):
-    with followed(tmp_path, tmp_path, None, "online") as tell:
-        tell(["t000"])
-        assert not children_of_this_process("sweeps.reporting.wandb")
+    with followed(tmp_path, tmp_path, None, "online"):
+        assert not children_of_this_process("sweeps.reporting.follower")
     assert list(tmp_path.iterdir()) == []
 
 
