@@ -181,7 +181,7 @@ def log_decision(run_dir: Path, record: dict[str, Any], opened: Opened) -> None:
     tracker = opened(SUMMARY, record["config"] | record["settings"], SUMMARY, tags)
     outcome = {"tolerance": record["tolerance"], "wall_s": record["wall_s"], "links": links}
     tracker.summary({**decision, **outcome})
-    for figure in sorted((report / "figures").iterdir()):
+    for figure in sorted((report / "figures").glob("*.png")):
         tracker.figure(figure.stem, figure)
     with contextlib.suppress(OSError):
         write_whole(run_dir / LINKS, "\n".join(_links_page(links)))
