@@ -160,8 +160,8 @@ def write_report(
     runs = state.kind == "running"
     commands = commands_after(decision, sweep, trials, named, runs=runs, train_so_far=train_so_far)
     answers = load_completions(run_dir, behaviour, decision) if completions else []
-    texts = report.render(report.Sweep(decision, model, sweep, trials, curves, behaviour, answers, commands, state))
-    _write_all(run_dir / "report", texts)
+    shown = report.Sweep(decision, model, sweep, trials, curves, behaviour, answers, commands, state, named)
+    _write_all(run_dir / "report", report.render(shown))
     return decision, commands
 
 

@@ -120,7 +120,7 @@ def _all_good(strong: RuleOfThumb, rising: RuleOfThumb, at_03: Outlook | str, co
     return RuleOfThumb(
         rule,
         quiet and probably_feasible(at_03.probability_feasible, confidence),
-        outlook if quiet else f"see above; {outlook}",
+        outlook if quiet else f"by rule 1 or 2; {outlook}",
     )
 
 

@@ -137,13 +137,14 @@ def _none_qualifies(decision: Decision, baseline: Baseline) -> Decision:
     (low, high), heat = searched.beta_kl, searched.range_of("kl_temperature")
     if low > BETA_KL_RANGE[0]:
         further = f"None qualifies down to {searched.says(below)}"
+    lost = _lost_at_the_least_weight(decision)
     return replace(
         decision,
         verdict="no_candidate_qualifies",
         reason=f"Every beta_kl from {low:g} to {high:g} costs more rerouting than the limit allows, at kl_temperature "
         f"{heat}. Without KL benign drift is {number(baseline.drift)} nats/token.",
         range_warning=further,
-        warnings=(*decision.warnings, *([further] if further else [])),
+        warnings=(*decision.warnings, *([further] if further else []), *([lost] if lost else [])),
         wider=searched.widened([below]) if further else None,
         beta_kl=0.0,
         kl_temperature=1.0,
@@ -158,6 +159,18 @@ def _none_qualifies(decision: Decision, baseline: Baseline) -> Decision:
         n_sound_seeds=baseline.n_seeds,
         confirmed=baseline.n_seeds >= 3,
         needed=None,
+    )
+
+
+def _lost_at_the_least_weight(decision: Decision) -> str:
+    """That even next to no KL costs what much KL costs, which is not KL's doing; empty where it is not so."""
+    most = max(each.reroute_delta for each in decision.settings)
+    low = min(decision.settings, key=lambda each: each.beta_kl)
+    if low.beta_kl > 0.01 or low.reroute_delta < max(most / 2, decision.tolerance or 0):
+        return ""
+    return (
+        f"Even beta_kl {number(low.beta_kl)} loses {signed(low.reroute_delta)}, about as much as any weight, though "
+        f"the cost of KL vanishes with its weight. Something else tells these trials from the baseline: see their logs."
     )
 
 

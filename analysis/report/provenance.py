@@ -1,6 +1,7 @@
 """What a sweep was run on and with: enough to run it again, and to know what that costs."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -28,6 +29,18 @@ def provenance(sweep: Mapping[str, Any], trials: pd.DataFrame) -> list[tuple[str
             ("calibration", f"before the trials and no part of the decision: {calibration['reason']} {spent}.")
         )
     return [(label, text) for label, text in found if text]
+
+
+def about(sweep: Mapping[str, Any]) -> str:
+    """What was swept, in a line: model, rows, steps, day."""
+    config = sweep.get("config", {})
+    parts = [str(Path(str(config.get("model") or sweep.get("preset") or "")).name)]
+    rows = sweep.get("rows") or {}
+    sides = [f"{counts['train'] + counts['held_out']:,} {side}" for side, counts in rows.items()]
+    parts += [f"{', '.join(sides)} rows"] if sides else []
+    parts += [f"{config['steps']:,} steps"] if config.get("steps") else []
+    parts += [str(sweep["begun_at"])[:10]] if sweep.get("begun_at") else []
+    return " · ".join(part for part in parts if part)
 
 
 def _hashed(digest: Any) -> str:

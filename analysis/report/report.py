@@ -5,6 +5,7 @@ Pure: the contents of all files come back; `analysis.pick_beta` writes them.
 
 import base64
 import hashlib
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from analysis.report.completions import Completions, compared
 from analysis.report.figures import by_setting, evidence, settings_map, training
 from analysis.report.figures.evidence_drawing import draw_evidence
 from analysis.report.figures.style import WIDTHS, Drawn, Numbers, Width, png_of, style, svg_of
-from analysis.report.provenance import provenance
+from analysis.report.provenance import about, provenance
 from analysis.report.record import decision_json
 from analysis.report.state import SweepState
 from analysis.surrogate.surrogate import Surrogate
@@ -53,6 +54,8 @@ class Sweep:
     """What is shown of the models' answers; empty where nothing is."""
     commands: Commands
     state: SweepState
+    run_dir: Path
+    """As commands name it."""
 
 
 def render(sweep: Sweep) -> dict[str, str | bytes]:
@@ -66,7 +69,13 @@ def render(sweep: Sweep) -> dict[str, str | bytes]:
         "headline": wording.headline(decision),
         "sentence": wording.sentence(decision),
         "lead": wording.lead(decision),
+        "less_drift": wording.less_drift(decision),
         "next_best": wording.next_best(decision),
+        "rule": wording.rule(decision),
+        "baseline_answer": wording.baseline_answer(decision),
+        "about": about(sweep.record),
+        "writes": tables.what_it_writes(sweep.behaviour, decision),
+        "run_dir": shlex.quote(str(sweep.run_dir)),
         "sensitivity": wording.sensitivity_line(decision),
         "suspects": wording.suspect_lines(decision),
         "tiles": _tiles(decision),
@@ -129,7 +138,7 @@ def draw(sweep: Sweep) -> dict[str, Drawn]:
             [
                 _drawn(
                     "map",
-                    f"Where the limit is kept: P ≥ {number(decision.confidence)} within the shaded region",
+                    settings_map.title_of(of_map),
                     "The probability of keeping the limit over beta_kl and kl_temperature; dashed is P = 0.5.",
                     partial(settings_map.draw_map, of_map),
                     settings_map.numbers_of_map(of_map),
@@ -168,10 +177,10 @@ def _tiles(decision: Decision) -> list[tuple[str, str]]:
     limit = number(decision.tolerance or 0, 2)
     if decision.verdict == "choose":
         return [
-            ("drift, of that without KL", percent(decision.drift_kept or 0)),
+            ("of the drift without KL", percent(decision.drift_kept or 0)),
             ("rerouting lost", f"{signed(decision.reroute_delta or 0)} of {limit}"),
             ("P(within the limit)", formatting.probability(decision.probability_feasible or 0)),
-            ("seeds", f"{decision.n_seeds}, {'confirmed' if decision.confirmed else 'not confirmed'}"),
+            ("seeds", _seeds(decision)),
         ]
     if decision.baseline is None:
         return []
@@ -188,6 +197,12 @@ def _tiles(decision: Decision) -> list[tuple[str, str]]:
     elif baseline.reroute_sd is not None:
         tiles.append(("σ between seeds", number(baseline.reroute_sd, 2)))
     return tiles
+
+
+def _seeds(decision: Decision) -> str:
+    """`3, confirmed`; `3 of 4, confirmed` where one failed."""
+    of = "" if decision.n_sound_seeds == decision.n_seeds else f" of {decision.n_seeds}"
+    return f"{decision.n_sound_seeds}{of}, {'confirmed' if decision.confirmed else 'not confirmed'}"
 
 
 def _template(name: str, autoescape: bool) -> jinja2.Template:

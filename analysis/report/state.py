@@ -1,9 +1,11 @@
 """How far a sweep is, for all that show it: finished, running, or left in part."""
 
+import math
 import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,8 @@ class SweepState:
     """Trials that had begun and not ended."""
     stopped: int
     failed: int
+    last_ended: str = ""
+    """UTC; empty where trials do not say."""
 
     @property
     def badge(self) -> str:
@@ -51,11 +55,15 @@ class SweepState:
         """A sentence on what is not there yet; empty of a finished sweep."""
         if self.kind == "finished":
             return ""
-        left = self.planned - self.ended
-        what = f"{count(left, 'trial')} of {self.planned} to come" if left > 0 else "what the models write to come"
+        left = max(self.planned - self.ended - self.running, 0)
+        what = f"{count(left, 'trial')} of {self.planned} to come"
+        if self.ended >= self.planned:
+            what = "what the models write to come"
+        elif self.running:
+            what += f", {self.running} {'running' if self.kind == 'running' else 'broken off'}"
         now = "The sweep is running" if self.kind == "running" else "The sweep was interrupted"
-        mend = " If it was killed, resume it." if self.kind == "running" else ""
-        return f"{now}: {what}. What stands here may change; do not ship it.{mend}"
+        last = f" The last trial ended {self.last_ended}." if self.last_ended else ""
+        return f"{now}: {what}.{last} What stands here may change; do not ship it."
 
 
 def state_of(sweep: Mapping[str, Any], trials: pd.DataFrame) -> SweepState:
@@ -71,8 +79,20 @@ def state_of(sweep: Mapping[str, Any], trials: pd.DataFrame) -> SweepState:
     elif status == "running" and not _driver_is_gone(Path(sweep["run_dir"])):
         kind = "running"
     return SweepState(
-        kind, planned, ended, running, stopped=int(states.get("stopped", 0)), failed=int(states.get("failed", 0))
+        kind,
+        planned,
+        ended,
+        running,
+        stopped=int(states.get("stopped", 0)),
+        failed=int(states.get("failed", 0)),
+        last_ended=_last_ended(trials),
     )
+
+
+def _last_ended(trials: pd.DataFrame) -> str:
+    """`2026-11-27 10:21 UTC`."""
+    last = float(pd.to_numeric(trials.get("ended_at", pd.Series(dtype=float)), errors="coerce").max())
+    return f"{datetime.fromtimestamp(last, UTC):%Y-%m-%d %H:%M} UTC" if math.isfinite(last) else ""
 
 
 def _driver_is_gone(run_dir: Path) -> bool:

@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from analysis.behaviour.measured import Behaviour
 from analysis.constraint import probably_feasible
 from analysis.decision import Decision
-from analysis.formatting import number, setting, signed, with_relation
+from analysis.formatting import count, number, percent, setting, signed, with_relation
 from analysis.surrogate.surrogate import MIN_DRIFT, finite_trials
 
 FIVE_POINTS = ((0.0, 1.0), (0.1, 1.0), (0.3, 1.0), (0.5, 1.0), (0.3, 2.0))
@@ -61,7 +63,7 @@ class TrialRow:
     lost: float
     drift: float
     harmful_nll: float
-    minutes: float
+    seconds: float
     said: str
     """Why it failed, was stopped, or is suspect."""
     is_pick: bool
@@ -85,8 +87,8 @@ def ablation(trials: pd.DataFrame, decision: Decision) -> list[AblationRow]:
         own = sound[at]
         of_seed = baselines[baselines["seed"].isin(own["seed"])]
         reference = baselines if of_seed.empty else of_seed
-        is_pick = (beta_kl, heat) == pick and decision.verdict == "choose"
-        cells = _cells(own, reference, beta_kl == 0)
+        is_pick = _is_pick(beta_kl, heat, decision)
+        cells = _cells(own, reference, beta_kl == 0, trials, decision)
         rows.append(
             AblationRow(
                 setting(beta_kl, heat), is_pick, str(own["seed"].nunique()), cells, _judged(beta_kl, heat, decision)
@@ -95,15 +97,13 @@ def ablation(trials: pd.DataFrame, decision: Decision) -> list[AblationRow]:
     return rows
 
 
-def _cells(own: pd.DataFrame, reference: pd.DataFrame, is_baseline: bool) -> tuple[str, ...]:
+def _cells(
+    own: pd.DataFrame, reference: pd.DataFrame, is_baseline: bool, trials: pd.DataFrame, decision: Decision
+) -> tuple[str, ...]:
     """Each metric's mean, and its ratio to the baseline; of rerouting the difference."""
     cells = [_against(own, reference, name, is_baseline) for name in (*_LOSSES, "eval_benign_kl")]
-    if is_baseline or reference.empty:
-        cells.append("–")
-    else:
-        by_seed = reference.groupby("seed")["eval_loss_reroute"].mean()
-        paired = own["seed"].map(by_seed).astype(float).fillna(reference["eval_loss_reroute"].astype(float).mean())
-        cells.append(signed(float((own["eval_loss_reroute"].astype(float) - paired).mean())))
+    lost = "–" if is_baseline or reference.empty else signed(float(measured_loss(own, trials, decision).mean()))
+    cells.append(lost)
     return (*cells, _against(own, reference, "grad_norm_total", is_baseline))
 
 
@@ -146,7 +146,7 @@ def low_weights(decision: Decision) -> str:
     """What becomes of the advice to use a weight of 0.1 to 0.5 at T 1, on this sweep."""
     judged = {s.beta_kl: s for s in decision.settings if s.kl_temperature == 1.0 and 0.1 <= s.beta_kl <= 0.5}
     if not judged:
-        return "“beta_kl 0.1 to 0.5”: none of these ran at T 1 here."
+        return "“beta_kl 0.1 to 0.5” at T 1: nothing can be said of it here."
     good = [number(beta) for beta, s in sorted(judged.items()) if s.qualifies and not s.complaints]
     bad = [number(beta) for beta, s in sorted(judged.items()) if not (s.qualifies and not s.complaints)]
     said = [f"{', '.join(good)} hold here" if good else "", f"{', '.join(bad)} do not, or not surely" if bad else ""]
@@ -193,12 +193,53 @@ def paired_seeds(trials: pd.DataFrame, decision: Decision) -> list[PairedSeed]:
     return paired
 
 
+def what_it_writes(behaviour: Sequence[Behaviour], decision: Decision) -> str:
+    """What the pick's models write beside those without KL and before training, in a sentence; empty where unknown."""
+    pick = [each for each in behaviour if each.beta_kl and _is_pick(each.beta_kl, each.kl_temperature, decision)]
+    without = [each for each in behaviour if each.beta_kl == 0]
+    before = [each for each in behaviour if not each.trial_id]
+    if not pick:
+        return ""
+
+    def shares(kind: str) -> str:
+        found = []
+        for name, rows in (("", pick), ("without KL", without), ("before training", before)):
+            answers = [getattr(each, kind) for each in rows]
+            found.append((name, [each.complied for each in answers if each and each.complied is not None]))
+        said = [f"{percent(fmean(values))} {name}".strip() for name, values in found if values]
+        return f"{said[0]} ({', '.join(said[1:])})" if len(said) > 1 else "".join(said)
+
+    kinds = {"benign": "benign prompts", "harmful": "harmful ones"}
+    if all(each.prefilled for each in pick):
+        kinds["prefilled"] = "harmful ones with the first tokens given"
+    told = [f"{name} {text}" for kind, name in kinds.items() if (text := shares(kind))]
+    seeds = count(len(pick), "seed")
+    return f"Coherent answers to {'; to '.join(told)}; {count(pick[0].prompts, 'prompt')}, {seeds}." if told else ""
+
+
+def measured_loss(rows: pd.DataFrame, trials: pd.DataFrame, decision: Decision) -> pd.Series:
+    """`eval_loss_reroute` of `rows` minus that of the baseline on the same seed, or the baselines' mean.
+
+    Baselines that failed do not count.
+    """
+    suspect = {each.trial_id for each in decision.suspects}
+    usable, _ = finite_trials(trials)
+    baselines = usable[(usable["beta_kl"] == 0) & ~usable["trial_id"].isin(suspect)]
+    paired = baselines.groupby("seed")["eval_loss_reroute"].mean()
+    reference = rows["seed"].map(paired).astype(float).fillna(baselines["eval_loss_reroute"].astype(float).mean())
+    return pd.to_numeric(rows["eval_loss_reroute"], errors="coerce") - reference
+
+
+def _is_pick(beta_kl: float, heat: float | None, decision: Decision) -> bool:
+    return decision.verdict == "choose" and (beta_kl, heat) == (decision.beta_kl, decision.kl_temperature)
+
+
 def every_trial(trials: pd.DataFrame, decision: Decision) -> list[TrialRow]:
     """Every row of trials.csv, with the reason of what did not end well."""
     evidence = {each.trial_id: f"suspect: {each.evidence}" for each in decision.suspects}
-    pick = (decision.beta_kl, decision.kl_temperature) if decision.verdict == "choose" else None
+    lost = measured_loss(trials, trials, decision).tolist()
     rows = []
-    for row in trials.to_dict("records"):
+    for row, loss in zip(trials.to_dict("records"), lost, strict=True):
         error = row.get("error")
         said = str(error) if isinstance(error, str) and error else evidence.get(str(row["trial_id"]), "")
         rows.append(
@@ -210,12 +251,12 @@ def every_trial(trials: pd.DataFrame, decision: Decision) -> list[TrialRow]:
                 kl_temperature=float(row["kl_temperature"]),
                 seed=int(row["seed"]),
                 reroute=_float(row, "eval_loss_reroute"),
-                lost=_float(row, "reroute_regression") + (decision.tolerance or np.nan),
+                lost=float(loss),
                 drift=_float(row, "eval_benign_kl"),
                 harmful_nll=_float(row, "eval_harmful_nll"),
-                minutes=_float(row, "wall_s") / 60,
+                seconds=_float(row, "wall_s"),
                 said=said,
-                is_pick=(row["beta_kl"], row["kl_temperature"]) == pick,
+                is_pick=_is_pick(row["beta_kl"], row["kl_temperature"], decision),
             )
         )
     return rows
@@ -236,7 +277,3 @@ def states(trials: pd.DataFrame) -> str:
 def shown(value: float, digits: int = 3) -> str:
     """A number of a table, or a dash."""
     return number(value, digits) if np.isfinite(value) else "–"
-
-
-def names_of(rows: Sequence[TrialRow], status: str) -> str:
-    return ", ".join(row.trial_id for row in rows if row.status == status)

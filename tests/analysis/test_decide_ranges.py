@@ -1,5 +1,7 @@
 """The decision and its report go by what the sweep searched, and say where the pick sits at an end of it."""
 
+import re
+
 import pandas as pd
 import pytest
 from synthetic import BASELINE_LOSS, MakeRun, Surface, make_trials
@@ -46,12 +48,16 @@ def test_no_candidate_qualifies_names_the_range_that_it_speaks_of() -> None:
         "Every beta_kl from 0.001 to 2 costs more rerouting than the limit allows, at kl_temperature 1–4. Without KL "
         "benign drift is 9.63 nats/token."
     )
-    assert wording.headline(default) == "Use beta_kl = 0: no KL weight of 0.001–2 keeps rerouting within the limit."
-    assert (default.wider, default.range_warning, default.warnings) == (None, "", ())
+    assert wording.headline(default) == "Use beta_kl = 0: every KL weight from 0.001 to 2 loses too much rerouting."
+    assert (default.wider, default.range_warning) == (None, "")
+    (warning,) = default.warnings
+    assert re.match(r"Even beta_kl 0\.00\d+ loses \+0\.[12]\d\d, about as much as any weight", warning)
+    vanishing = decide(make_trials(Surface(threshold=2e-4, slope=0.05), searched=14))
+    assert (vanishing.verdict, vanishing.warnings) == ("no_candidate_qualifies", ()), "it does vanish with the weight"
     trials = trials[(trials["beta_kl"] == 0) | (trials["beta_kl"] >= 0.2)]
     above = decide(trials, searched=SearchSpace((0.2, 2.0)))
     assert above.verdict == "no_candidate_qualifies"
-    assert "no KL weight of 0.2–2 keeps" in wording.headline(above)
+    assert "every KL weight from 0.2 to 2 loses" in wording.headline(above)
     end = "None qualifies down to the lower end of the beta_kl range 0.2–2: what lies below was not searched."
     assert (above.range_warning, above.warnings) == (end, (end,))
     assert above.wider == SearchSpace((0.02, 2.0))

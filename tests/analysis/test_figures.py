@@ -159,7 +159,7 @@ def test_what_lies_off_the_scale_is_counted_at_the_edge() -> None:
     beyond = int((data.lost > (ZOOM + 0.12) * data.tolerance).sum())
     assert beyond > 0
     with style():
-        assert f"{beyond} off the scale" in svg_of(draw_evidence(data, "wide"))
+        assert f"{beyond} further, up to " in svg_of(draw_evidence(data, "wide"))
 
 
 def test_numbers_and_descriptions_say_what_is_drawn(trials: pd.DataFrame) -> None:

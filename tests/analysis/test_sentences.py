@@ -99,7 +99,7 @@ def test_both_reports_show_other_limits(make_run: MakeRun, sweep, capsys):
     assert main([str(run)]) == 0
     assert "sure that it loses at most" in " ".join(capsys.readouterr().out.split())
     said = sensitivity_line(decide(sweep))
-    pattern = r"[^;]*if 2 % / 5 % / 10 % of the rerouting may be lost; .* at a confidence of 0.9 / 0.99\."
+    pattern = r"If 2 % may be lost: [^;]*; if 10 % may be lost: [^;]*; at P ≥ 0\.9: [^;]*; at P ≥ 0\.99: [^;]*\."
     assert re.fullmatch(pattern, said)
     for name in ("report.md", "report.html"):
         assert said in (run / "report" / name).read_text()

@@ -1,6 +1,7 @@
 """Drift and rerouting lost over beta_kl: the trials, and the model's lines between them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ from analysis.report.figures.style import (
     panels,
     say,
 )
+from analysis.report.tables import measured_loss
 from analysis.surrogate.kernel import Array, coordinates
 from analysis.surrogate.surrogate import MIN_DRIFT, Surrogate, finite_trials
 
@@ -66,9 +68,7 @@ def prepare_by_setting(trials: pd.DataFrame, decision: Decision, model: Surrogat
     suspect = {each.trial_id for each in decision.suspects}
     sound = usable[~usable["trial_id"].isin(suspect)]
     baselines, rows = sound[sound["beta_kl"] == 0], sound[sound["beta_kl"] > 0]
-    paired = baselines.groupby("seed")["eval_loss_reroute"].mean()
-    reference = rows["seed"].map(paired).astype(float).fillna(baselines["eval_loss_reroute"].mean())
-    rows = rows.assign(lost=rows["eval_loss_reroute"] - reference)
+    rows = rows.assign(lost=measured_loss(rows, trials, decision))
     chosen = None
     if decision.verdict == "choose":
         chosen = (decision.beta_kl, decision.kl_temperature, decision.eval_benign_kl, decision.reroute_delta)
@@ -134,7 +134,8 @@ def draw_by_setting(data: BySetting, width: Width) -> Figure:
     if len(data.baseline_drift):
         low, high = data.baseline_drift.min(), data.baseline_drift.max()
         upper.axhspan(low, high, color=MUTED, alpha=0.18, linewidth=0)
-        say(upper, "without KL", (0, high), (5, -3), xycoords=("axes fraction", "data"), va="top", color=MUTED)
+        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "top", "ha": "right"}
+        say(upper, "without KL", (1, high), (-4, -3), color=MUTED, **place)
     every = np.concatenate([*(band.beta_kl for band in data.bands), *(band.line for band in data.bands)])
     drifts = np.concatenate([*(band.drift for band in data.bands), data.baseline_drift])
     log_scale(upper, "x", every.min() * 0.85, every.max() * 1.18)

@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 
 from analysis.decision import Decision, SettingAssessment
-from analysis.formatting import number, percent, probability, setting, signed, temperature
+from analysis.formatting import number, percent, setting, signed, temperature, with_relation
 from analysis.report.figures.style import (
     Numbers,
 )
+from analysis.report.tables import measured_loss
 from analysis.surrogate.kernel import Array
 from analysis.surrogate.surrogate import MIN_DRIFT, finite_trials
 
@@ -70,9 +71,7 @@ def prepare_evidence(trials: pd.DataFrame, decision: Decision) -> Evidence:
     baselines = usable[(usable["beta_kl"] == 0) & ~usable["trial_id"].isin(suspect)]
     if baselines.empty:
         usable = usable.iloc[:0]
-    paired = baselines.groupby("seed")["eval_loss_reroute"].mean()
-    reference = usable["seed"].map(paired).astype(float).fillna(baselines["eval_loss_reroute"].mean())
-    lost = (usable["eval_loss_reroute"] - reference).to_numpy(float)
+    lost = measured_loss(usable, trials, decision).to_numpy(float)
     drift = usable["eval_benign_kl"].to_numpy(float).clip(min=MIN_DRIFT)
     chosen = (decision.beta_kl, decision.kl_temperature) if decision.verdict == "choose" else None
     settings = [*zip(usable["beta_kl"].astype(float), usable["kl_temperature"].astype(float), strict=True)]
@@ -90,7 +89,7 @@ def prepare_evidence(trials: pd.DataFrame, decision: Decision) -> Evidence:
         tolerance=decision.tolerance,
         pick=_estimate(pick) if pick else None,
         others=tuple(_estimate(each) for each in others),
-        notes=_notes(decision, pick, settings, lost, drift) if pick else (),
+        notes=_notes(decision, pick, settings, lost, drift, usable["trial_id"].isin(suspect)) if pick else (),
         baseline_drift=decision.baseline.drift if decision.baseline else None,
     )
 
@@ -107,32 +106,27 @@ def _notes(
     settings: list[tuple[float, float]],
     lost: Array,
     drift: Array,
+    failed: pd.Series,
 ) -> tuple[Note, ...]:
-    """The settings whose trials drift less than the pick's within the limit, each with what speaks against it."""
-    mean = {
-        each: float(np.exp(np.mean([np.log(d) for d, s in zip(drift, settings, strict=True) if s == each])))
-        for each in set(settings)
+    """The settings that look better than the pick, with what speaks against them; then the nearest of less drift."""
+    table = pd.DataFrame({"setting": settings, "lost": lost, "drift": np.log(drift)})[~failed.to_numpy()]
+    measured = {
+        at: (float(rows["lost"].mean()), float(np.exp(rows["drift"].mean()))) for at, rows in table.groupby("setting")
     }
-    notes = []
+    own = measured.get((pick.beta_kl, pick.kl_temperature), (0.0, pick.drift))[1]
+    notes: list[Note] = []
+    beyond: list[Note] = []
     for each in decision.settings:
-        at = (each.beta_kl, each.kl_temperature)
-        here = [float(value) for value, of in zip(lost, settings, strict=True) if of == at]
-        if (
-            each is pick
-            or not here
-            or max(here) > (decision.tolerance or 0)
-            or mean[at] >= mean.get((pick.beta_kl, pick.kl_temperature), pick.drift)
-        ):
+        at = measured.get((each.beta_kl, each.kl_temperature))
+        if each is pick or at is None or at[1] >= own:
             continue
-        notes.append(
-            Note(
-                float(np.mean(here)),
-                mean[at],
-                f"{number(each.beta_kl)}, T {temperature(each.kl_temperature)}:\n" + _against(each, decision),
-            )
-        )
+        within = at[0] <= (decision.tolerance or 0)
+        note = Note(*at, f"{number(each.beta_kl)}, T {temperature(each.kl_temperature)}:\n{_against(each, decision)}")
+        (notes if within else beyond).append(note)
     # What speaks against a setting comes first: that a trial was lucky is the rule among many alike.
-    return tuple(sorted(notes, key=lambda note: (LUCKY in note.text, note.drift))[:MOST_NOTES])
+    notes.sort(key=lambda note: (LUCKY in note.text, note.drift))
+    beyond.sort(key=lambda note: note.lost)
+    return tuple([*notes[:MOST_NOTES], *beyond[:1]][:MOST_NOTES])
 
 
 def _against(each: SettingAssessment, decision: Decision) -> str:
@@ -141,7 +135,8 @@ def _against(each: SettingAssessment, decision: Decision) -> str:
     if each.n_failed:
         return f"{each.n_failed} of {each.n_seeds} seeds failed"
     if not each.qualifies:
-        return f"P {probability(each.probability_feasible)}, too unsure"
+        chance = with_relation("P", each.probability_feasible)
+        return f"{chance}, too unsure" if each.probability_feasible > 0.5 else chance
     if each.drift < (decision.eval_benign_kl or 0):
         return "others like it break what they write"
     return f"{LUCKY}: model says {number(each.drift)}"

@@ -1,5 +1,7 @@
 """The evidence, drawn: what `evidence.py` prepares."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,11 +33,13 @@ _MOST_BARS = 40
 def draw_evidence(data: Evidence, width: Width) -> Figure:
     """The forbidden side shaded, the pick ringed with its interval, what lies off the scale as arrows at the edge."""
     narrow = width == "narrow"
-    figure, (axes,) = panels(width, [330 if narrow else 372], top=46 if narrow else 28)
+    figure, (axes,) = panels(width, [330 if narrow else 372], top=64 if narrow else 46)
     if not len(data.lost) or data.tolerance is None:
         return nothing(figure, axes, "no completed baseline to compare with")
     left, right = _across(data.lost, data.tolerance)
-    low, high = data.drift.min(), data.drift.max()
+    sound = ~np.array(data.suspect, dtype=bool)
+    drift = data.drift[sound] if sound.any() else data.drift
+    low, high = drift.min(), drift.max()
     log_scale(axes, "y", low / (high / low + 1) ** 0.1, high * (high / low + 1) ** 0.12)
     axes.set_xlim(left, right)
     limit = _limit(axes, data.tolerance, right, not narrow)
@@ -50,7 +54,7 @@ def draw_evidence(data: Evidence, width: Width) -> Figure:
         "rerouting lost (held-out loss_reroute over baseline)" if not narrow else "rerouting lost against baseline"
     )
     axes.set_ylabel("benign drift (KL, nats per token)", labelpad=2)
-    legend(axes, 3 if narrow else 5)
+    legend(axes, 2 if narrow else 4)
     return figure
 
 
@@ -78,8 +82,9 @@ def _limit(axes: Axes, tolerance: float, right: float, wide: bool) -> Annotation
 
 
 def _intervals(axes: Axes, data: Evidence) -> None:
-    for each in data.others[:_MOST_BARS]:
-        axes.plot((each.low, each.high), (each.drift, each.drift), color=MUTED, alpha=0.3, linewidth=2.5, zorder=1.5)
+    look: dict[str, Any] = {"color": MUTED, "alpha": 0.3, "linewidth": 2.5, "zorder": 1.5}
+    for i, each in enumerate(data.others[:_MOST_BARS]):
+        axes.plot((each.low, each.high), (each.drift, each.drift), label="_" if i else "model's 95 %", **look)
     best = sorted(
         (each for each in (*data.others, *([data.pick] if data.pick else [])) if each.pareto), key=lambda e: e.lost
     )
@@ -113,13 +118,21 @@ def _points(axes: Axes, data: Evidence, left: float, right: float) -> None:
         shown = here & ~beyond & ~before
         at = data.lost[shown], data.drift[shown]
         axes.scatter(*at, s=36, marker=mark, facecolors=face, edgecolors=edge, label=phase, zorder=3)
-    for outside, edge_x, mark in ((beyond, right, ">"), (before, left, "<")):
+    failed = np.array(data.suspect, dtype=bool)
+    for outside, edge_x, mark in ((beyond & ~failed, right, ">"), (before & ~failed, left, "<")):
         if outside.any():
             x = np.full(outside.sum(), edge_x)
             axes.scatter(x, data.drift[outside], s=50, marker=mark, color=BEYOND, clip_on=False, zorder=5)
-    failed = np.array(data.suspect, dtype=bool) & ~beyond & ~before
     if failed.any():
-        axes.scatter(data.lost[failed], data.drift[failed], s=90, marker="x", color=BEYOND, linewidths=1.8, zorder=5)
+        at = np.clip(data.lost[failed], left, right), np.clip(data.drift[failed], *axes.get_ylim())
+        look: dict[str, Any] = {
+            "marker": "x",
+            "color": BEYOND,
+            "linewidths": 2,
+            "clip_on": False,
+            "label": "failed run",
+        }
+        axes.scatter(*at, s=70, zorder=5, **look)
     ringed = np.array(data.of_pick, dtype=bool) & ~beyond & ~before
     if ringed.any():
         at = data.lost[ringed], data.drift[ringed]
@@ -135,8 +148,8 @@ def _labels(data: Evidence, left: float, right: float, notes: int) -> list[Label
     if len(baseline):
         labels.append(Label("without KL (baseline)", 0.0, float(np.max(baseline))))
     labels += [Label(note.text, float(np.clip(note.lost, left, right)), note.drift) for note in data.notes[:notes]]
-    far = int((data.lost > right).sum())
-    if far:
-        at = float(data.drift[data.lost > right].max())
-        labels.append(Label(f"{far} off the scale", right, at, BEYOND))
+    far = (data.lost > right) & ~np.array(data.suspect, dtype=bool)
+    if far.any():
+        most = number(float(data.lost[far].max()), 2)
+        labels.append(Label(f"{far.sum()} further, up to {most}", right, float(data.drift[far].max()), BEYOND))
     return labels

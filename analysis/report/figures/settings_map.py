@@ -49,6 +49,14 @@ def prepare_map(decision: Decision, model: Surrogate | None) -> SettingsMap | No
     return SettingsMap(beta_kl, heat, chance, decision.confidence, settings, chosen)
 
 
+def title_of(data: SettingsMap) -> str:
+    """What the map shows, or that nothing of it is shaded."""
+    asked = f"P ≥ {number(data.confidence)}"
+    if data.probability.max() < data.confidence:
+        return f"Nowhere on the map is the limit kept with {asked}"
+    return f"Where the limit is kept: {asked} within the shaded region"
+
+
 def draw_map(data: SettingsMap, width: Width) -> Figure:
     """The region that keeps the limit shaded, its border at the confidence and at one half, settings as points."""
     narrow = width == "narrow"
@@ -60,7 +68,7 @@ def draw_map(data: SettingsMap, width: Width) -> Figure:
         if data.probability.min() < level < data.probability.max():
             lines = axes.contour(data.beta_kl, data.kl_temperature, data.probability, [level], colors=[ACCENT])
             lines.set(linewidth=1.4, linestyle=dash)
-    for qualifies, label, face in ((True, "keeps the limit", INK), (False, "does not, or not surely", PAGE)):
+    for qualifies, label, face in ((True, "keeps the limit", INK), (False, "loses too much, or unsure", PAGE)):
         at = [(beta, heat) for beta, heat, _, ok in data.settings if ok == qualifies]
         if at:
             beta_kl, heat = zip(*at, strict=True)
