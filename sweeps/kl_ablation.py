@@ -23,6 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:
     sys.path[0] = str(ROOT)  # started as a script, which puts sweeps/ there
 
+from sweeps.reporting.screen import SCREEN
+
+if __name__ == "__main__":
+    SCREEN.start(sys.argv[1:])  # before the imports that take seconds
+
 from analysis.behaviour.judge import BehaviourLimits
 from cbtrain.config import CircuitBreakerConfig, InputError, cli
 from cbtrain.config.presets import UNMEASURED
@@ -57,8 +62,15 @@ class Job:
 
 def main() -> int:
     """Run the command; its exit status."""
-    argv = sys.argv[1:]
+    try:
+        return _commanded(sys.argv[1:])
+    finally:
+        SCREEN.end()
+
+
+def _commanded(argv: Sequence[str]) -> int:
     settings = cli.parse(SweepSettings, argv, "python sweeps/kl_ablation.py", derived=derived)
+    SCREEN.quiet = settings.quiet
     if settings.resume is None:
         return _run(_new(settings, argv))
 
@@ -147,9 +159,10 @@ def _run(job: Job) -> int:
     if job.settings.dry_run:
         needed = predicted_memory(config, data, job.settings.workers_per_trial, job.settings.gpus_per_worker)
         lines += wrapped(f"memory    {needed}")
-    print("\n".join(lines), flush=True)
     if job.settings.dry_run:
+        SCREEN.conclude(*lines)
         return 0
+    SCREEN.say(*lines)
     status = _start(job, config, cache)
     return _copied(job.run, destination, status) if destination else status
 
@@ -174,12 +187,13 @@ def _checked_outlets(job: Job) -> "Destination | None":
 def _copied(run: "RunDirectory", destination: "Destination", status: int) -> int:
     """Copy the results out; the exit status, 1 where a sweep that ended well could not be copied."""
     try:
-        files, size = destination.copy(run.path)
+        with SCREEN.phase("copying", f"to {destination.uri}"):
+            files, size = destination.copy(run.path)
     except OSError as error:
         reason = first_line(error)
         print(f"error: --copy-to {destination.uri}: {reason}; copy {run.shown} by hand", file=sys.stderr)
         return status or 1
-    print(f"copied    {files} files, {decimal(size)}, to {destination.uri}")
+    SCREEN.conclude(f"copied    {files} files, {decimal(size)}, to {destination.uri}")
     return status
 
 
@@ -222,6 +236,7 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Ca
     from sweeps.storage.shared_path import require_shared
 
     run, settings = job.run, job.settings
+    SCREEN.begin("starting", "Ray")
     with started_ray() as nodes:
         cli.catch_signals()
         workers, concurrency = place(
@@ -232,7 +247,8 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Ca
         )
         require_shared(run.path, settings.storage_path)
         _write_down(job, config, cache, {"concurrency": concurrency, "workers": dataclasses.asdict(workers)})
-        print("\n".join([*indented(placement_line(nodes, workers, concurrency)), ""]), flush=True)
+        SCREEN.end()
+        SCREEN.say(*indented(placement_line(nodes, workers, concurrency)), "")
         context = TrialContext(
             config=config,
             run_dir=run.path,

@@ -116,6 +116,8 @@ class SweepSettings:
     """Nats per token on benign text over the model before training, or half the baseline's rise if that is more."""
     max_compliance_rise: Annotated[float, Ge(0)] = DEFAULT_LIMITS.compliance_rise
     """Coherent answers to harmful prompts over the share without KL."""
+    quiet: bool = False
+    """Print nothing but the summary at the end, and errors."""
     dry_run: bool = False
     """Check everything, print the plan and what the teacher cache would take, and start nothing."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))

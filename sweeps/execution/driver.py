@@ -8,11 +8,12 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
@@ -21,6 +22,7 @@ from analysis.behaviour.judge import DEFAULT_LIMITS, BehaviourLimits
 from analysis.behaviour.measured import load_behaviour
 from analysis.decide import decide
 from analysis.decision import Decision
+from analysis.formatting import count
 from analysis.report.commands import wider_command
 from cbtrain.teacher_cache.plan import LIVE, CachePlan, CacheUnavailableError
 from cbtrain.training.calibration import Calibration, steps_allowed
@@ -28,14 +30,20 @@ from sweeps.execution.behaviour import NEW_TOKENS, BehaviourError, Meter, behavi
 from sweeps.execution.calibration import calibrate_before, spent, summary, told, with_recipe
 from sweeps.execution.searcher import PlanSearcher
 from sweeps.execution.teacher_cache import norms_are_missing, run_teacher
-from sweeps.execution.trial import TrialContext, run_trial
+from sweeps.execution.trial import TrialContext, output_to, run_trial
 from sweeps.plan.budget import PlanSettings
 from sweeps.plan.early_stopping import StopRule, rule_for
 from sweeps.plan.journal import TrialSpec
 from sweeps.plan.plan import SweepPlan
-from sweeps.reporting.console import CacheReport, EventLines, noise_lines, summary_lines, wrapped
+from sweeps.reporting.console import noise_lines, wrapped
+from sweeps.reporting.live import Trials
+from sweeps.reporting.progress import Row
+from sweeps.reporting.screen import SCREEN
+from sweeps.reporting.summary import CacheReport, stopped_lines, summary_lines
 from sweeps.storage.run_directory import RunDirectory
 
+LOG = "driver"
+"""Of `logs/`, without its suffix: what libraries print in the driver's process."""
 EXIT_STATUS = {"baseline_never_rerouted": 3, "baseline_failed": 3, "no_setting_behaves": 3}
 
 
@@ -72,37 +80,44 @@ class SweepDriver:
 
     def sweep(self, context: TrialContext, cache: CachePlan) -> int:
         """Run the plan to its end; the exit status."""
-        _log_to(self.run.path / "logs" / "driver.log")
-        spared = None
+        _log_to(self.run.path / "logs" / f"{LOG}.log")
         try:
-            if not self._plan.done:
-                calibrated = self.run.record.get("calibration")
-                if calibrated and not calibrated["converged"]:
-                    return self._not_calibrated(calibrated["reason"])
-                context, spared = self._with_teacher(context, cache)
-                if self.calibrate and not calibrated:
-                    found = self._calibrate(context)
-                    if not found.converged:
-                        return self._not_calibrated(found.reason)
-                    context = self._with_recipe(context, found)
-                self._tune(context)
-            self._measure_behaviour(context)
+            # What libraries print, those written in C included, would tear what stays in place.
+            with SCREEN.kept_apart(), output_to(self.run.path, LOG):
+                return self._run(context, cache)
         except BaseException as stop:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 self.run.update(
                     status="failed" if isinstance(stop, Exception) else "interrupted", wall_s=self._wall_s()
                 )
             if isinstance(stop, KeyboardInterrupt):
-                shown = self.run.shown
-                print(f"\nthe trials that ended are in {shown}/trials.csv; --resume {shown} goes on", file=sys.stderr)
+                ended = sum(row["status"] != "running" for row in self._plan.rows())
+                print("\n".join(stopped_lines(ended, self._plan.budget.total, self.run.shown)), file=sys.stderr)
             raise
+
+    def _run(self, context: TrialContext, cache: CachePlan) -> int:
+        spared = None
+        if not self._plan.done:
+            calibrated = self.run.record.get("calibration")
+            if calibrated and not calibrated["converged"]:
+                return self._not_calibrated(calibrated["reason"])
+            context, spared = self._with_teacher(context, cache)
+            if self.calibrate and not calibrated:
+                found = self._calibrate(context)
+                if not found.converged:
+                    return self._not_calibrated(found.reason)
+                context = self._with_recipe(context, found)
+            self._tune(context)
+        self._measure_behaviour(context)
         return self.conclude(spared)
 
     def _calibrate(self, context: TrialContext) -> Calibration:
         """Look for a recipe, and keep it with all that follows from it in one write."""
         trials = self._plan.budget.total
-        found = calibrate_before(context, steps_allowed(trials, context.config.steps), self.fixed)
-        print("\n".join([*told(found, trials, self._at_a_time(context)), ""]), flush=True)
+        allowed = steps_allowed(trials, context.config.steps)
+        with SCREEN.phase("calibrate", f"by runs of at most {allowed:,} steps in all"):
+            found = calibrate_before(context, allowed, self.fixed)
+        SCREEN.say(*told(found, trials, self._at_a_time(context)), "")
         changed: dict[str, Any] = {"calibration": summary(found)}
         if found.converged:
             changed["config"] = dataclasses.asdict(self._with_recipe(context, found).config)
@@ -122,9 +137,7 @@ class SweepDriver:
         self.run.update(status="finished", wall_s=self._wall_s())
         lines = wrapped(f"No trial was run: {reason}")
         help_with = "longer runs (--steps), another --lr or --retain-scale, or other rows"
-        print(
-            "\n".join([*lines, *wrapped(f"next      {help_with}; the runs are in {self.run.shown}/calibration.json")])
-        )
+        SCREEN.conclude(*lines, *wrapped(f"next      {help_with}; the runs are in {self.run.shown}/calibration.json"))
         return EXIT_STATUS["baseline_never_rerouted"]
 
     def conclude(self, spared: CacheReport | None = None) -> int:
@@ -141,7 +154,8 @@ class SweepDriver:
         )
         if calibration := self.run.record.get("calibration"):
             lines += spent(calibration)
-        print("\n".join(lines))
+        SCREEN.end()
+        SCREEN.conclude(*lines)
         return EXIT_STATUS.get(decision.verdict, 0)
 
     @property
@@ -151,7 +165,10 @@ class SweepDriver:
 
     def _decide(self) -> Decision:
         """Of a plan that is done, by the behaviour measured so far."""
-        table = self._plan.table()
+        return self._decide_on(self._plan.rows())
+
+    def _decide_on(self, rows: Sequence[Row]) -> Decision:
+        table = pd.DataFrame(list(rows))
         return decide(
             table,
             reroute_tolerance=self.settings.reroute_tolerance,
@@ -172,9 +189,11 @@ class SweepDriver:
     def _measure_behaviour(self, context: TrialContext) -> None:
         """Measure baseline and pick, and where the pick breaks it the next one; a line why where that fails, since the
         decision stands without it."""
+        SCREEN.begin("deciding", "what would be chosen")
         specs = self._unmeasured()
         if not specs:
             return
+        SCREEN.begin("behaviour", "loads the model")
         meter = Meter(context, self.behaviour_prompts, self.judge, min(self.concurrency, len(specs)))
         try:
             while specs:
@@ -184,12 +203,16 @@ class SweepDriver:
                     f"most {self.behaviour_prompts} held-out prompts a kind with at most {NEW_TOKENS} tokens each, in "
                     f"at most {meter.expected_seconds(specs):.0f} s"
                 )
-                print("\n".join(["", *wrapped(said)]), flush=True)
+                SCREEN.end()
+                SCREEN.say(*wrapped(said))
+                SCREEN.begin("behaviour", f"of {count(len(specs), 'trial')}")
                 meter.measure(specs)
+                SCREEN.begin("deciding", "what would be chosen")
                 specs = self._unmeasured()
         except BehaviourError as error:
-            print("\n".join(["", *wrapped(f"behaviour not measured: {error}")]), flush=True)
+            SCREEN.say(*wrapped(f"behaviour not measured: {error}"))
         finally:
+            SCREEN.end()
             meter.end()
 
     def _wall_s(self) -> float:
@@ -218,7 +241,7 @@ class SweepDriver:
         try:
             report, norms = run_teacher(plan, context)
         except CacheUnavailableError as error:
-            print("\n".join(wrapped(f"cache     off, {LIVE}: {error}")) + "\n", flush=True)
+            SCREEN.say(*wrapped(f"cache     off, {LIVE}: {error}"))
             self.run.update(teacher_cache=f"off: {error}")
             return self._with_teacher(context, CachePlan(None, plan.says))
         report = report.after(earlier)
@@ -237,12 +260,13 @@ class SweepDriver:
     def _tune(self, context: TrialContext) -> None:
         """Run the plan's trials on Ray Tune."""
         self._tell_noise()
-        events = EventLines(self._plan, [row for row in self._plan.rows() if row["status"] != "running"])
+        ended = [row for row in self._plan.rows() if row["status"] != "running"]
+        trials = Trials(self._plan, context.config.steps, self.run.path / "trials", self._decide_on, ended)
 
         def on_change() -> None:
             rows = self._plan.rows()
             self._keep(rows)
-            events.update([row for row in rows if row["status"] != "running" or row["trial_id"] in searcher.given])
+            trials.update([row for row in rows if row["status"] != "running" or row["trial_id"] in searcher.given])
             self._tell_noise()
 
         def rule(spec: TrialSpec) -> StopRule | None:
@@ -262,7 +286,8 @@ class SweepDriver:
             ),
             run_config=tune.RunConfig(name="tune", storage_path=str(context.ray_directory), verbose=0),
         )
-        tuner.fit()
+        with trials.shown():
+            tuner.fit()
         if searcher.failure is not None:
             raise searcher.failure
 
@@ -273,7 +298,7 @@ class SweepDriver:
         self._noise_told = True
         if not self._plan.stopped_because:
             for line in noise_lines(self._plan.rows(), self._plan.tolerance, self.settings):
-                print(line, flush=True)
+                SCREEN.say(line)
 
 
 def _log_to(path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cbtrain.config import CircuitBreakerConfig
-from sweeps.reporting.console import CacheReport
+from sweeps.reporting.screen import SCREEN
+from sweeps.reporting.summary import CacheReport
 
 if TYPE_CHECKING:
     from cbtrain.teacher_cache.plan import CachePlan
@@ -26,22 +27,21 @@ def run_teacher(plan: "CachePlan", context: "TrialContext") -> tuple[CacheReport
     Raises:
         CacheUnavailableError: the cache cannot be read or written.
     """
-    from sweeps.reporting.console import bar
-
     started = time.monotonic()
     if context.workers.in_process:
         from cbtrain.model.loading import forget_base
         from cbtrain.training import loop
 
         try:
-            with bar("Running the teacher", plan.rows) as advance:
+            with SCREEN.phase("teacher", f"runs on {plan.rows:,} rows for the cache", plan.rows) as advance:
                 found = loop.run_teacher(context.config, plan.directory, advance)
         finally:
             forget_base()  # the trials' processes load their own
     else:
         from sweeps.execution.trial import run_teacher_on_workers
 
-        with bar("Running the teacher", plan.bytes) as advance, _watching(plan.directory, advance):
+        what = f"runs on {plan.rows:,} rows for the cache"
+        with SCREEN.phase("teacher", what, plan.bytes) as advance, _watching(plan.directory, advance):
             found = run_teacher_on_workers(plan.directory, context)
     seconds = time.monotonic() - started
     return CacheReport(found.rows_computed, found.teacher_s, seconds, plan.rows_read_by_a_run), found.retain_norms

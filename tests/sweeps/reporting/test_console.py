@@ -11,8 +11,10 @@ from analysis.decide import decide
 from sweeps.execution.driver import SweepDriver
 from sweeps.plan.budget import PlanSettings
 from sweeps.plan.journal import TrialOutcome
-from sweeps.reporting.console import EventLines, noise_lines, summary_lines
+from sweeps.reporting.console import noise_lines
+from sweeps.reporting.events import EventLines
 from sweeps.reporting.plan_lines import plan_lines
+from sweeps.reporting.summary import summary_lines
 from sweeps.storage.run_directory import RunDirectory
 
 TIMES = {"train_s": 3.0, "eval_s": 0.5, "wall_s": 4.0, "ended_at": 5.0, "process": "host:1"}
