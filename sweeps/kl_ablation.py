@@ -147,6 +147,7 @@ def _run(job: Job) -> int:
     from cbtrain.teacher_cache.plan import plan_cache
     from sweeps.reporting.console import wrapped
     from sweeps.reporting.plan_lines import behaviour_line, calibration_line, plan_lines
+    from sweeps.storage.resume import resumed_lines
 
     cache = plan_cache(job.settings.teacher_cache, job.run.path / "teacher_cache", config, data, budget.total)
     lines = plan_lines(job.plan, budget, cache.says, job.run.shown, job.settings.early_stop)
@@ -155,7 +156,7 @@ def _run(job: Job) -> int:
     if job.settings.behaviour_prompts:
         lines += wrapped(behaviour_line(job.settings.behaviour_prompts))
     if job.found is not None:
-        lines += _what_is_resumed(job, job.found, config, budget.total)
+        lines += resumed_lines(job.run, job.found, config, job.settings.workers_per_trial, budget.total)
     if job.settings.dry_run:
         needed = predicted_memory(config, data, job.settings.workers_per_trial, job.settings.gpus_per_worker)
         lines += wrapped(f"memory    {needed}")
@@ -197,17 +198,6 @@ def _copied(run: "RunDirectory", destination: "Destination", status: int) -> int
     return status
 
 
-def _what_is_resumed(job: Job, found: "Found", config: CircuitBreakerConfig, total: int) -> list[str]:
-    """Lines on what a resumed sweep goes on from, and whether other software goes on with it."""
-    from sweeps.reporting.console import resume_lines, wrapped
-    from sweeps.storage.resume import steps_done
-
-    steps = steps_done(job.run, found, config, job.settings.workers_per_trial)
-    changes = job.run.changed_software()
-    warning = wrapped(f"warning   changed since the sweep began: {', '.join(changes)}") if changes else []
-    return [*resume_lines(len(found.ended), total, steps, found.done), *warning]
-
-
 def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
     """Run the sweep to its end, where anything is left to run, with W&B beside it; the exit status."""
     from sweeps.reporting.wandb import followed
@@ -232,7 +222,7 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Ca
     """Start Ray and run what is left of the sweep; the exit status. The caller holds the run directory's lock."""
     from sweeps.execution.placement import place, placement_line, started_ray
     from sweeps.execution.trial import TrialContext
-    from sweeps.reporting.console import indented
+    from sweeps.reporting.console import wrapped
     from sweeps.storage.shared_path import require_shared
 
     run, settings = job.run, job.settings
@@ -248,7 +238,7 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Ca
         require_shared(run.path, settings.storage_path)
         _write_down(job, config, cache, {"concurrency": concurrency, "workers": dataclasses.asdict(workers)})
         SCREEN.end()
-        SCREEN.say(*indented(placement_line(nodes, workers, concurrency)), "")
+        SCREEN.say(*wrapped(f"place     {placement_line(nodes, workers, concurrency)}"), "")
         context = TrialContext(
             config=config,
             run_dir=run.path,

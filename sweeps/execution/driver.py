@@ -5,12 +5,10 @@ A sweep is one session, and another for each time that it is resumed.
 
 import contextlib
 import dataclasses
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -22,11 +20,11 @@ from analysis.behaviour.judge import DEFAULT_LIMITS, BehaviourLimits
 from analysis.behaviour.measured import load_behaviour
 from analysis.decide import decide
 from analysis.decision import Decision
-from analysis.formatting import count
-from analysis.report.commands import wider_command
+from analysis.report.commands import commands_after
 from cbtrain.teacher_cache.plan import LIVE, CachePlan, CacheUnavailableError
 from cbtrain.training.calibration import Calibration, steps_allowed
-from sweeps.execution.behaviour import NEW_TOKENS, BehaviourError, Meter, behaviour_sentences, file_of, subjects
+from cbtrain.utils.environment import log_to
+from sweeps.execution.behaviour import BehaviourError, Meter, behaviour_sentences, file_of, subjects
 from sweeps.execution.calibration import calibrate_before, spent, summary, told, with_recipe
 from sweeps.execution.searcher import PlanSearcher
 from sweeps.execution.teacher_cache import norms_are_missing, run_teacher
@@ -80,7 +78,7 @@ class SweepDriver:
 
     def sweep(self, context: TrialContext, cache: CachePlan) -> int:
         """Run the plan to its end; the exit status."""
-        _log_to(self.run.path / "logs" / f"{LOG}.log")
+        log_to(self.run.path / "logs" / f"{LOG}.log")
         try:
             # What libraries print, those written in C included, would tear what stays in place.
             with SCREEN.kept_apart(), output_to(self.run.path, LOG):
@@ -135,9 +133,9 @@ class SweepDriver:
     def _not_calibrated(self, reason: str) -> int:
         """Record that the sweep ends before its first trial; the exit status."""
         self.run.update(status="finished", wall_s=self._wall_s())
-        lines = wrapped(f"No trial was run: {reason}")
         help_with = "longer runs (--steps), another --lr or --retain-scale, or other rows"
-        SCREEN.conclude(*lines, *wrapped(f"next      {help_with}; the runs are in {self.run.shown}/calibration.json"))
+        following = f"next      {help_with}; the runs are in {self.run.shown}/calibration.json"
+        SCREEN.conclude(*wrapped(f"No trial was run: {reason}"), *wrapped(following))
         return EXIT_STATUS["baseline_never_rerouted"]
 
     def conclude(self, spared: CacheReport | None = None) -> int:
@@ -148,14 +146,22 @@ class SweepDriver:
         self._keep(rows)
         self.run.update(status="finished")
         behaviour = behaviour_sentences(load_behaviour(self.run.path, self._plan.table()), decision)
-        wider = wider_command(decision, self.run.record, len(rows))
+        record, table = self.run.record | {"run_dir": str(self.run.shown)}, pd.DataFrame(rows)
         lines = summary_lines(
-            rows, decision, wall_s, self.concurrency, self.run.shown, spared, self.ended_before, behaviour, wider
+            rows,
+            decision,
+            wall_s,
+            self.concurrency,
+            self.run.shown,
+            total=self._plan.budget.total,
+            commands=commands_after(decision, record, table, self.run.shown),
+            cache=spared,
+            before=self.ended_before,
+            behaviour=behaviour,
         )
-        if calibration := self.run.record.get("calibration"):
-            lines += spent(calibration)
+        calibration = self.run.record.get("calibration")
         SCREEN.end()
-        SCREEN.conclude(*lines)
+        SCREEN.conclude(*lines, *(spent(calibration) if calibration else []))
         return EXIT_STATUS.get(decision.verdict, 0)
 
     @property
@@ -197,15 +203,9 @@ class SweepDriver:
         meter = Meter(context, self.behaviour_prompts, self.judge, min(self.concurrency, len(specs)))
         try:
             while specs:
-                named = ", ".join(spec.trial_id for spec in specs)
-                said = (
-                    f"behaviour of {named}: {len(specs) + 1} models, the one before training among them, answer at "
-                    f"most {self.behaviour_prompts} held-out prompts a kind with at most {NEW_TOKENS} tokens each, in "
-                    f"at most {meter.expected_seconds(specs):.0f} s"
-                )
-                SCREEN.end()
-                SCREEN.say(*wrapped(said))
-                SCREEN.begin("behaviour", f"of {count(len(specs), 'trial')}")
+                most, seconds = f"at most {self.behaviour_prompts} prompts", meter.expected_seconds(specs)
+                what = f"{len(specs) + 1} models answer {most} a kind, in at most {seconds:.0f} s"
+                SCREEN.begin("behaviour", what)
                 meter.measure(specs)
                 SCREEN.begin("deciding", "what would be chosen")
                 specs = self._unmeasured()
@@ -297,11 +297,4 @@ class SweepDriver:
             return
         self._noise_told = True
         if not self._plan.stopped_because:
-            for line in noise_lines(self._plan.rows(), self._plan.tolerance, self.settings):
-                SCREEN.say(line)
-
-
-def _log_to(path: Path) -> None:
-    """Send what libraries log or warn of to a file, off the screen."""
-    logging.captureWarnings(True)
-    logging.basicConfig(filename=path, level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", force=True)
+            SCREEN.say(*noise_lines(self._plan.rows(), self._plan.tolerance, self.settings))

@@ -166,13 +166,13 @@ def best_so_far(decision: Decision | None) -> str:
     if decision.verdict == "choose":
         return (
             f"{number(decision.beta_kl or 0)} at T {temperature(decision.kl_temperature or 1)}: "
-            f"drift {number(decision.eval_benign_kl or 0)} ({percent(decision.drift_kept or 0)} of baseline), "
-            f"{with_relation('P(within limit)', decision.probability_feasible or 0)}"
+            f"drift {number(decision.eval_benign_kl or 0)}, {percent(decision.drift_kept or 0)} of baseline, "
+            f"{with_relation('P(ok)', decision.probability_feasible or 0)}"
         )
     nearest = max(decision.settings, key=lambda setting: setting.probability_feasible)
     return (
         f"none: {number(nearest.beta_kl)} at T {temperature(nearest.kl_temperature)} comes nearest, "
-        f"{with_relation('P(within limit)', nearest.probability_feasible)} of {number(decision.confidence)}"
+        f"{with_relation('P(ok)', nearest.probability_feasible)}, asked {number(decision.confidence)}"
     )
 
 

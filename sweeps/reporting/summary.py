@@ -5,11 +5,11 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 
 from analysis.decision import Decision
-from analysis.formatting import count, with_relation
-from analysis.report.commands import folded
+from analysis.formatting import count, number, percent, temperature, with_relation
+from analysis.report.commands import Commands, folded
 from analysis.report.wording import explanation, suspect_lines
 from sweeps.reporting.console import INDENT, wrapped
 from sweeps.reporting.progress import Row
@@ -41,42 +41,67 @@ def summary_lines(
     wall_s: float,
     concurrency: int,
     run_dir: Path,
+    *,
+    total: int,
+    commands: Commands,
     cache: CacheReport | None = None,
     before: int = 0,
     behaviour: Sequence[str] = (),
-    wider: str | None = None,
 ) -> list[str]:
     """What the sweep did, what it cost and what to do next.
 
     Args:
         wall_s: of all sessions of the sweep.
+        total: trials that were planned.
+        commands: that would help where nothing can be chosen, and that sweeps what `Decision.wider` names.
         before: trials that had ended when it was resumed.
         behaviour: sentences on what baseline and best setting write.
-        wider: the command that sweeps what `Decision.wider` names.
     """
-    quoted = shlex.quote(str(run_dir))
-    ended = [row for row in rows if row["status"] == "completed"]
+    completed = [row for row in rows if row["status"] == "completed"]
     stopped, failed = ([row for row in rows if row["status"] == status] for status in ("stopped", "failed"))
-    timed = [*ended, *(row for row in stopped if row["train_s"] is not None)]
+    timed = [*completed, *(row for row in stopped if row["train_s"] is not None)]
     training = sum(row["train_s"] for row in timed)
-    lines = [
-        "",
-        f"{len(rows)} trials{f' ({before} before this session)' if before else ''} in {wall_s:.0f} s · "
-        f"{len(ended)} done, {f'{len(stopped)} stopped, ' if stopped else ''}{len(failed)} failed",
-        f"cost      training {training:.0f} s = {training / (wall_s * concurrency):.0%} of "
-        f"{wall_s:.0f} s × {concurrency} at a time",
-        *_overhead(timed),
-        *(_spared(cache, len(ended)) if cache else []),
-    ]
+    badge = "finished" if len(rows) == total else "ended early"
+    session = f" ({before} before this session)" if before else ""
+    cost = f"cost      training {training:.0f} s = {percent(training / (wall_s * concurrency))} of {wall_s:.0f} s × "
     return [
-        *lines,
-        *_found(decision, wider),
+        f"{badge} · {len(rows)} of {count(total, 'trial')}{session} in {wall_s:.0f} s · "
+        f"{f'{len(stopped)} stopped, ' if stopped else ''}{len(failed)} failed",
+        *_failed(failed),
+        *wrapped(f"{cost}{concurrency} at a time{_overhead(timed)}"),
+        *(_spared(cache, len(completed)) if cache else []),
+        *_found(decision),
         *(line for text in behaviour for line in wrapped(f"behaviour {text}")),
-        f"next      python analysis/pick_beta.py {quoted}",
-        "          the decision, with its evidence",
-        f"          optuna-dashboard {quoted}/study.log",
-        "          explore the trials",
+        *_next(decision, commands, shlex.quote(str(run_dir))),
     ]
+
+
+def _failed(rows: Sequence[Row]) -> list[str]:
+    """The first failure and where its traceback is; how many more there are, the badge says."""
+    if not rows:
+        return []
+    log = f" (logs/{rows[0]['trial_id']}.log)"
+    line = f"failed    {rows[0]['trial_id']}: {rows[0]['error']}"
+    return [line + log if len(line + log) <= WIDTH else f"{line[: WIDTH - len(log) - 1]}…{log}"]
+
+
+def _next(decision: Decision, commands: Commands, run_dir: str) -> list[str]:
+    """Commands: first what would help, where nothing can be chosen, else the decision, which names how to train it."""
+    decide = f"python analysis/pick_beta.py {run_dir}"
+    helping = commands.wider or ("" if commands.trains else commands.next)
+    first = [("next", decide)] if decision.verdict == "choose" else [("next", helping), ("evidence", decide)]
+    return [
+        line
+        for label, command in (*first, ("explore", f"optuna-dashboard {run_dir}/study.log"))
+        if command
+        for line in labelled(label, command)
+    ]
+
+
+def labelled(label: str, command: str) -> list[str]:
+    """A command beside its label, over as many lines as it takes."""
+    first, *more = folded(command, WIDTH - len(INDENT)).splitlines()
+    return [f"{label:<10}{first}", *(INDENT + line for line in more)]
 
 
 def _times(log_sd: float | None) -> str:
@@ -84,7 +109,7 @@ def _times(log_sd: float | None) -> str:
     return "" if log_sd is None else f" ± {100 * math.expm1(log_sd):.0f} %"
 
 
-def _found(decision: Decision, wider: str | None) -> list[str]:
+def _found(decision: Decision) -> list[str]:
     """The baseline, and the best setting or why there is none; what lies beyond the ranges, and the way there."""
     lines, baseline = [], decision.baseline
     if baseline is not None:
@@ -94,49 +119,44 @@ def _found(decision: Decision, wider: str | None) -> list[str]:
             f"drift {baseline.drift:.3g}{_times(baseline.drift_sd)} nats/token"
         )
     if decision.verdict == "choose":
-        lines.append(
-            f"best      beta_kl {decision.beta_kl:.3g}, T {decision.kl_temperature:.3g}: drift "
-            f"{decision.eval_benign_kl:.3g} ({decision.drift_kept:.0%} of baseline), "
+        lines += wrapped(
+            f"best      {number(decision.beta_kl or 0)} at T {temperature(decision.kl_temperature or 1)}: drift "
+            f"{number(decision.eval_benign_kl or 0)} ({percent(decision.drift_kept or 0)} of baseline), "
             f"{with_relation('P', decision.probability_feasible or 0)}{', confirmed' if decision.confirmed else ''}"
         )
-        if decision.behaviour_warning:
-            lines.append(f"but       {decision.behaviour_warning}")
+        lines += [line for text in _unconfirmed(decision) for line in wrapped(f"but       {text}")]
     else:
         lines += wrapped(f"verdict   {decision.verdict}: {explanation(decision)}")
     for suspect in suspect_lines(decision):
         lines += wrapped(f"suspect   {suspect}")
-    if wider is not None:
+    if decision.range_warning:
         lines += wrapped(f"warning   {decision.range_warning}")
-        lines += [INDENT + line for line in folded(wider, WIDTH - len(INDENT)).splitlines()]
     return lines
 
 
+def _unconfirmed(decision: Decision) -> list[str]:
+    """What is not known of the setting that would be chosen."""
+    seeds = count(decision.n_sound_seeds or 0, "seed")
+    once = "" if decision.confirmed else f"not confirmed: it ran on {seeds}, and three confirm"
+    return [*filter(None, (once, decision.behaviour_warning))]
+
+
 def _spared(cache: CacheReport, trials: int) -> list[str]:
-    """What the cache saved, by the seconds that the teacher took for a row when it was filled."""
+    """What the cache saved, as counts: what those rows would have taken was not measured."""
     read = trials * cache.rows_read_by_a_trial
-    line = f"cache     {cache.rows_computed:,} rows through the teacher in place of {read:,}"
-    saved = cache.teacher_s / max(cache.rows_computed, 1) * read - cache.wall_s
-    if saved > 0:
-        line += f", about {saved:.0f} s saved"
-    return wrapped(line)
+    return wrapped(f"cache     {cache.rows_computed:,} rows through the teacher in place of {read:,}")
 
 
-def _overhead(ended: Sequence[Row]) -> list[str]:
+def _overhead(ended: Sequence[Row]) -> str:
     """Seconds of a trial that went neither into training nor evaluation, first trials of a process left out."""
     last_end: dict[str, float] = {}
-    own, with_hand_over = [], []
+    over = []
     for row in sorted(ended, key=lambda row: row["ended_at"]):
         work = row["train_s"] + row["eval_s"]
         if row["process"] in last_end:
-            own.append(row["wall_s"] - work)
-            with_hand_over.append(row["ended_at"] - last_end[row["process"]] - work)
+            over.append(row["ended_at"] - last_end[row["process"]] - work)
         last_end[row["process"]] = row["ended_at"]
-    if not own:
-        return []
-    return [
-        f"{INDENT}overhead {fmean(own):.2f} s a trial, {median(with_hand_over):.2f} s with Ray's hand-over",
-        f"{INDENT}(after the first trial of each process)",
-    ]
+    return f" · overhead {median(over):.2f} s a trial" if over else ""
 
 
 def stopped_lines(ended: int, total: int, run_dir: Path) -> list[str]:

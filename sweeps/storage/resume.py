@@ -17,6 +17,7 @@ from cbtrain.config.validation import from_json, misfit
 from cbtrain.utils.errors import named
 from cbtrain.utils.files import write_whole
 from sweeps.plan.budget import PlanSettings
+from sweeps.reporting.console import resume_lines, wrapped
 from sweeps.reporting.screen import SCREEN
 from sweeps.storage.lock import LEFT_RUNNING_S, HeldError, held
 from sweeps.storage.run_directory import RunDirectory
@@ -212,6 +213,13 @@ def _is_json(line: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+def resumed_lines(run: RunDirectory, found: Found, config: CircuitBreakerConfig, workers: int, total: int) -> list[str]:
+    """What a resumed sweep goes on from, and whether other software goes on with it."""
+    changes = run.changed_software()
+    warning = wrapped(f"warning   changed since the sweep began: {', '.join(changes)}") if changes else []
+    return [*resume_lines(len(found.ended), total, steps_done(run, found, config, workers), found.done), *warning]
 
 
 def wait_for_leftovers(run: RunDirectory, trial_ids: Sequence[str]) -> None:
