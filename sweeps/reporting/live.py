@@ -39,6 +39,8 @@ FEWEST = 6
 """Trials that are shown wherever the terminal holds them."""
 COLUMNS = {"phase": 8, "beta_kl": 7, "T": 4, "seed": 4, "step": 8, "reroute": 7, "drift": 7, "regression": 10}
 """How wide they are at least, so that they stay where they are."""
+ROOMY = 72
+"""Columns from which on two spaces stand between two fields."""
 COLOURS: dict[State, str] = {
     "running": "bold",
     "baseline": "",
@@ -148,7 +150,7 @@ def bar(at: Progress, width: int) -> RenderableType:
 
 def table(lines: Sequence[TrialLine], width: int) -> Table:
     """Trials, a line each, in at most so many columns."""
-    drawn = Table(box=None, padding=(0, 1), header_style="bold", width=width)
+    drawn = Table(box=None, padding=(0, 1), collapse_padding=width < ROOMY, header_style="bold", width=width)
     for name, at_least in COLUMNS.items():
         left = name in ("phase", "regression")
         justify: Literal["left", "right"] = "left" if left else "right"

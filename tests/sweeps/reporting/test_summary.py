@@ -8,7 +8,8 @@ import pytest
 from simulated import completed, drive, failed, next_trial, plan_of, world
 
 from analysis.decide import decide
-from analysis.report.commands import commands_after
+from analysis.decision import Decision
+from analysis.report.commands import Commands, commands_after
 from sweeps.execution.driver import SweepDriver
 from sweeps.plan.budget import PlanSettings
 from sweeps.plan.journal import TrialOutcome
@@ -94,20 +95,23 @@ def test_a_choice_that_was_not_confirmed_says_so(finished):
     assert any(line.startswith("but       not confirmed: it ran on ") for line in lines) is not decision.confirmed
 
 
-def test_without_an_answer_the_next_command_resumes_the_sweep_where_that_helps():
-    plan = plan_of(8, baseline_seeds=5)
-
-    def noisy(spec):
-        return completed(0.01 + 0.03 * (spec.seed % 2) + 0.06 * (spec.beta_kl > 0), 9.6, **TIMES)
-
-    drive(plan, noisy)
-    lines = summary_of(plan)
-    assert any(line.startswith("verdict   ") for line in lines), lines
-    (after,) = [line for line in lines if line.startswith("next")]
-    decision = decide(pd.DataFrame(plan.rows()))
-    if decision.needed is not None and decision.needed.seeds <= 5:
-        assert after.startswith("next      python sweeps/kl_ablation.py --resume 'runs/a b' --num-samples ")
-    assert "evidence  python analysis/pick_beta.py 'runs/a b'" in lines
+@pytest.mark.parametrize(
+    ("verdict", "commands", "expected"),
+    [
+        ("insufficient_evidence", Commands("python s.py --resume a", None), ["next      python s.py --resume a"]),
+        (
+            "no_candidate_qualifies",
+            Commands("python t.py", "python s.py --wide", trains=True),
+            ["next      python s.py --wide"],
+        ),
+        ("no_candidate_qualifies", Commands("python t.py", None, trains=True), []),  # it needs the decision first
+    ],
+)
+def test_without_an_answer_the_command_that_helps_comes_first(finished, verdict, commands, expected):
+    decision = Decision(verdict, "Why.", 0.05, 0.95, (), 10)
+    lines = summary_lines(finished.rows(), decision, 9.0, 2, Path("a"), total=10, commands=commands)
+    evidence = "evidence  python analysis/pick_beta.py a"
+    assert lines[-2 - len(expected) :] == [*expected, evidence, "explore   optuna-dashboard a/study.log"]
 
 
 def test_an_interrupted_sweep_names_the_command_that_goes_on():
