@@ -238,7 +238,7 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Ca
         require_shared(run.path, settings.storage_path)
         _write_down(job, config, cache, {"concurrency": concurrency, "workers": dataclasses.asdict(workers)})
         SCREEN.end()
-        SCREEN.say(*wrapped(f"place     {placement_line(nodes, workers, concurrency)}"), "")
+        SCREEN.say(*wrapped(f"place     {placement_line(nodes, workers, concurrency)}"))
         context = TrialContext(
             config=config,
             run_dir=run.path,

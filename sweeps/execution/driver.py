@@ -37,7 +37,7 @@ from sweeps.reporting.console import noise_lines, wrapped
 from sweeps.reporting.live import Trials
 from sweeps.reporting.progress import Row
 from sweeps.reporting.screen import SCREEN
-from sweeps.reporting.summary import CacheReport, stopped_lines, summary_lines
+from sweeps.reporting.summary import stopped_lines, summary_lines
 from sweeps.storage.run_directory import RunDirectory
 
 LOG = "driver"
@@ -94,12 +94,11 @@ class SweepDriver:
             raise
 
     def _run(self, context: TrialContext, cache: CachePlan) -> int:
-        spared = None
         if not self._plan.done:
             calibrated = self.run.record.get("calibration")
             if calibrated and not calibrated["converged"]:
                 return self._not_calibrated(calibrated["reason"])
-            context, spared = self._with_teacher(context, cache)
+            context = self._with_teacher(context, cache)
             if self.calibrate and not calibrated:
                 found = self._calibrate(context)
                 if not found.converged:
@@ -107,7 +106,7 @@ class SweepDriver:
                 context = self._with_recipe(context, found)
             self._tune(context)
         self._measure_behaviour(context)
-        return self.conclude(spared)
+        return self.conclude()
 
     def _calibrate(self, context: TrialContext) -> Calibration:
         """Look for a recipe, and keep it with all that follows from it in one write."""
@@ -138,7 +137,7 @@ class SweepDriver:
         SCREEN.conclude(*wrapped(f"No trial was run: {reason}"), *wrapped(following))
         return EXIT_STATUS["baseline_never_rerouted"]
 
-    def conclude(self, spared: CacheReport | None = None) -> int:
+    def conclude(self) -> int:
         """Record that the sweep is over and print what came of it; the exit status."""
         rows, wall_s, decision = self._plan.rows(), self._wall_s(), self._decide()
         named = {suspect.trial_id for suspect in decision.suspects}
@@ -155,7 +154,6 @@ class SweepDriver:
             self.run.shown,
             total=self._plan.budget.total,
             commands=commands_after(decision, record, table, self.run.shown),
-            cache=spared,
             before=self.ended_before,
             behaviour=behaviour,
         )
@@ -228,7 +226,7 @@ class SweepDriver:
         self.on_ended(ended - self._cleared)
         self._cleared = ended
 
-    def _with_teacher(self, context: TrialContext, plan: CachePlan) -> tuple[TrialContext, CacheReport | None]:
+    def _with_teacher(self, context: TrialContext, plan: CachePlan) -> TrialContext:
         """The trials' context with a filled cache, and norms if they are needed.
 
         Without a cache, and a line why, where it cannot be filled.
@@ -236,7 +234,7 @@ class SweepDriver:
         if plan.directory is None:
             if norms_are_missing(context.config):
                 context = self._with_norms(context, run_teacher(plan, context)[1])
-            return context, None
+            return context
         earlier = self.run.record.get("teacher_cache")
         try:
             report, norms = run_teacher(plan, context)
@@ -246,8 +244,7 @@ class SweepDriver:
             return self._with_teacher(context, CachePlan(None, plan.says))
         report = report.after(earlier)
         self.run.update(teacher_cache={"directory": plan.directory, **dataclasses.asdict(report)})
-        context = dataclasses.replace(self._with_norms(context, norms), teacher_cache=plan.directory)
-        return context, report
+        return dataclasses.replace(self._with_norms(context, norms), teacher_cache=plan.directory)
 
     def _with_norms(self, context: TrialContext, norms: tuple[float, ...] | None) -> TrialContext:
         """The context with norms that are the same for all trials, now and when the sweep is resumed."""

@@ -4,16 +4,35 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cbtrain.config import CircuitBreakerConfig
 from sweeps.reporting.screen import SCREEN
-from sweeps.reporting.summary import CacheReport
 
 if TYPE_CHECKING:
     from cbtrain.teacher_cache.plan import CachePlan
     from sweeps.execution.trial import TrialContext
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What it took to fill a cache, and what a trial reads from it; in sweep.json."""
+
+    rows_computed: int
+    teacher_s: float
+    """Of which the teacher ran."""
+    wall_s: float
+    """For loading the model and writing the shards as well."""
+    rows_read_by_a_trial: int
+
+    def after(self, earlier: object) -> "CacheReport":
+        """The two together, `earlier` being what sweep.json has kept of a session before, if anything."""
+        if not isinstance(earlier, dict):
+            return self
+        sums = {name: getattr(self, name) + earlier.get(name, 0) for name in ("rows_computed", "teacher_s", "wall_s")}
+        return replace(self, **sums)
 
 
 def norms_are_missing(config: CircuitBreakerConfig) -> bool:

@@ -1,6 +1,7 @@
 """The trials of a sweep while they run: a table that stays in place, or a line an event and one a minute."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -101,8 +102,14 @@ class Trials:
                 del known[trial_id]  # to the end: they are in the order in which they ended
             known[trial_id] = row
         self._tolerance, self._rows = self._plan.tolerance, known
-        if self._events is not None:
+        if self._events is None:
+            return
+        try:
             self._events.update(rows)
+        except OSError:
+            raise  # nobody reads any more, or the disk is full
+        except Exception:
+            logging.getLogger(__name__).exception("an event could not be told")
 
     def progress(self) -> Progress:
         """How far the sweep is now."""

@@ -237,7 +237,7 @@ class _Resized(Live):
         self, console: Console, size: Callable[[], ConsoleDimensions], draw: Callable[[int, int], RenderableType]
     ) -> None:
         super().__init__(
-            draw(*size()),
+            "",  # what draws may fail, which is no reason not to begin
             console=console,
             auto_refresh=False,
             transient=True,

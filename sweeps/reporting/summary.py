@@ -3,7 +3,6 @@
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -16,25 +15,6 @@ from sweeps.reporting.progress import Row
 from sweeps.reporting.screen import WIDTH
 
 
-@dataclass(frozen=True)
-class CacheReport:
-    """What it took to fill a cache, and what a trial reads from it."""
-
-    rows_computed: int
-    teacher_s: float
-    """Of which the teacher ran."""
-    wall_s: float
-    """For loading the model and writing the shards as well."""
-    rows_read_by_a_trial: int
-
-    def after(self, earlier: object) -> "CacheReport":
-        """The two together, `earlier` being what sweep.json has kept of a session before, if anything."""
-        if not isinstance(earlier, dict):
-            return self
-        sums = {name: getattr(self, name) + earlier.get(name, 0) for name in ("rows_computed", "teacher_s", "wall_s")}
-        return replace(self, **sums)
-
-
 def summary_lines(
     rows: Sequence[Row],
     decision: Decision,
@@ -44,7 +24,6 @@ def summary_lines(
     *,
     total: int,
     commands: Commands,
-    cache: CacheReport | None = None,
     before: int = 0,
     behaviour: Sequence[str] = (),
 ) -> list[str]:
@@ -57,8 +36,8 @@ def summary_lines(
         before: trials that had ended when it was resumed.
         behaviour: sentences on what baseline and best setting write.
     """
-    completed = [row for row in rows if row["status"] == "completed"]
-    stopped, failed = ([row for row in rows if row["status"] == status] for status in ("stopped", "failed"))
+    statuses = ("completed", "stopped", "failed")
+    completed, stopped, failed = ([row for row in rows if row["status"] == status] for status in statuses)
     timed = [*completed, *(row for row in stopped if row["train_s"] is not None)]
     training = sum(row["train_s"] for row in timed)
     badge = "finished" if len(rows) == total else "ended early"
@@ -69,7 +48,6 @@ def summary_lines(
         f"{f'{len(stopped)} stopped, ' if stopped else ''}{len(failed)} failed",
         *_failed(failed),
         *wrapped(f"{cost}{concurrency} at a time{_overhead(timed)}"),
-        *(_spared(cache, len(completed)) if cache else []),
         *_found(decision),
         *(line for text in behaviour for line in wrapped(f"behaviour {text}")),
         *_next(decision, commands, shlex.quote(str(run_dir))),
@@ -130,7 +108,7 @@ def _found(decision: Decision) -> list[str]:
     for suspect in suspect_lines(decision):
         lines += wrapped(f"suspect   {suspect}")
     if decision.range_warning:
-        lines += wrapped(f"warning   {decision.range_warning}")
+        lines += wrapped(f"warning   {decision.range_warning.partition(':')[0]}")  # the decision has the rest
     return lines
 
 
@@ -139,12 +117,6 @@ def _unconfirmed(decision: Decision) -> list[str]:
     seeds = count(decision.n_sound_seeds or 0, "seed")
     once = "" if decision.confirmed else f"not confirmed: it ran on {seeds}, and three confirm"
     return [*filter(None, (once, decision.behaviour_warning))]
-
-
-def _spared(cache: CacheReport, trials: int) -> list[str]:
-    """What the cache saved, as counts: what those rows would have taken was not measured."""
-    read = trials * cache.rows_read_by_a_trial
-    return wrapped(f"cache     {cache.rows_computed:,} rows through the teacher in place of {read:,}")
 
 
 def _overhead(ended: Sequence[Row]) -> str:

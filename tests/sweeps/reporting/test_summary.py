@@ -14,7 +14,7 @@ from sweeps.execution.driver import SweepDriver
 from sweeps.plan.budget import PlanSettings
 from sweeps.plan.journal import TrialOutcome
 from sweeps.plan.plan import SweepPlan
-from sweeps.reporting.summary import CacheReport, stopped_lines, summary_lines
+from sweeps.reporting.summary import stopped_lines, summary_lines
 from sweeps.storage.run_directory import RunDirectory
 
 TIMES = {"train_s": 3.0, "eval_s": 0.5, "wall_s": 4.0, "ended_at": 5.0, "process": "host:1"}
@@ -52,11 +52,6 @@ def test_the_summary_begins_with_a_badge_and_says_cost_and_the_next_command(fini
     assert "cost      training 30 s = 75 % of 20 s × 2 at a time · overhead 1.50 s a trial" in lines
     assert any("python analysis/pick_beta.py 'runs/a b'" in line for line in lines)
     assert lines[-1] == "explore   optuna-dashboard 'runs/a b'/study.log"
-
-
-def test_what_the_cache_saved_is_counted_and_no_seconds_are_claimed_that_nobody_measured(finished):
-    lines = summary_of(finished, cache=CacheReport(288, 0.5, 1.0, 500))
-    assert "cache     288 rows through the teacher in place of 5,000" in lines
 
 
 def test_overhead_leaves_out_the_first_trial_of_every_process(quick):
@@ -131,8 +126,7 @@ def test_a_pick_at_an_end_of_a_range_is_told(tmp_path, capsys):
     drive(driver._plan, lambda spec: completed(0.01, 9.6 / (1 + spec.beta_kl), **TIMES))
     assert driver.conclude() == 0
     lines = capsys.readouterr().out.splitlines()
-    end = "warning   The pick sits at the upper end of the beta_kl range 0.01–0.1: what lies above"
-    assert end in " ".join(line.strip() for line in lines), lines
+    assert "warning   The pick sits at the upper end of the beta_kl range 0.01–0.1" in lines, lines
     assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80, lines
 
 
