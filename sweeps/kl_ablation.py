@@ -215,7 +215,10 @@ def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
             if driver.done:
                 run.update(flags=flags_to_keep(settings))
                 return driver.conclude()
-        return _on_ray(job, config, cache, tell)
+        status = _on_ray(job, config, cache, tell)
+        if settings.wandb_project is not None:
+            SCREEN.begin("wandb", "logs what is left")
+        return status
 
 
 def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", tell: Callable[[Iterable[str]], None]) -> int:

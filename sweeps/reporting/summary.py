@@ -115,7 +115,7 @@ def _found(decision: Decision) -> list[str]:
 def _unconfirmed(decision: Decision) -> list[str]:
     """What is not known of the setting that would be chosen."""
     seeds = count(decision.n_sound_seeds or 0, "seed")
-    once = "" if decision.confirmed else f"not confirmed: it ran on {seeds}, and three confirm"
+    once = "" if decision.confirmed else f"not confirmed: it ran on {seeds}, and 3 are needed"
     return [*filter(None, (once, decision.behaviour_warning))]
 
 
