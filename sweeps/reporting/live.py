@@ -30,6 +30,8 @@ from sweeps.reporting.progress import (
 from sweeps.reporting.screen import HEARTBEAT_S, SCREEN, WIDTH, Repeated
 
 REFRESH_S = 0.5
+LOOKS = 12
+"""How often between two heartbeats: when the first step was made is what the time to go rests on."""
 BEST_SHARE = 0.05
 """Of the time, at most, is spent on what would be chosen at the moment."""
 AROUND = 4
@@ -87,7 +89,8 @@ class Trials:
             with SCREEN.in_place(self.draw, REFRESH_S):
                 yield
             return
-        beats = Repeated(lambda: SCREEN.say(heartbeat(self.progress())), HEARTBEAT_S)
+        self._beaten = time.monotonic()
+        beats = Repeated(self._beat, HEARTBEAT_S / LOOKS)
         try:
             yield
         finally:
@@ -128,6 +131,13 @@ class Trials:
         best = Text(f" best so far {self._best}", no_wrap=True, overflow="ellipsis")
         best.truncate(width, overflow="ellipsis")
         return Group(bar(self.progress(), width), table(lines, width), best)
+
+    def _beat(self) -> None:
+        """Look how far the sweep is, and say so when a minute has passed."""
+        now, at = time.monotonic(), self.progress()
+        if now - self._beaten >= HEARTBEAT_S:
+            self._beaten = now
+            SCREEN.say(heartbeat(at))
 
     def _latest(self, rows: Sequence[Row]) -> dict[str, Latest]:
         unknown = [str(row["trial_id"]) for row in rows if row["status"] == "running" or row.get("steps") is None]
