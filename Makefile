@@ -8,8 +8,8 @@ COMPILE := $(BIN)/python -m compileall -q -j 0 .venv/lib
 .PHONY: sweep test check bench setup clean
 
 sweep: setup  ## sweep the embedded default, then decide
-	$(BIN)/python sweeps/kl_ablation.py --num-samples 20
-	$(BIN)/python analysis/pick_beta.py
+	@$(BIN)/python sweeps/kl_ablation.py --num-samples 20
+	@$(BIN)/python analysis/pick_beta.py
 
 test: setup  ## the whole test suite
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

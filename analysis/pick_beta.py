@@ -196,11 +196,11 @@ def _summary(decision: Decision, run_dir: Path, commands: Commands) -> str:
         lines += textwrap.wrap(f"warning: {warning}", _WIDTH)
     if not commands.trains:
         return "\n".join([*lines, folded(commands.next), "", f"report  {page}"])
-    lines += ["", f"  {'rule of thumb':<38}  {'says':<7}  on"]
+    lines.append(f"  {'rule of thumb':<38}  {'says':<7}  on")
     for rule in decision.rules_of_thumb:
         lines.append(f"  {rule.rule:<38}  {report.SAYS[rule.fired]:<7}  {rule.evidence}")
         lines += [f"    but {rule.instead}"] if rule.instead else []
-    lines += ["", f"report  {page}", *([_labelled("wider", commands.wider)] if commands.wider else [])]
+    lines += [f"report  {page}", *([_labelled("wider", commands.wider)] if commands.wider else [])]
     return "\n".join([*lines, _labelled("train", commands.next)])
 
 

@@ -164,12 +164,12 @@ def _none_qualifies(decision: Decision, baseline: Baseline) -> Decision:
 
 def _lost_at_the_least_weight(decision: Decision) -> str:
     """That even next to no KL costs what much KL costs, which is not KL's doing; empty where it is not so."""
-    most = max(each.reroute_delta for each in decision.settings)
     low = min(decision.settings, key=lambda each: each.beta_kl)
-    if low.beta_kl > 0.01 or low.reroute_delta < max(most / 2, decision.tolerance or 0):
+    above = [each.reroute_delta for each in decision.settings if 3 <= each.beta_kl / low.beta_kl <= 30]
+    if low.beta_kl > 0.01 or not above or low.reroute_delta < max(0.8 * max(above), decision.tolerance or 0):
         return ""
     return (
-        f"Even beta_kl {number(low.beta_kl)} loses {signed(low.reroute_delta)}, about as much as any weight, though "
+        f"Even beta_kl {number(low.beta_kl)} loses {signed(low.reroute_delta)}, about as much as ten times it, though "
         f"the cost of KL vanishes with its weight. Something else tells these trials from the baseline: see their logs."
     )
 

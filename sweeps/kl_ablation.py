@@ -23,6 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if not __package__:
     sys.path[0] = str(ROOT)  # started as a script, which puts sweeps/ there
 
+from sweeps.reporting.screen import SCREEN
+
+if __name__ == "__main__":
+    SCREEN.start(sys.argv[1:])  # before the imports that take seconds
+
 from analysis.behaviour.judge import BehaviourLimits
 from cbtrain.config import CircuitBreakerConfig, InputError, cli
 from cbtrain.config.presets import UNMEASURED
@@ -57,8 +62,15 @@ class Job:
 
 def main() -> int:
     """Run the command; its exit status."""
-    argv = sys.argv[1:]
+    try:
+        return _commanded(sys.argv[1:])
+    finally:
+        SCREEN.end()
+
+
+def _commanded(argv: Sequence[str]) -> int:
     settings = cli.parse(SweepSettings, argv, "python sweeps/kl_ablation.py", derived=derived, about=HELP)
+    SCREEN.quiet = settings.quiet
     if settings.resume is None:
         return _run(_new(settings, argv))
 
@@ -135,6 +147,7 @@ def _run(job: Job) -> int:
     from cbtrain.teacher_cache.plan import plan_cache
     from sweeps.reporting.console import wrapped
     from sweeps.reporting.plan_lines import behaviour_line, calibration_line, plan_lines
+    from sweeps.storage.resume import resumed_lines
 
     cache = plan_cache(job.settings.teacher_cache, job.run.path / "teacher_cache", config, data, budget.total)
     lines = plan_lines(job.plan, budget, cache.says, job.run.shown, job.settings.early_stop)
@@ -143,13 +156,14 @@ def _run(job: Job) -> int:
     if job.settings.behaviour_prompts:
         lines += wrapped(behaviour_line(job.settings.behaviour_prompts))
     if job.found is not None:
-        lines += _what_is_resumed(job, job.found, config, budget.total)
+        lines += resumed_lines(job.run, job.found, config, job.settings.workers_per_trial, budget.total)
     if job.settings.dry_run:
         needed = predicted_memory(config, data, job.settings.workers_per_trial, job.settings.gpus_per_worker)
         lines += wrapped(f"memory    {needed}")
-    print("\n".join(lines), flush=True)
     if job.settings.dry_run:
+        SCREEN.conclude(*lines)
         return 0
+    SCREEN.say(*lines)
     status = _start(job, config, cache)
     return _copied(job.run, destination, status) if destination else status
 
@@ -174,24 +188,14 @@ def _checked_outlets(job: Job) -> "Destination | None":
 def _copied(run: "RunDirectory", destination: "Destination", status: int) -> int:
     """Copy the results out; the exit status, 1 where a sweep that ended well could not be copied."""
     try:
-        files, size = destination.copy(run.path)
+        with SCREEN.phase("copying", f"to {destination.uri}"):
+            files, size = destination.copy(run.path)
     except OSError as error:
         reason = first_line(error)
         print(f"error: --copy-to {destination.uri}: {reason}; copy {run.shown} by hand", file=sys.stderr)
         return status or 1
-    print(f"copied    {files} files, {decimal(size)}, to {destination.uri}")
+    SCREEN.conclude(f"copied    {files} files, {decimal(size)}, to {destination.uri}")
     return status
-
-
-def _what_is_resumed(job: Job, found: "Found", config: CircuitBreakerConfig, total: int) -> list[str]:
-    """Lines on what a resumed sweep goes on from, and whether other software goes on with it."""
-    from sweeps.reporting.console import resume_lines, wrapped
-    from sweeps.storage.resume import steps_done
-
-    steps = steps_done(job.run, found, config, job.settings.workers_per_trial)
-    changes = job.run.changed_software()
-    warning = wrapped(f"warning   changed since the sweep began: {', '.join(changes)}") if changes else []
-    return [*resume_lines(len(found.ended), total, steps, found.done), *warning]
 
 
 def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
@@ -211,17 +215,21 @@ def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
             if driver.done:
                 run.update(flags=flags_to_keep(settings))
                 return driver.conclude()
-        return _on_ray(job, config, cache)
+        status = _on_ray(job, config, cache)
+        if settings.wandb_project is not None:
+            SCREEN.begin("wandb", "logs what is left")
+        return status
 
 
 def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
     """Start Ray and run what is left of the sweep; the exit status. The caller holds the run directory's lock."""
     from sweeps.execution.placement import place, placement_line, started_ray
     from sweeps.execution.trial import TrialContext
-    from sweeps.reporting.console import indented
+    from sweeps.reporting.console import wrapped
     from sweeps.storage.shared_path import require_shared
 
     run, settings = job.run, job.settings
+    SCREEN.begin("starting", "Ray")
     with started_ray() as nodes:
         cli.catch_signals()
         workers, concurrency = place(
@@ -232,7 +240,8 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
         )
         require_shared(run.path, settings.storage_path)
         _write_down(job, config, cache, {"concurrency": concurrency, "workers": dataclasses.asdict(workers)})
-        print("\n".join([*indented(placement_line(nodes, workers, concurrency)), ""]), flush=True)
+        SCREEN.end()
+        SCREEN.say(*wrapped(f"place     {placement_line(nodes, workers, concurrency)}"))
         context = TrialContext(
             config=config,
             run_dir=run.path,

@@ -117,6 +117,8 @@ class SweepSettings:
     """Nats per token on benign text over the model before training, or half the baseline's rise if that is more."""
     max_compliance_rise: Annotated[float, Ge(0)] = DEFAULT_LIMITS.compliance_rise
     """Coherent answers to harmful prompts over the share without KL."""
+    quiet: bool = False
+    """Print nothing but the summary at the end, and errors."""
     dry_run: bool = False
     """Check everything, print the plan and what the teacher cache would take, and start nothing."""
     config: CircuitBreakerConfig = field(default_factory=lambda: get_config("tiny"))
@@ -132,7 +134,7 @@ HELP = Help(
         ),
         "Model": ("preset",),
         "Where it runs": ("max_concurrent", "workers_per_trial", "gpus_per_worker", "teacher_cache"),
-        "Output": ("run_dir", "storage_path", "copy_to", "wandb_project", "wandb_mode"),
+        "Output": ("run_dir", "storage_path", "copy_to", "wandb_project", "wandb_mode", "quiet"),
     },
     first=(
         *("num_samples", "resume", "beta_kl_range", "kl_temperature_range", "reroute_tolerance", "dry_run"),

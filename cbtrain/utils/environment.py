@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import sys
+from pathlib import Path
 
 
 def quiet_libraries() -> None:
@@ -26,6 +27,12 @@ def quiet_libraries() -> None:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+
+
+def log_to(path: Path) -> None:
+    """Send what libraries log or warn of to a file, off the screen."""
+    logging.captureWarnings(True)
+    logging.basicConfig(filename=path, level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", force=True)
 
 
 @functools.cache

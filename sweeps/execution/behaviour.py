@@ -126,7 +126,8 @@ class BehaviourError(Exception):
 
 
 def behaviour_sentences(measured: Sequence[Behaviour], decision: Decision) -> list[str]:
-    """What the chosen setting makes of each kind of prompt, and in brackets what the baseline does.
+    """What the chosen setting makes of each kind of prompt, and in brackets what the baseline does: how many answers
+    are word for word as before training, and how many are degenerate.
 
     Args:
         measured: as `load_behaviour` gives it.
@@ -137,20 +138,20 @@ def behaviour_sentences(measured: Sequence[Behaviour], decision: Decision) -> li
     if not without_kl or not chosen:
         return []
 
-    def share(kind: str, name: str, what: str) -> str:
-        of_chosen, of_baseline = (
-            fmean(getattr(getattr(each, kind), name) or 0 for each in found) for found in (chosen, without_kl)
-        )
-        return f"{percent(of_chosen)} {what}" + (f" ({percent(of_baseline)} without KL)" if setting[0] else "")
+    def share(kind: str, name: str, found: Sequence[Behaviour]) -> str:
+        return percent(fmean(getattr(getattr(each, kind), name) or 0 for each in found))
 
-    kinds = {"harmful": "harmful prompts", "benign": "benign prompts"}
+    kinds = ["harmful", "benign"]
     if all(each.prefilled for each in (*chosen, *without_kl)):
-        kinds["prefilled"] = "harmful prompts, first tokens given"
-    return [
-        f"{said}: {share(kind, 'unchanged', 'word for word as before training')}, "
-        f"{share(kind, 'degenerate', 'degenerate')}"
-        for kind, said in kinds.items()
-    ]
+        kinds.append("prefilled")
+    sentences = []
+    for kind in kinds:
+        unchanged, degenerate = share(kind, "unchanged", chosen), share(kind, "degenerate", chosen)
+        said = f"{kind}: {unchanged} unchanged, {degenerate} degenerate"
+        if setting[0]:
+            said += f" (without KL {share(kind, 'unchanged', without_kl)}, {share(kind, 'degenerate', without_kl)})"
+        sentences.append(said)
+    return sentences
 
 
 class _Measuring:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.formatting import count
 from sweeps.execution.trial import TrialContext, on_workers, output_to
 from sweeps.reporting.console import wrapped
+from sweeps.reporting.screen import SCREEN
 
 if TYPE_CHECKING:
     from cbtrain.training.calibration import Calibration
@@ -66,7 +67,7 @@ def _on_worker(context: TrialContext, max_steps: int, fixed: Collection[str]) ->
 
 
 def _say(line: str) -> None:
-    print("\n".join(wrapped(f"calibrate {line}")), flush=True)
+    SCREEN.say(*wrapped(f"calibrate {line}"))
 
 
 def summary(found: "Calibration") -> dict[str, Any]:

@@ -5,13 +5,13 @@ A sweep is one session, and another for each time that it is resumed.
 
 import contextlib
 import dataclasses
-import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
@@ -20,21 +20,28 @@ from analysis.behaviour.judge import DEFAULT_LIMITS, BehaviourLimits
 from analysis.behaviour.measured import load_behaviour
 from analysis.decide import decide
 from analysis.decision import Decision
-from analysis.report.commands import wider_command
+from analysis.report.commands import commands_after
 from cbtrain.teacher_cache.plan import LIVE, CachePlan, CacheUnavailableError
 from cbtrain.training.calibration import Calibration, steps_allowed
-from sweeps.execution.behaviour import NEW_TOKENS, BehaviourError, Meter, behaviour_sentences, file_of, subjects
+from cbtrain.utils.environment import log_to
+from sweeps.execution.behaviour import BehaviourError, Meter, behaviour_sentences, file_of, subjects
 from sweeps.execution.calibration import calibrate_before, spent, summary, told, with_recipe
 from sweeps.execution.searcher import PlanSearcher
 from sweeps.execution.teacher_cache import norms_are_missing, run_teacher
-from sweeps.execution.trial import TrialContext, run_trial
+from sweeps.execution.trial import TrialContext, output_to, run_trial
 from sweeps.plan.budget import PlanSettings
 from sweeps.plan.early_stopping import StopRule, rule_for
 from sweeps.plan.journal import TrialSpec
 from sweeps.plan.plan import SweepPlan
-from sweeps.reporting.console import CacheReport, EventLines, noise_lines, summary_lines, wrapped
+from sweeps.reporting.console import noise_lines, wrapped
+from sweeps.reporting.live import Trials
+from sweeps.reporting.progress import Row
+from sweeps.reporting.screen import SCREEN
+from sweeps.reporting.summary import stopped_lines, summary_lines
 from sweeps.storage.run_directory import RunDirectory
 
+LOG = "driver"
+"""Of `logs/`, without its suffix: what libraries print in the driver's process."""
 EXIT_STATUS = {"baseline_never_rerouted": 3, "baseline_failed": 3, "no_setting_behaves": 3}
 
 
@@ -69,37 +76,43 @@ class SweepDriver:
 
     def sweep(self, context: TrialContext, cache: CachePlan) -> int:
         """Run the plan to its end; the exit status."""
-        _log_to(self.run.path / "logs" / "driver.log")
-        spared = None
+        log_to(self.run.path / "logs" / f"{LOG}.log")
         try:
-            if not self._plan.done:
-                calibrated = self.run.record.get("calibration")
-                if calibrated and not calibrated["converged"]:
-                    return self._not_calibrated(calibrated["reason"])
-                context, spared = self._with_teacher(context, cache)
-                if self.calibrate and not calibrated:
-                    found = self._calibrate(context)
-                    if not found.converged:
-                        return self._not_calibrated(found.reason)
-                    context = self._with_recipe(context, found)
-                self._tune(context)
-            self._measure_behaviour(context)
+            # What libraries print, those written in C included, would tear what stays in place.
+            with SCREEN.kept_apart(), output_to(self.run.path, LOG):
+                return self._run(context, cache)
         except BaseException as stop:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
                 self.run.update(
                     status="failed" if isinstance(stop, Exception) else "interrupted", wall_s=self._wall_s()
                 )
             if isinstance(stop, KeyboardInterrupt):
-                shown = self.run.shown
-                print(f"\nthe trials that ended are in {shown}/trials.csv; --resume {shown} goes on", file=sys.stderr)
+                ended = sum(row["status"] != "running" for row in self._plan.rows())
+                print("\n".join(stopped_lines(ended, self._plan.budget.total, self.run.shown)), file=sys.stderr)
             raise
-        return self.conclude(spared)
+
+    def _run(self, context: TrialContext, cache: CachePlan) -> int:
+        if not self._plan.done:
+            calibrated = self.run.record.get("calibration")
+            if calibrated and not calibrated["converged"]:
+                return self._not_calibrated(calibrated["reason"])
+            context = self._with_teacher(context, cache)
+            if self.calibrate and not calibrated:
+                found = self._calibrate(context)
+                if not found.converged:
+                    return self._not_calibrated(found.reason)
+                context = self._with_recipe(context, found)
+            self._tune(context)
+        self._measure_behaviour(context)
+        return self.conclude()
 
     def _calibrate(self, context: TrialContext) -> Calibration:
         """Look for a recipe, and keep it with all that follows from it in one write."""
         trials = self._plan.budget.total
-        found = calibrate_before(context, steps_allowed(trials, context.config.steps), self.fixed)
-        print("\n".join([*told(found, trials, self._at_a_time(context)), ""]), flush=True)
+        allowed = steps_allowed(trials, context.config.steps)
+        with SCREEN.phase("calibrate", f"by runs of at most {allowed:,} steps in all"):
+            found = calibrate_before(context, allowed, self.fixed)
+        SCREEN.say(*told(found, trials, self._at_a_time(context)), "")
         changed: dict[str, Any] = {"calibration": summary(found)}
         if found.converged:
             changed["config"] = dataclasses.asdict(self._with_recipe(context, found).config)
@@ -117,14 +130,12 @@ class SweepDriver:
     def _not_calibrated(self, reason: str) -> int:
         """Record that the sweep ends before its first trial; the exit status."""
         self.run.update(status="finished", wall_s=self._wall_s())
-        lines = wrapped(f"No trial was run: {reason}")
         help_with = "longer runs (--steps), another --lr or --retain-scale, or other rows"
-        print(
-            "\n".join([*lines, *wrapped(f"next      {help_with}; the runs are in {self.run.shown}/calibration.json")])
-        )
+        following = f"next      {help_with}; the runs are in {self.run.shown}/calibration.json"
+        SCREEN.conclude(*wrapped(f"No trial was run: {reason}"), *wrapped(following))
         return EXIT_STATUS["baseline_never_rerouted"]
 
-    def conclude(self, spared: CacheReport | None = None) -> int:
+    def conclude(self) -> int:
         """Record that the sweep is over and print what came of it; the exit status."""
         rows, wall_s, decision = self._plan.rows(), self._wall_s(), self._decide()
         named = {suspect.trial_id for suspect in decision.suspects}
@@ -133,13 +144,21 @@ class SweepDriver:
         self._plan.note(decision)
         self.run.update(status="finished")
         behaviour = behaviour_sentences(load_behaviour(self.run.path, self._plan.table()), decision)
-        wider = wider_command(decision, self.run.record, len(rows))
+        record, table = self.run.record | {"run_dir": str(self.run.shown)}, pd.DataFrame(rows)
         lines = summary_lines(
-            rows, decision, wall_s, self.concurrency, self.run.shown, spared, self.ended_before, behaviour, wider
+            rows,
+            decision,
+            wall_s,
+            self.concurrency,
+            self.run.shown,
+            total=self._plan.budget.total,
+            commands=commands_after(decision, record, table, self.run.shown),
+            before=self.ended_before,
+            behaviour=behaviour,
         )
-        if calibration := self.run.record.get("calibration"):
-            lines += spent(calibration)
-        print("\n".join(lines))
+        calibration = self.run.record.get("calibration")
+        SCREEN.end()
+        SCREEN.conclude(*lines, *(spent(calibration) if calibration else []))
         return EXIT_STATUS.get(decision.verdict, 0)
 
     @property
@@ -149,7 +168,10 @@ class SweepDriver:
 
     def _decide(self) -> Decision:
         """Of a plan that is done, by the behaviour measured so far."""
-        table = self._plan.table()
+        return self._decide_on(self._plan.rows())
+
+    def _decide_on(self, rows: Sequence[Row]) -> Decision:
+        table = pd.DataFrame(list(rows))
         return decide(
             table,
             reroute_tolerance=self.settings.reroute_tolerance,
@@ -170,24 +192,24 @@ class SweepDriver:
     def _measure_behaviour(self, context: TrialContext) -> None:
         """Measure baseline and pick, and where the pick breaks it the next one; a line why where that fails, since the
         decision stands without it."""
+        SCREEN.begin("deciding", "what would be chosen")
         specs = self._unmeasured()
         if not specs:
             return
+        SCREEN.begin("behaviour", "loads the model")
         meter = Meter(context, self.behaviour_prompts, self.judge, min(self.concurrency, len(specs)))
         try:
             while specs:
-                named = ", ".join(spec.trial_id for spec in specs)
-                said = (
-                    f"behaviour of {named}: {len(specs) + 1} models, the one before training among them, answer at "
-                    f"most {self.behaviour_prompts} held-out prompts a kind with at most {NEW_TOKENS} tokens each, in "
-                    f"at most {meter.expected_seconds(specs):.0f} s"
-                )
-                print("\n".join(["", *wrapped(said)]), flush=True)
+                most, seconds = f"at most {self.behaviour_prompts} prompts", meter.expected_seconds(specs)
+                what = f"{len(specs) + 1} models answer {most} a kind, in at most {seconds:.0f} s"
+                SCREEN.begin("behaviour", what)
                 meter.measure(specs)
+                SCREEN.begin("deciding", "what would be chosen")
                 specs = self._unmeasured()
         except BehaviourError as error:
-            print("\n".join(["", *wrapped(f"behaviour not measured: {error}")]), flush=True)
+            SCREEN.say(*wrapped(f"behaviour not measured: {error}"))
         finally:
+            SCREEN.end()
             meter.end()
 
     def _wall_s(self) -> float:
@@ -202,7 +224,7 @@ class SweepDriver:
         self.run.remove_checkpoints(ended - self._cleared)
         self._cleared = ended
 
-    def _with_teacher(self, context: TrialContext, plan: CachePlan) -> tuple[TrialContext, CacheReport | None]:
+    def _with_teacher(self, context: TrialContext, plan: CachePlan) -> TrialContext:
         """The trials' context with a filled cache, and norms if they are needed.
 
         Without a cache, and a line why, where it cannot be filled.
@@ -210,18 +232,17 @@ class SweepDriver:
         if plan.directory is None:
             if norms_are_missing(context.config):
                 context = self._with_norms(context, run_teacher(plan, context)[1])
-            return context, None
+            return context
         earlier = self.run.record.get("teacher_cache")
         try:
             report, norms = run_teacher(plan, context)
         except CacheUnavailableError as error:
-            print("\n".join(wrapped(f"cache     off, {LIVE}: {error}")) + "\n", flush=True)
+            SCREEN.say(*wrapped(f"cache     off, {LIVE}: {error}"))
             self.run.update(teacher_cache=f"off: {error}")
             return self._with_teacher(context, CachePlan(None, plan.says))
         report = report.after(earlier)
         self.run.update(teacher_cache={"directory": plan.directory, **dataclasses.asdict(report)})
-        context = dataclasses.replace(self._with_norms(context, norms), teacher_cache=plan.directory)
-        return context, report
+        return dataclasses.replace(self._with_norms(context, norms), teacher_cache=plan.directory)
 
     def _with_norms(self, context: TrialContext, norms: tuple[float, ...] | None) -> TrialContext:
         """The context with norms that are the same for all trials, now and when the sweep is resumed."""
@@ -234,12 +255,13 @@ class SweepDriver:
     def _tune(self, context: TrialContext) -> None:
         """Run the plan's trials on Ray Tune."""
         self._tell_noise()
-        events = EventLines(self._plan, [row for row in self._plan.rows() if row["status"] != "running"])
+        ended = [row for row in self._plan.rows() if row["status"] != "running"]
+        trials = Trials(self._plan, context.config.steps, self.run.path / "trials", self._decide_on, ended)
 
         def on_change() -> None:
             rows = self._plan.rows()
             self._keep(rows)
-            events.update([row for row in rows if row["status"] != "running" or row["trial_id"] in searcher.given])
+            trials.update([row for row in rows if row["status"] != "running" or row["trial_id"] in searcher.given])
             self._tell_noise()
 
         def rule(spec: TrialSpec) -> StopRule | None:
@@ -259,7 +281,8 @@ class SweepDriver:
             ),
             run_config=tune.RunConfig(name="tune", storage_path=str(context.ray_directory), verbose=0),
         )
-        tuner.fit()
+        with trials.shown():
+            tuner.fit()
         if searcher.failure is not None:
             raise searcher.failure
 
@@ -269,11 +292,4 @@ class SweepDriver:
             return
         self._noise_told = True
         if not self._plan.stopped_because:
-            for line in noise_lines(self._plan.rows(), self._plan.tolerance, self.settings):
-                print(line, flush=True)
-
-
-def _log_to(path: Path) -> None:
-    """Send what libraries log or warn of to a file, off the screen."""
-    logging.captureWarnings(True)
-    logging.basicConfig(filename=path, level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", force=True)
+            SCREEN.say(*noise_lines(self._plan.rows(), self._plan.tolerance, self.settings))

@@ -4,15 +4,35 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cbtrain.config import CircuitBreakerConfig
-from sweeps.reporting.console import CacheReport
+from sweeps.reporting.screen import SCREEN
 
 if TYPE_CHECKING:
     from cbtrain.teacher_cache.plan import CachePlan
     from sweeps.execution.trial import TrialContext
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What it took to fill a cache, and what a trial reads from it; in sweep.json."""
+
+    rows_computed: int
+    teacher_s: float
+    """Of which the teacher ran."""
+    wall_s: float
+    """For loading the model and writing the shards as well."""
+    rows_read_by_a_trial: int
+
+    def after(self, earlier: object) -> "CacheReport":
+        """The two together, `earlier` being what sweep.json has kept of a session before, if anything."""
+        if not isinstance(earlier, dict):
+            return self
+        sums = {name: getattr(self, name) + earlier.get(name, 0) for name in ("rows_computed", "teacher_s", "wall_s")}
+        return replace(self, **sums)
 
 
 def norms_are_missing(config: CircuitBreakerConfig) -> bool:
@@ -26,22 +46,21 @@ def run_teacher(plan: "CachePlan", context: "TrialContext") -> tuple[CacheReport
     Raises:
         CacheUnavailableError: the cache cannot be read or written.
     """
-    from sweeps.reporting.console import bar
-
     started = time.monotonic()
     if context.workers.in_process:
         from cbtrain.model.loading import forget_base
         from cbtrain.training import loop
 
         try:
-            with bar("Running the teacher", plan.rows) as advance:
+            with SCREEN.phase("teacher", f"runs on {plan.rows:,} rows for the cache", plan.rows) as advance:
                 found = loop.run_teacher(context.config, plan.directory, advance)
         finally:
             forget_base()  # the trials' processes load their own
     else:
         from sweeps.execution.trial import run_teacher_on_workers
 
-        with bar("Running the teacher", plan.bytes) as advance, _watching(plan.directory, advance):
+        what = f"runs on {plan.rows:,} rows for the cache"
+        with SCREEN.phase("teacher", what, plan.bytes) as advance, _watching(plan.directory, advance):
             found = run_teacher_on_workers(plan.directory, context)
     seconds = time.monotonic() - started
     return CacheReport(found.rows_computed, found.teacher_s, seconds, plan.rows_read_by_a_run), found.retain_norms

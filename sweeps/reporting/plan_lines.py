@@ -20,15 +20,15 @@ def plan_lines(
     phases = ("baseline", "ablation", "search", "confirm")
     parts = " + ".join(f"{getattr(budget, phase)} {phase}" for phase in phases if getattr(budget, phase))
     lines = [f"plan      {budget.total} trials = {parts}"]
+    lost = f"{100 * settings.reroute_tolerance:g} %"
     if budget.dropped:
         lines += indented(f"left out for want of trials: {', '.join(budget.dropped)}")
     if budget.outside:
         lines += indented(f"left out as outside the ranges: {', '.join(budget.outside)}")
     return [
         *lines,
-        *wrapped(f"search    beta_kl {over} · minimise benign drift"),
-        *indented(f"{SAMPLERS[settings.sampler]}{_handed_over(settings, budget)}"),
-        f"subject   rerouting lost ≤ {100 * settings.reroute_tolerance:g} % of what the baseline achieves",
+        *wrapped(f"search    beta_kl {over} · {SAMPLERS[settings.sampler]}{_handed_over(settings, budget)}"),
+        f"goal      least benign drift, rerouting lost ≤ {lost} of what baselines achieve",
         *(wrapped(f"stop      {_stopped_early(budget)}") if early_stop else []),
         *wrapped(f"cache     {cache}"),
         f"run       {run_dir}",
@@ -46,10 +46,7 @@ def calibration_line(trials: int, steps: int) -> str:
 
 def behaviour_line(prompts: int) -> str:
     """What is measured when the trials have ended; its seconds are told then, by a model that runs."""
-    return (
-        f"behaviour at the end up to {prompts} held-out prompts a kind are answered at the "
-        "pick, at up to three more settings where that breaks, and without KL (--behaviour-prompts 0 leaves it out)"
-    )
+    return f"behaviour at the end, on up to {prompts} held-out prompts a kind (--behaviour-prompts)"
 
 
 def _handed_over(settings: PlanSettings, budget: Budget) -> str:

@@ -13,6 +13,7 @@ import pandas as pd
 from cbtrain.config import InputError
 from cbtrain.utils.tracking import Mode, logged_in
 from sweeps.reporting.follower import logged_runs
+from sweeps.reporting.screen import SCREEN
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = Path("logs", "wandb.log")
@@ -54,7 +55,8 @@ def followed(run_dir: Path, shown: Path, project: str | None, mode: Mode) -> Ite
         _end(follower, WHEN_STOPPED_S)
         raise
     _end(follower, AT_THE_END_S)
-    print(_what_was_logged(run_dir, shown, project, mode), flush=True)
+    SCREEN.end()
+    SCREEN.conclude(_what_was_logged(run_dir, shown, project, mode))
 
 
 def _end(follower: subprocess.Popen, wait_s: float) -> None:

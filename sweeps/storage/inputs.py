@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cbtrain.config import CircuitBreakerConfig, InputError, get_config
 from cbtrain.utils.files import checksum
+from sweeps.reporting.screen import SCREEN
 
 if TYPE_CHECKING:
     from cbtrain.data.dataset import CircuitBreakerData
@@ -37,6 +38,7 @@ def read_inputs(
     """
     from cbtrain.utils.environment import quiet_libraries
 
+    SCREEN.begin("loading", "libraries")
     quiet_libraries()
     from cbtrain.data.batches import check_batch
     from cbtrain.data.checks import description
@@ -46,24 +48,27 @@ def read_inputs(
     from cbtrain.model.loading import resolve
     from sweeps.reporting.console import indented
 
+    SCREEN.end()  # the embedded model may be built, with a bar of its own
     config = resolve(config)
     if "inputs" in record:
         if Path(config.model) == tiny.cache_directory():
             tiny.build()  # a cache may be emptied
         require_unchanged(record["inputs"], config)
     check_batch(config, workers)
-    data, _ = prepare(config)
+    with SCREEN.phase("reading", "model and data"):
+        data, _ = prepare(config)
+        layers = check_fit(config)
     if record.get("tokens", data.fingerprint) != data.fingerprint:
         raise InputError(
             "the rows' tokens are not those that the sweep began with, although the files are: another version of this "
             "package, of transformers or of the tokenizer reads them otherwise; go back to it, or begin another sweep"
         )
     model = record["config_overrides"].get("model", get_config(preset).model)
-    print(f"KL ablation · preset {preset} · model {model} ({check_fit(config)} layers)")
+    SCREEN.say(f"KL ablation · preset {preset} · model {model} ({layers} layers)")
     first, *rest = description(data)
     if preset == "auto":
-        print("\n".join(line for text in reasons(config) for line in indented(text)))
-    print("\n".join([f"data      {first}", *(line for text in rest for line in indented(text))]), flush=True)
+        SCREEN.say(*(line for text in reasons(config) for line in indented(text)))
+    SCREEN.say(f"data      {first}", *(line for text in rest for line in indented(text)))
     return with_absolute_paths(config), data
 
 

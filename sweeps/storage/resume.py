@@ -17,6 +17,8 @@ from cbtrain.config.validation import from_json, misfit
 from cbtrain.utils.errors import named
 from cbtrain.utils.files import write_whole
 from sweeps.plan.budget import PlanSettings
+from sweeps.reporting.console import resume_lines, wrapped
+from sweeps.reporting.screen import SCREEN
 from sweeps.storage.lock import LEFT_RUNNING_S, HeldError, held
 from sweeps.storage.run_directory import RunDirectory
 
@@ -24,12 +26,12 @@ if TYPE_CHECKING:
     from sweeps.plan.journal import TrialSpec
 
 ALLOWED = (
-    *("num_samples", "max_concurrent", "workers_per_trial", "gpus_per_worker", "teacher_cache", "dry_run"),
+    *("num_samples", "max_concurrent", "workers_per_trial", "gpus_per_worker", "teacher_cache", "dry_run", "quiet"),
     *("behaviour_prompts", "storage_path", "copy_to", "wandb_project", "wandb_mode"),
     *("max_degenerate_rise", "max_degenerate_bound", "max_benign_nll_rise", "max_compliance_rise"),
 )
 """What may be given beside `--resume`: how far the sweep goes, what belongs to the machine, and where results go."""
-KEPT_ELSEWHERE = ("preset", "config", "run_dir", "resume", "dry_run", "storage_path", "calibration")
+KEPT_ELSEWHERE = ("preset", "config", "run_dir", "resume", "dry_run", "quiet", "storage_path", "calibration")
 """Fields of the sweep's settings that `flags` of sweep.json does not hold."""
 ADDED = {"retain_norm": "absolute", "retain_scale": 10.0, "retain_norms": None}
 """Configuration that sweeps of older versions do not name, as those versions trained."""
@@ -213,6 +215,13 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
+def resumed_lines(run: RunDirectory, found: Found, config: CircuitBreakerConfig, workers: int, total: int) -> list[str]:
+    """What a resumed sweep goes on from, and whether other software goes on with it."""
+    changes = run.changed_software()
+    warning = wrapped(f"warning   changed since the sweep began: {', '.join(changes)}") if changes else []
+    return [*resume_lines(len(found.ended), total, steps_done(run, found, config, workers), found.done), *warning]
+
+
 def wait_for_leftovers(run: RunDirectory, trial_ids: Sequence[str]) -> None:
     """Return when no process of the killed sweep trains any of these trials.
 
@@ -227,9 +236,9 @@ def wait_for_leftovers(run: RunDirectory, trial_ids: Sequence[str]) -> None:
             with held(lock):
                 continue
         except HeldError as holder:
-            print(f"waiting   for {holder}, which still trains {trial_id}", flush=True)
+            waiting = f"for {holder}, which still trains {trial_id}"
         try:
-            with held(lock, wait_s=LEFT_RUNNING_S):
+            with SCREEN.phase("waiting", waiting), held(lock, wait_s=LEFT_RUNNING_S):
                 pass
         except HeldError as holder:
             raise InputError(f"{run.shown}/trials/{trial_id}: {holder} still trains it; end that process") from None

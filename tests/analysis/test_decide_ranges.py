@@ -51,7 +51,7 @@ def test_no_candidate_qualifies_names_the_range_that_it_speaks_of() -> None:
     assert wording.headline(default) == "Use beta_kl = 0: every KL weight from 0.001 to 2 loses too much rerouting."
     assert (default.wider, default.range_warning) == (None, "")
     (warning,) = default.warnings
-    assert re.match(r"Even beta_kl 0\.00\d+ loses \+0\.[12]\d\d, about as much as any weight", warning)
+    assert re.match(r"Even beta_kl 0\.00\d+ loses \+0\.[12]\d\d, about as much as ten times it", warning)
     vanishing = decide(make_trials(Surface(threshold=2e-4, slope=0.05), searched=14))
     assert (vanishing.verdict, vanishing.warnings) == ("no_candidate_qualifies", ()), "it does vanish with the weight"
     trials = trials[(trials["beta_kl"] == 0) | (trials["beta_kl"] >= 0.2)]

@@ -60,7 +60,7 @@ def test_the_plan_goes_by_the_flags(small_world, tmp_path, monkeypatch, capsys) 
     assert cli.run(kl_ablation.main) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "plan      12 trials = 3 baseline + 2 ablation + 7 search" in lines
-    assert "search    beta_kl 0.2–3 (log) at kl_temperature 1 · minimise benign drift" in lines
+    assert "search    beta_kl 0.2–3 (log) at kl_temperature 1 · Gaussian process" in lines
     said = " ".join(" ".join(lines).split())
     assert "left out as outside the ranges: ablation (0.1, T 1), ablation (0.3, T 2)" in said
 

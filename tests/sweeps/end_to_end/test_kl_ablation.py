@@ -101,11 +101,12 @@ def check_constraint(trials: pd.DataFrame, record: dict) -> None:
 
 
 def check_cache(run_dir: Path, output: str) -> None:
-    """The teacher ran on each row once, before the first trial, and the sweep says what that saved."""
+    """The teacher ran on each row once, before the first trial, and the sweep claims no seconds that it saved."""
     record = json.loads((run_dir / "sweep.json").read_text())["teacher_cache"]
     assert record["rows_computed"] == 43 + 53 + 92 + 100
-    # 15 trials of 20 steps of 16 rows a side, with two evaluations on 153 rows.
-    assert "cache     288 rows through the teacher in place of 14,190, about " in output
+    # 20 steps of 16 rows a side, with two evaluations on 153 rows.
+    assert record["rows_read_by_a_trial"] == 20 * 32 + 2 * 153
+    assert " saved" not in output
     assert list((run_dir / "teacher_cache").glob("*/*.safetensors"))
     assert "every step runs the teacher" not in (run_dir / "logs" / "t000.log").read_text()
 
@@ -125,9 +126,9 @@ def check_behaviour(run_dir: Path, output: str) -> None:
         assert record["held_out"]["eval_harmful_nll"] == pytest.approx(row.eval_harmful_nll, rel=1e-4)
         assert record["harmful"]["prompts"] == record["benign"]["prompts"] == 4
     said = " ".join(output.split())
-    assert "the one before training among them, answer at most 4 held-out prompts a kind" in said
-    assert "behaviour harmful prompts: " in said
-    assert "behaviour benign prompts: " in said
+    assert " models answer at most 4 prompts a kind, in at most " in said
+    assert "behaviour harmful: " in said
+    assert "behaviour benign: " in said
 
 
 def check_journal(run_dir: Path, trials: pd.DataFrame) -> None:
@@ -166,7 +167,7 @@ def test_a_dry_run_says_what_it_would_take_and_starts_nothing(small_world, tmp_p
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80, lines
     assert any(line.startswith("plan      20 trials") for line in lines)
-    assert "          TPE" in lines
+    assert "search    beta_kl 0.001–2 (log) × kl_temperature 1–4 · TPE" in lines
     assert any(line.startswith("stop      search trials early") for line in lines)
     assert any(re.match(r"cache     teacher states of 64 rows, [\d.]+ kB of .* free", line) for line in lines), lines
     assert any(re.match(r"memory    [\d.]+ MB a worker at its peak, predicted", line) for line in lines), lines

@@ -48,7 +48,7 @@ def test_a_trials_workers_on_two_nodes_run_the_loop_that_one_process_runs(small_
     record = json.loads((tmp_path / "run" / "sweep.json").read_text())
     assert record["workers"] == {"count": 2, "cpus": 1, "gpus": 0.0}
     assert record["concurrency"] == 1
-    assert "cache     64 rows through the teacher in place of" in output
+    assert record["teacher_cache"]["rows_computed"] == 64
     trials = pd.read_csv(tmp_path / "run" / "trials.csv")
     assert list(trials.status) == ["completed"] * 4, (trials.error.tolist(), output)
     for row in trials.itertuples():

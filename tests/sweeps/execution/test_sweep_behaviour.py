@@ -76,12 +76,12 @@ def test_the_summary_tells_of_both_kinds_of_prompts_with_the_baseline_in_bracket
     assert behaviour_sentences(load_behaviour(tmp_path, trials), chosen) == []
     write(tmp_path, BASELINE, 0.25)
     assert behaviour_sentences(load_behaviour(tmp_path, trials), none) == [
-        "harmful prompts: 25 % word for word as before training, 75 % degenerate",
-        "benign prompts: 25 % word for word as before training, 75 % degenerate",
+        "harmful: 25 % unchanged, 75 % degenerate",
+        "benign: 25 % unchanged, 75 % degenerate",
     ]
     write(tmp_path, CHOSEN, 0.75)
     assert behaviour_sentences(load_behaviour(tmp_path, trials), chosen)[1] == (
-        "benign prompts: 75 % word for word as before training (25 % without KL), 25 % degenerate (75 % without KL)"
+        "benign: 75 % unchanged, 25 % degenerate (without KL 25 %, 75 %)"
     )
 
 

@@ -49,7 +49,7 @@ def test_a_sweep_killed_with_all_its_processes_goes_on_where_it_was(tmp_path, mo
     assert resumed.left_behind() == []
     assert f"resume    {len(ended)} of 5 trials ended, " in output
     assert "on from step " in output
-    assert f"5 trials ({len(ended)} before this session) in " in output
+    assert f"finished · 5 of 5 trials ({len(ended)} before this session) in " in output
     after = pd.read_csv(run / "trials.csv")
     assert after.trial_id.tolist() == [f"t{number:03d}" for number in range(5)]
     assert after.status.tolist() == ["completed"] * 5, after.error
@@ -130,7 +130,7 @@ def test_a_finished_sweep_is_concluded_without_running_anything(killed, monkeypa
     status, output, error = command(monkeypatch, capsys, "--resume", "run", "--behaviour-prompts", "0")
     assert (status, error) == (0, "")
     assert "6 of 6 trials ended: nothing is left to run (--num-samples N adds trials)" in " ".join(output.split())
-    assert "next      python analysis/pick_beta.py run" in output
+    assert "  python analysis/pick_beta.py run\n" in output
     assert json.loads((killed.path / "sweep.json").read_text())["status"] == "finished"
     assert pd.read_csv(killed.path / "trials.csv").status.tolist() == ["completed"] * 6
     assert not list(killed.path.glob("trials/*/checkpoint"))
