@@ -18,6 +18,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from analysis import formatting
+from analysis.behaviour.judge import BehaviourLimits
 from analysis.behaviour.measured import Behaviour
 from analysis.decision import Decision
 from analysis.formatting import number, percent, signed
@@ -74,6 +75,7 @@ def render(sweep: Sweep) -> dict[str, str | bytes]:
         "rule": wording.rule(decision),
         "baseline_answer": wording.baseline_answer(decision),
         "about": about(sweep.record),
+        "limits": BehaviourLimits.of(sweep.record.get("flags", {})),
         "writes": tables.what_it_writes(sweep.behaviour, decision),
         "run_dir": shlex.quote(str(sweep.run_dir)),
         "sensitivity": wording.sensitivity_line(decision),

@@ -139,7 +139,9 @@ def _judged(beta_kl: float, heat: float, decision: Decision) -> str:
     if each.qualifies:
         return f"keeps the limit, {chance}"
     over = probably_feasible(1 - each.probability_feasible, decision.confidence)
-    return f"loses too much, {chance}" if over else f"not sure enough, {chance}"
+    if over:
+        return f"loses too much, {chance}"
+    return f"most likely loses too much, {chance}" if each.probability_feasible < 0.5 else f"not sure enough, {chance}"
 
 
 def low_weights(decision: Decision) -> str:
@@ -149,7 +151,10 @@ def low_weights(decision: Decision) -> str:
         return "“beta_kl 0.1 to 0.5” at T 1: nothing can be said of it here."
     good = [number(beta) for beta, s in sorted(judged.items()) if s.qualifies and not s.complaints]
     bad = [number(beta) for beta, s in sorted(judged.items()) if not (s.qualifies and not s.complaints)]
-    said = [f"{', '.join(good)} hold here" if good else "", f"{', '.join(bad)} do not, or not surely" if bad else ""]
+    said = [
+        f"{', '.join(good)} hold here" if good else "",
+        f"{', '.join(bad)} do not: too much lost, too unsure, or what they write breaks" if bad else "",
+    ]
     said = [each for each in said if each]
     if decision.verdict != "choose" or decision.beta_kl is None:
         more = ""
@@ -209,12 +214,12 @@ def what_it_writes(behaviour: Sequence[Behaviour], decision: Decision) -> str:
         said = [f"{percent(fmean(values))} {name}".strip() for name, values in found if values]
         return f"{said[0]} ({', '.join(said[1:])})" if len(said) > 1 else "".join(said)
 
-    kinds = {"benign": "benign prompts", "harmful": "harmful ones"}
+    kinds = {"benign": "benign prompts, wanted high:", "harmful": "harmful prompts, wanted low:"}
     if all(each.prefilled for each in pick):
-        kinds["prefilled"] = "harmful ones with the first tokens given"
+        kinds["prefilled"] = "with the first tokens given:"
     told = [f"{name} {text}" for kind, name in kinds.items() if (text := shares(kind))]
     seeds = count(len(pick), "seed")
-    return f"Coherent answers to {'; to '.join(told)}; {count(pick[0].prompts, 'prompt')}, {seeds}." if told else ""
+    return f"{'; '.join(told)}. {count(pick[0].prompts, 'prompt')} a kind, {seeds}." if told else ""
 
 
 def measured_loss(rows: pd.DataFrame, trials: pd.DataFrame, decision: Decision) -> pd.Series:
@@ -246,7 +251,7 @@ def every_trial(trials: pd.DataFrame, decision: Decision) -> list[TrialRow]:
             TrialRow(
                 trial_id=str(row["trial_id"]),
                 phase=str(row["phase"]),
-                status=str(row["status"]),
+                status=str(row["status"]) + (", suspect" if row["trial_id"] in evidence else ""),
                 beta_kl=float(row["beta_kl"]),
                 kl_temperature=float(row["kl_temperature"]),
                 seed=int(row["seed"]),

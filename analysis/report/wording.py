@@ -7,7 +7,7 @@ from analysis.formatting import count, number, percent, signed, temperature, wit
 from analysis.verdict import nearly_chosen, pick_candidates
 
 _HEADLINES: dict[Verdict, str] = {
-    "no_candidate_qualifies": "Use beta_kl = 0: every KL weight from {low:g} to {high:g} loses too much rerouting.",
+    "no_candidate_qualifies": "Use beta_kl = 0: no KL weight qualifies, all from {low:g} to {high:g} lose too much.",
     "no_setting_behaves": "Ship none of these: the settings that keep rerouting within the limit break behaviour.",
     "insufficient_evidence": "Not enough evidence to choose beta_kl.",
     "baseline_never_rerouted": "Cannot choose beta_kl: the baseline never rerouted.",
@@ -15,6 +15,8 @@ _HEADLINES: dict[Verdict, str] = {
 }
 
 
+PROMISING = 0.8
+"""P from which a setting is worth more seeds."""
 GOOD = 0.8
 """Share of rerouting from which a baseline is called good."""
 
@@ -88,19 +90,25 @@ def against(each: SettingAssessment, decision: Decision) -> str:
         return f"failed at {each.n_failed} of {count(each.n_seeds, 'seed')}"
     if probably_feasible(1 - each.probability_feasible, decision.confidence):
         return f"loses too much rerouting, {chance} of keeping the limit"
+    if each.probability_feasible < 0.5:
+        return f"most likely loses too much rerouting, {chance} of keeping the limit"
     return f"is not sure enough to keep the limit, {chance}"
 
 
 def next_best(decision: Decision) -> str:
     """The setting to take if the pick will not do; of a sweep without a pick the one that is worth more seeds."""
     if decision.verdict == "insufficient_evidence":
-        worth = [each for each in decision.settings if each.probability_feasible >= 0.5 and not each.complaints]
+        worth = [each for each in decision.settings if each.probability_feasible >= PROMISING and not each.complaints]
         best = min(worth, key=lambda each: each.drift, default=None)
-        return "" if best is None else f"{_described(best)}; more seeds would tell."
+        return "" if best is None else f"{_described(best)}."
     if decision.verdict != "choose":
         return ""
     following = next(iter(pick_candidates(decision.settings)[1:]), None)
-    return "none, as no other setting that ran keeps the limit." if following is None else f"{_described(following)}."
+    return (
+        "none: no other setting that ran keeps the limit and behaves."
+        if following is None
+        else f"{_described(following)}."
+    )
 
 
 def _described(each: SettingAssessment) -> str:
@@ -118,7 +126,11 @@ def sensitivity_line(decision: Decision) -> str:
             continue
         of_limit = each.confidence == decision.confidence
         what = f"if {percent(each.reroute_tolerance)} may be lost" if of_limit else f"at P ≥ {number(each.confidence)}"
-        same = now is not None and (each.beta_kl, each.kl_temperature) == (now.beta_kl, now.kl_temperature)
+        same = (
+            now is not None
+            and now.beta_kl is not None
+            and (each.beta_kl, each.kl_temperature) == (now.beta_kl, now.kl_temperature)
+        )
         said.append(f"{what}: {'the same' if same else _named(each.beta_kl, each.kl_temperature)}")
     stopped = max((each.n_stopped for each in decision.sensitivity), default=0)
     if stopped:
@@ -142,7 +154,8 @@ def rule(decision: Decision) -> str:
     return (
         f"The limit: held-out loss_reroute (0 turned away, 1 untouched) may rise by {number(decision.tolerance, 2)}, "
         f"{percent(decision.reroute_tolerance)} of what the baseline (beta_kl = 0) achieved. P is the probability that "
-        f"a setting keeps it on average over seeds that do not fail; {number(decision.confidence)} is asked for."
+        f"a setting keeps it on average over seeds that do not fail; {number(decision.confidence)} is asked for. A "
+        f"setting whose answers break, or that brings harmful ones back, is passed over."
     )
 
 

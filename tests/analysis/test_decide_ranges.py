@@ -48,7 +48,7 @@ def test_no_candidate_qualifies_names_the_range_that_it_speaks_of() -> None:
         "Every beta_kl from 0.001 to 2 costs more rerouting than the limit allows, at kl_temperature 1–4. Without KL "
         "benign drift is 9.63 nats/token."
     )
-    assert wording.headline(default) == "Use beta_kl = 0: every KL weight from 0.001 to 2 loses too much rerouting."
+    assert wording.headline(default) == "Use beta_kl = 0: no KL weight qualifies, all from 0.001 to 2 lose too much."
     assert (default.wider, default.range_warning) == (None, "")
     (warning,) = default.warnings
     assert re.match(r"Even beta_kl 0\.00\d+ loses \+0\.[12]\d\d, about as much as ten times it", warning)
@@ -57,7 +57,7 @@ def test_no_candidate_qualifies_names_the_range_that_it_speaks_of() -> None:
     trials = trials[(trials["beta_kl"] == 0) | (trials["beta_kl"] >= 0.2)]
     above = decide(trials, searched=SearchSpace((0.2, 2.0)))
     assert above.verdict == "no_candidate_qualifies"
-    assert "every KL weight from 0.2 to 2 loses" in wording.headline(above)
+    assert "all from 0.2 to 2 lose" in wording.headline(above)
     end = "None qualifies down to the lower end of the beta_kl range 0.2–2: what lies below was not searched."
     assert (above.range_warning, above.warnings) == (end, (end,))
     assert above.wider == SearchSpace((0.02, 2.0))

@@ -145,7 +145,7 @@ def test_drawing_twice_gives_the_same_bytes_with_labels_and_units(trials: pd.Dat
     for name, texts in {
         "evidence-wide": ("nats per token", "rerouting lost", "without KL", "limit 0.049", "pick: 0.3, T 1.0"),
         "by_setting-wide": ("nats/token", "rerouting lost", "T 1.0", "beta_kl", "limit 0.049"),
-        "map-narrow": ("kl_temperature", "beta_kl", "keeps the limit"),
+        "map-narrow": ("kl_temperature", "beta_kl", "candidate"),
     }.items():
         for text in texts:
             assert text in once[name], (name, text)

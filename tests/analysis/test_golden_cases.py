@@ -162,7 +162,7 @@ CASES = {
         lambda: make_trials(Surface(always_lost=0.2), searched=14),
         *("no_candidate_qualifies", 3),
         (
-            r"^Use beta_kl = 0: every KL weight from 0\.001 to 2 loses too much rerouting\.",
+            r"^Use beta_kl = 0: no KL weight qualifies, all from 0\.001 to 2 lose too much",
             r"Without KL benign drift is 9\.63 nats/token",
         ),
         TRAIN.removesuffix("$") + " --despite-verdict$",

@@ -48,9 +48,8 @@ def test_a_pick_that_is_none_of_the_five_is_the_last_row(sweep: pd.DataFrame) ->
 
 def test_the_weights_that_are_usually_advised_are_judged(sweep: pd.DataFrame) -> None:
     said = low_weights(decide(sweep))
-    assert (
-        said == "“beta_kl 0.1 to 0.5” at T 1: 0.1, 0.3 hold here; 0.5 do not, or not surely. The pick lies among them."
-    )
+    assert said.startswith("“beta_kl 0.1 to 0.5” at T 1: 0.1, 0.3 hold here; 0.5 do not: too much lost, ")
+    assert said.endswith(" The pick lies among them.")
     without = sweep[(sweep["beta_kl"] < 0.1) | (sweep["beta_kl"] > 0.5) | (sweep["kl_temperature"] > 1)]
     assert "nothing can be said" in low_weights(decide(without.reset_index(drop=True)))
 

@@ -30,7 +30,7 @@ def told_whole(trials: pd.DataFrame) -> pd.DataFrame:
         eval_benign_nll=trials["base_benign_nll"] + 0.05 * trials["eval_benign_kl"],
         reroute_regression=loss - reference - tolerance,
         grad_norm_total=rng.uniform(0.5, 1, rows) + 2 * np.minimum(beta, 1),
-        ended_at=1.79e9 + 30.0 * np.arange(rows),
+        ended_at=1.7957736e9 + 30.0 * np.arange(rows),
         wall_s=60 + rng.uniform(-5, 5, rows),
         **more,
     )

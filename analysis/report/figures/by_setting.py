@@ -28,7 +28,7 @@ from analysis.report.tables import measured_loss
 from analysis.surrogate.kernel import Array, coordinates
 from analysis.surrogate.surrogate import MIN_DRIFT, Surrogate, finite_trials
 
-_MARKS, _DASHES = ("o", "^", "D"), ("-", (0, (6, 2)), (0, (2, 2)))
+_MARKS, _DASHES = ("o", "s", "D"), ("-", (0, (6, 2)), (0, (2, 2)))
 _POINTS = 48
 
 

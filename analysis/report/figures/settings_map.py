@@ -54,7 +54,7 @@ def title_of(data: SettingsMap) -> str:
     asked = f"P ≥ {number(data.confidence)}"
     if data.probability.max() < data.confidence:
         return f"Nowhere on the map is the limit kept with {asked}"
-    return f"Where the limit is kept: {asked} within the shaded region"
+    return f"Where the limit is kept: {asked} is shaded, P = 0.5 dashed"
 
 
 def draw_map(data: SettingsMap, width: Width) -> Figure:
@@ -68,7 +68,7 @@ def draw_map(data: SettingsMap, width: Width) -> Figure:
         if data.probability.min() < level < data.probability.max():
             lines = axes.contour(data.beta_kl, data.kl_temperature, data.probability, [level], colors=[ACCENT])
             lines.set(linewidth=1.4, linestyle=dash)
-    for qualifies, label, face in ((True, "keeps the limit", INK), (False, "loses too much, or unsure", PAGE)):
+    for qualifies, label, face in ((True, "candidate", INK), (False, "loses too much, unsure, or misbehaves", PAGE)):
         at = [(beta, heat) for beta, heat, _, ok in data.settings if ok == qualifies]
         if at:
             beta_kl, heat = zip(*at, strict=True)
