@@ -71,6 +71,7 @@ def render(sweep: Sweep) -> dict[str, str | bytes]:
         "sentence": wording.sentence(decision),
         "lead": wording.lead(decision),
         "less_drift": wording.less_drift(decision),
+        "check_after": wording.check_after(decision),
         "next_best": wording.next_best(decision),
         "rule": wording.rule(decision),
         "baseline_answer": wording.baseline_answer(decision),
@@ -202,9 +203,11 @@ def _tiles(decision: Decision) -> list[tuple[str, str]]:
 
 
 def _seeds(decision: Decision) -> str:
-    """`3, confirmed`; `3 of 4, confirmed` where one failed."""
-    of = "" if decision.n_sound_seeds == decision.n_seeds else f" of {decision.n_seeds}"
-    return f"{decision.n_sound_seeds}{of}, {'confirmed' if decision.confirmed else 'not confirmed'}"
+    """`3, confirmed`; `4, 1 failed`."""
+    failed = (decision.n_seeds or 0) - (decision.n_sound_seeds or 0)
+    if failed:
+        return f"{decision.n_seeds}, {failed} failed"
+    return f"{decision.n_seeds}, {'confirmed' if decision.confirmed else 'not confirmed'}"
 
 
 def _template(name: str, autoescape: bool) -> jinja2.Template:

@@ -95,6 +95,14 @@ def against(each: SettingAssessment, decision: Decision) -> str:
     return f"is not sure enough to keep the limit, {chance}"
 
 
+def check_after(decision: Decision) -> str:
+    """What to look at after training a setting of which a seed failed; empty where none did."""
+    if decision.verdict != "choose" or decision.baseline is None or decision.n_sound_seeds == decision.n_seeds:
+        return ""
+    most = decision.baseline.eval_loss_reroute + (decision.tolerance or 0)
+    return f"A run of the pick may fail too: after training, eval_loss_reroute should be at most {number(most, 2)}."
+
+
 def next_best(decision: Decision) -> str:
     """The setting to take if the pick will not do; of a sweep without a pick the one that is worth more seeds."""
     if decision.verdict == "insufficient_evidence":
@@ -104,11 +112,12 @@ def next_best(decision: Decision) -> str:
     if decision.verdict != "choose":
         return ""
     following = next(iter(pick_candidates(decision.settings)[1:]), None)
-    return (
-        "none: no other setting that ran keeps the limit and behaves."
-        if following is None
-        else f"{_described(following)}."
-    )
+    if following is not None:
+        return f"{_described(following)}."
+    broken = sum(each.qualifies and bool(each.complaints) for each in decision.settings)
+    if broken:
+        return f"none; {count(broken, 'other')} kept the limit, but broke benign text or brought harmful answers back."
+    return "none that ran keeps the limit."
 
 
 def _described(each: SettingAssessment) -> str:
