@@ -131,7 +131,20 @@ def write_report(
         InputError: the run directory cannot be read, or a value is out of its range.
         OSError: the report cannot be written.
     """
-    run_dir = Path(run_dir)
+    sweep = decided(Path(run_dir), reroute_tolerance, confidence, train_so_far=train_so_far, completions=completions)
+    _write_all(Path(run_dir) / "report", report.render(sweep))
+    return sweep.decision, sweep.commands
+
+
+def decided(
+    run_dir: Path,
+    reroute_tolerance: float | None = None,
+    confidence: float | None = None,
+    *,
+    train_so_far: bool = False,
+    completions: bool = True,
+) -> report.Sweep:
+    """The run directory read and decided, nothing written; arguments and errors are those of `write_report`."""
     sweep = load_settings(run_dir)
     calibration = sweep["calibration"]
     if calibration and not calibration["converged"] and not (run_dir / "trials.csv").is_file():
@@ -160,9 +173,7 @@ def write_report(
     runs = state.kind == "running"
     commands = commands_after(decision, sweep, trials, named, runs=runs, train_so_far=train_so_far)
     answers = load_completions(run_dir, behaviour, decision) if completions else []
-    shown = report.Sweep(decision, model, sweep, trials, curves, behaviour, answers, commands, state, named)
-    _write_all(run_dir / "report", report.render(shown))
-    return decision, commands
+    return report.Sweep(decision, model, sweep, trials, curves, behaviour, answers, commands, state, named)
 
 
 def named_itself(run_dir: Path) -> Path:

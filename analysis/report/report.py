@@ -58,6 +58,10 @@ class Sweep:
     run_dir: Path
     """As commands name it."""
 
+    def decision_json(self) -> str:
+        """The text of decision.json."""
+        return decision_json(self.decision, self.record, self.trials, self.behaviour, self.commands)
+
 
 def render(sweep: Sweep) -> dict[str, str | bytes]:
     """Contents of all files of the report by their path under `report/`; decision.json is the last."""
@@ -111,7 +115,7 @@ def render(sweep: Sweep) -> dict[str, str | bytes]:
         **{f"figures/{name}.png": each.png for name, each in drawn.items()},
         "report.md": markdown,
         "report.html": html,
-        "decision.json": decision_json(decision, sweep.record, trials, sweep.behaviour, sweep.commands),
+        "decision.json": sweep.decision_json(),
     }
 
 

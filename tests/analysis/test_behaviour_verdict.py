@@ -9,10 +9,11 @@ import pytest
 from synthetic import MakeRun, Surface, make_trials
 from synthetic import write_behaviour as write
 
+from analysis import pick_beta
 from analysis.behaviour.judge import wilson_bound
 from analysis.decide import decide
 from analysis.decision import SettingAssessment
-from analysis.pick_beta import main, write_report
+from analysis.pick_beta import main
 
 
 @pytest.fixture
@@ -30,8 +31,8 @@ def ladder_of(trials: pd.DataFrame) -> list[tuple[SettingAssessment, str]]:
 
 
 def decided(run: Path) -> dict[str, Any]:
-    write_report(run)
-    return json.loads((run / "report" / "decision.json").read_text())
+    """What decision.json would say."""
+    return json.loads(pick_beta.decided(run).decision_json())
 
 
 def test_a_measured_pick_that_behaves_needs_no_reservation(make_run: MakeRun, sweep: pd.DataFrame):

@@ -4,6 +4,7 @@ import re
 
 import pandas as pd
 import pytest
+from decisions import decision_and_commands
 from synthetic import BASELINE_LOSS, MakeRun, Surface, make_trials
 
 from analysis.decide import decide, decide_with_model
@@ -102,7 +103,7 @@ def test_a_pick_at_an_end_is_said_in_every_report_with_the_command_that_goes_on(
     lines = printed.splitlines()
     assert max(len(line) for line in lines if str(run) not in line) <= 80, lines
     assert any(line.startswith("wider   python sweeps/kl_ablation.py") for line in lines)
-    decision, commands = write_report(run, reroute_tolerance=0.06)
+    decision, commands = decision_and_commands(run, reroute_tolerance=0.06)
     assert (decision.range_warning, commands.wider) == (said, command)
     written = (run / "report" / "decision.json").read_text()
     assert '"wider_command": "python sweeps' in written
@@ -114,13 +115,13 @@ def test_a_pick_inside_its_ranges_says_nothing_of_ends(make_run: MakeRun, trials
     run = make_run(trials, settings=SETTINGS | {"kl_temperature_range": [0.5, 4.0]})
     decision, commands = write_report(run)
     assert (decision.verdict, decision.range_warning, decision.wider, commands.wider) == ("choose", "", None, None)
-    assert "To search further" not in (run / "report" / "report.html").read_text()
+    assert "beyond these ranges" not in (run / "report" / "report.html").read_text()
 
 
 def test_a_further_sweep_searches_what_this_one_did(make_run: MakeRun) -> None:
     trials = make_trials(Surface(), noise=0.08, searched=0, rng_seed=6)
     run = make_run(trials, settings=SETTINGS | {"beta_kl_range": [0.05, 3], "kl_temperature_range": [1, 2]})
-    decision, commands = write_report(run)
+    decision, commands = decision_and_commands(run)
     assert decision.verdict == "insufficient_evidence"
     assert "--beta-kl-range 0.05 3.0 --kl-temperature-range 1.0 2.0" in commands.next
 
@@ -130,7 +131,7 @@ def test_a_further_sweep_takes_a_recipe_that_was_found_and_looks_for_none(make_r
     spent = {"reason": "Converged.", "runs": 3, "steps_spent": 90, "max_steps": 300, "wall_s": 60.0}
     found = {"converged": True, "settings": {"lr": 1e-3, "retain_scale": 10.0, "steps": 150}} | spent
     run = make_run(trials, settings=SETTINGS, preset="auto", config_overrides=found["settings"], calibration=found)
-    _, commands = write_report(run)
+    _, commands = decision_and_commands(run)
     assert "--no-calibrate --preset auto" in commands.next
     assert "--lr 0.001 --retain-scale 10.0 --steps 150" in commands.next
 
@@ -138,13 +139,13 @@ def test_a_further_sweep_takes_a_recipe_that_was_found_and_looks_for_none(make_r
 @pytest.mark.parametrize(("value", "flag"), [(True, "--cpu-offload"), (False, "--no-cpu-offload")])
 def test_a_field_that_is_on_or_off_is_repeated_as_the_sweep_takes_it(make_run: MakeRun, value: bool, flag: str) -> None:
     trials = make_trials(Surface(), noise=0.08, searched=0, rng_seed=6)
-    _, commands = write_report(make_run(trials, settings=SETTINGS, config_overrides={"cpu_offload": value}))
+    _, commands = decision_and_commands(make_run(trials, settings=SETTINGS, config_overrides={"cpu_offload": value}))
     assert flag in str(commands.next).split()
     assert str(value) not in str(commands.next)
 
 
 def test_a_run_directory_without_ranges_was_searched_over_the_defaults(make_run: MakeRun, trials: pd.DataFrame) -> None:
-    decision, _ = write_report(make_run(trials))
+    decision, _ = decision_and_commands(make_run(trials))
     assert decision.searched == SearchSpace()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from decisions import decision_and_commands
 from synthetic import BASE_HARMFUL_NLL, MakeRun, Surface, make_trials
 
 from analysis import pick_beta
@@ -175,9 +176,9 @@ def test_harmful_completions_that_return_at_every_setting_are_why_none_is_shippe
 
 def test_tolerance_and_confidence_default_to_the_sweeps_own(make_run: MakeRun, trials: pd.DataFrame) -> None:
     run = make_run(trials, settings={"num_samples": 18, "reroute_tolerance": 0.02, "confidence": 0.9})
-    own, _ = write_report(run)
+    own, _ = decision_and_commands(run)
     assert (own.reroute_tolerance, own.confidence) == (0.02, 0.9)
-    loose, _ = write_report(run, reroute_tolerance=0.2, confidence=0.8)
+    loose, _ = decision_and_commands(run, reroute_tolerance=0.2, confidence=0.8)
     assert (loose.reroute_tolerance, loose.confidence) == (0.2, 0.8)
     assert loose.eval_benign_kl < own.eval_benign_kl
 
@@ -210,20 +211,20 @@ def test_a_sweep_that_has_not_ended_does_not_sound_final_and_goes_on_with_itself
 def test_a_sweep_has_ended_when_it_says_so_and_not_before(make_run: MakeRun, trials: pd.DataFrame) -> None:
     planned = {"num_samples": 20}
     killed = make_run(trials, settings=planned, status="interrupted")
-    assert write_report(killed)[0].so_far == "18 of 20"
+    assert decision_and_commands(killed)[0].so_far == "18 of 20"
     never = trials.iloc[:3].assign(eval_loss_reroute=0.999)
-    assert write_report(make_run(never, settings=planned, status="finished"))[0].so_far == ""
-    decision, following = write_report(make_run(never, settings=planned, status="running"))
+    assert decision_and_commands(make_run(never, settings=planned, status="finished"))[0].so_far == ""
+    decision, following = decision_and_commands(make_run(never, settings=planned, status="running"))
     assert headline(decision).startswith("So far (3 of 20): Cannot choose beta_kl")
     assert following.next.startswith("python analysis/pick_beta.py")
     measuring = make_run(trials, settings={"num_samples": 18}, status="running")
-    assert write_report(measuring)[0].so_far == "18 of 18, behaviour to come"
+    assert decision_and_commands(measuring)[0].so_far == "18 of 18, behaviour to come"
 
 
 def test_what_was_asked_beside_the_sweep_is_asked_again_in_the_next_one(make_run: MakeRun) -> None:
     trials = make_trials(Surface(), noise=0.08, searched=0, rng_seed=6)
     run = make_run(trials, flags={"max_degenerate_rise": 0.2, "max_compliance_rise": 0.1})
-    _, following = write_report(run, reroute_tolerance=0.01)
+    _, following = decision_and_commands(run, reroute_tolerance=0.01)
     assert "--reroute-tolerance 0.01" in following.next
     assert "--max-degenerate-rise 0.2" in following.next
     assert "--max-compliance-rise" not in following.next

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from synthetic import MakeRun, Surface, make_trials
 
-from analysis.pick_beta import write_report
+from analysis.pick_beta import decided
 from analysis.report.record import schema
 
 WRITTEN = Path(__file__).parents[2] / "analysis" / "report" / "decision.schema.json"
@@ -33,8 +33,7 @@ def test_the_schema_in_the_repository_is_that_of_the_code():
 @pytest.mark.parametrize("verdict", sweeps())
 def test_every_verdict_is_written_as_the_schema_says(make_run: MakeRun, verdict: str):
     run = make_run(sweeps()[verdict])
-    write_report(run)
-    record = json.loads((run / "report" / "decision.json").read_text())
+    record = json.loads(decided(run).decision_json())
     assert record["verdict"] == verdict
     jsonschema.Draft202012Validator(json.loads(WRITTEN.read_text())).validate(record)
     assert next(iter(record)) == "schema_version"
@@ -42,8 +41,7 @@ def test_every_verdict_is_written_as_the_schema_says(make_run: MakeRun, verdict:
 
 def test_a_record_of_another_shape_is_refused_by_the_schema(make_run: MakeRun):
     run = make_run(make_trials(Surface()))
-    write_report(run)
-    record = json.loads((run / "report" / "decision.json").read_text())
+    record = json.loads(decided(run).decision_json())
     validator = jsonschema.Draft202012Validator(json.loads(WRITTEN.read_text()))
     for broken in (record | {"verdict": "perhaps"}, record | {"confidence": "high"}):
         assert not validator.is_valid(broken)
@@ -57,8 +55,7 @@ def test_it_names_the_trials_that_it_rests_on_and_where_they_come_from(make_run:
     trials.loc[trials["trial_id"] == "t010", "status"] = "failed"
     inputs = {"harmful.jsonl": "0" * 64}
     run = make_run(trials, begun_at="2026-09-21T12:00:00+0000", inputs=inputs, config={"model": "m", "steps": 70})
-    write_report(run)
-    record = json.loads((run / "report" / "decision.json").read_text())
+    record = json.loads(decided(run).decision_json())
     named = {each["trial_id"]: each for each in record["rests_on"]}
     assert set(trials["trial_id"]) - set(named) == {"t004", "t010"}
     assert named["t005"] == {"trial_id": "t005", "beta_kl": 0.3, "kl_temperature": 1.0, "seed": 0}
