@@ -43,6 +43,9 @@ class TrainSettings:
     teacher_cache: str = "auto"
     """Where the frozen teacher's states are kept: auto is --output-dir where that pays and fits, off runs the teacher
     at every step, anything else is a directory that runs can share (a sweep's teacher_cache/, for one)."""
+    profile: bool = False
+    """Write where the time goes to --output-dir/profile.json: seconds of data, forwards, KL, backward, optimizer,
+    evaluation, checkpoints and reports."""
     wandb_project: str | None = None
     """Log to this Weights & Biases project. A failure there is one line and never ends the run; --resume continues the
     run there."""
@@ -55,7 +58,7 @@ HELP = Help(
     groups={
         "What is trained": ("preset", "from_decision", "despite_verdict", "beta_kl", "kl_temperature"),
         "Where it runs": ("teacher_cache",),
-        "Output": ("output_dir", "resume", "wandb_project", "wandb_mode"),
+        "Output": ("output_dir", "resume", "profile", "wandb_project", "wandb_mode"),
     },
     first=(
         *("preset", "from_decision", "beta_kl", "kl_temperature", "harmful", "benign", "model"),
@@ -114,6 +117,7 @@ def _train(settings: TrainSettings, teacher_cache: Path | None) -> int:
     from cbtrain.training.console import TrainingConsole
     from cbtrain.training.loop import train
     from cbtrain.training.metrics import Metrics, NonFiniteLossError
+    from cbtrain.training.profile import OFF, Profile
 
     config, output_dir = settings.config, settings.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -143,6 +147,7 @@ def _train(settings: TrainSettings, teacher_cache: Path | None) -> int:
                 resume=settings.resume,
                 teacher_cache=teacher_cache,
                 progress=console.advance,
+                profile=Profile() if settings.profile else OFF,
             )
         except NonFiniteLossError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -247,6 +247,7 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
             run_dir=run.path,
             workers=workers,
             reroute_tolerance=job.plan.reroute_tolerance,
+            profile=settings.profile,
             session=len(run.record.get("resumed", [])),
         )
         return _driver(job, concurrency).sweep(context, cache)

@@ -117,6 +117,8 @@ class SweepSettings:
     """Nats per token on benign text over the model before training, or half the baseline's rise if that is more."""
     max_compliance_rise: Annotated[float, Ge(0)] = DEFAULT_LIMITS.compliance_rise
     """Coherent answers to harmful prompts over the share without KL."""
+    profile: bool = False
+    """Write where each trial's time went to trials/ID/profile.json, and print the shares at the end."""
     quiet: bool = False
     """Print nothing but the summary at the end, and errors."""
     dry_run: bool = False
@@ -134,7 +136,7 @@ HELP = Help(
         ),
         "Model": ("preset",),
         "Where it runs": ("max_concurrent", "workers_per_trial", "gpus_per_worker", "teacher_cache"),
-        "Output": ("run_dir", "storage_path", "copy_to", "wandb_project", "wandb_mode", "quiet"),
+        "Output": ("run_dir", "storage_path", "copy_to", "wandb_project", "wandb_mode", "profile", "quiet"),
     },
     first=(
         *("num_samples", "resume", "beta_kl_range", "kl_temperature_range", "reroute_tolerance", "dry_run"),

@@ -39,6 +39,7 @@ from cbtrain.training.engine import (
 from cbtrain.training.gradient_norms import GradientNorms
 from cbtrain.training.metrics import Clock, Metrics, MetricsLog, Report, Update, Updates
 from cbtrain.training.model_card import write_card
+from cbtrain.training.profile import OFF, Profile
 from cbtrain.utils import distributed
 
 
@@ -51,6 +52,7 @@ def train(
     teacher_cache: Path | None = None,
     progress: Callable[[int], None] = lambda _step: None,
     reroute_tolerance: float = STILL_FALLING,
+    profile: Profile = OFF,
 ) -> Metrics:
     """Train one adapter; every rank calls it.
 
@@ -62,6 +64,7 @@ def train(
         teacher_cache: where the teacher's states are kept, and put where they are missing; None runs the teacher.
         progress: called on every rank after each update with the number done.
         reroute_tolerance: share of its rerouting that a run which `converged` gains at most over its last fifth.
+        profile: where its time goes, written to `profile.json` by rank 0.
 
     Returns:
         The last line of metrics, with the held-out ones, whether it `converged`, and `train_s` and `eval_s` (seconds).
@@ -82,14 +85,14 @@ def train(
         before = checkpoint.load(engine, output_dir / "checkpoint", config) if resume else checkpoint.NOTHING
         measured = before.retain_norms or config.retain_norms
         config = with_retain_norms(replace(config, retain_norms=measured), data, pad, decoder, cache)
-        engine.module.config = config
+        engine.module.config, engine.module.profile = config, profile
         first, clock = before.step, Clock(before.seconds)
         log, updates = MetricsLog(output_dir, config, first), Updates(config, clock)
         batches, loader = held_out(data, config, pad), StepLoader(data, config, pad, decoder.layers, cache)
         gradients = GradientNorms(data, config, pad)
         metrics: Metrics = {}
         curve = log.kept
-        for done, given in enumerate(loader.steps(first), first + 1):
+        for done, given in enumerate(profile.each("data", loader.steps(first)), first + 1):
             updates.add(train_step(engine, given, done))
             progress(done)
             evaluating = done == config.steps or (config.eval_every > 0 and done % config.eval_every == 0)
@@ -98,21 +101,26 @@ def train(
             if logging or saving:
                 metrics = updates.read()
             if evaluating:
-                metrics |= evaluate(decoder, batches, config, cache) | gradients.measure(engine.module, done)
+                with profile.span("evaluation"):
+                    metrics |= evaluate(decoder, batches, config, cache) | gradients.measure(engine.module, done)
                 clock.lap("eval")
             if logging:
                 metrics |= {"eval_s": clock.seconds["eval"]}
                 curve.append(metrics)
                 if done == config.steps:
                     metrics |= convergence_metrics(curve, config.target_layers, reroute_tolerance)
-                log.write(metrics)
-                report(metrics)
+                with profile.span("report"):
+                    log.write(metrics)
+                    report(metrics)
             if saving:
-                checkpoint.save(engine, output_dir / "checkpoint", done, config, clock.seconds)
+                with profile.span("checkpoint"):
+                    checkpoint.save(engine, output_dir / "checkpoint", done, config, clock.seconds)
             clock.lap("other" if logging or saving else "train")
-        save_adapter(model, output_dir / "adapter", config)
+        with profile.span("checkpoint"):
+            save_adapter(model, output_dir / "adapter", config)
         if distributed.rank() == 0:
             write_card(output_dir / "adapter", config, data, metrics)
+            profile.write(output_dir / "profile.json", config.steps - first)
     return metrics | ({"resumed_from": first, "earlier_s": sum(before.seconds.values())} if resume else {})
 
 
@@ -172,6 +180,7 @@ def train_step(engine: deepspeed.DeepSpeedEngine, given: StepInput, step: int) -
     From the first loss that is not finite on, weights and optimizer stay as they are.
     """
     config: CircuitBreakerConfig = engine.module.config
+    profile: Profile = engine.module.profile
     weights, lr = coefficients(config, step - 1), learning_rate(config, step - 1)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -182,12 +191,14 @@ def train_step(engine: deepspeed.DeepSpeedEngine, given: StepInput, step: int) -
     for index, batch in enumerate(given.micro_batches):
         output = engine(batch, given.counts, weights)
         parts += output.parts
-        engine.backward(output.loss * undo_average)
+        with profile.span("backward"):
+            engine.backward(output.loss * undo_average)
         if index == len(given.micro_batches) - 1:
             distributed.reduce_sum(parts)
             hold_updates_if(~parts.isfinite().all(), engine)
             grad_norm = unclipped_grad_norm(engine) if config.zero_stage == 0 else None
-        engine.step()
+        with profile.span("optimizer"):
+            engine.step()
     if grad_norm is None:
         grad_norm = engine.get_global_grad_norm()
     return Update(step, parts, grad_norm, given.counts, weights, lr)

@@ -17,6 +17,7 @@ from cbtrain.losses.losses import relative_retain_loss, reroute_loss, retain_los
 from cbtrain.losses.schedule import Coefficients
 from cbtrain.model.checks import retained_layers
 from cbtrain.model.partial_forward import Decoder
+from cbtrain.training.profile import OFF
 from cbtrain.utils import distributed
 
 
@@ -41,6 +42,7 @@ class CircuitBreakerStep(nn.Module):
         self.config = config
         self.decoder = Decoder(model, config.hidden_states)
         self.retained = retained_layers(config, self.decoder.layers)
+        self.profile = OFF
 
     def forward(self, batch: PairedBatch, counts: ScoredCounts, weights: Coefficients) -> StepOutput:
         """Losses of one micro-batch.
@@ -58,14 +60,17 @@ class CircuitBreakerStep(nn.Module):
         """loss_reroute, loss_retain and loss_kl of a micro-batch, unweighted; the arguments are those of `forward`."""
         reroute, retain, kl = [], [], []
         for rows in batch.harmful:
-            student, teacher = self.decoder.states(rows, self.config.target_layers, final=False)
-            reroute.append(reroute_loss(student.hidden, teacher.hidden, counts.harmful_tokens))
+            with self.profile.span("forward_harmful"):
+                student, teacher = self.decoder.states(rows, self.config.target_layers, final=False)
+                reroute.append(reroute_loss(student.hidden, teacher.hidden, counts.harmful_tokens))
         for rows in batch.benign:
-            student, teacher = self.decoder.states(
-                rows, self.retained, final=True, final_gradient=weights.kl_weight > 0
-            )
-            retain.append(self._retain(student.hidden, teacher.hidden, counts.benign_tokens))
-            kl.append(self._kl(student, teacher, counts.benign_predictions))
+            with self.profile.span("forward_benign"):
+                student, teacher = self.decoder.states(
+                    rows, self.retained, final=True, final_gradient=weights.kl_weight > 0
+                )
+                retain.append(self._retain(student.hidden, teacher.hidden, counts.benign_tokens))
+            with self.profile.span("kl"):
+                kl.append(self._kl(student, teacher, counts.benign_predictions))
         return [torch.stack(shares).sum() for shares in (reroute, retain, kl)]
 
     def _retain(self, student: Tensor, teacher: Tensor, denominator: int) -> Tensor:

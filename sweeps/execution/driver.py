@@ -37,6 +37,8 @@ from sweeps.reporting.console import noise_lines, wrapped
 from sweeps.reporting.live import Trials
 from sweeps.reporting.progress import Row
 from sweeps.reporting.screen import SCREEN
+from sweeps.reporting.shares import shares
+from sweeps.reporting.shares import told as told_shares
 from sweeps.reporting.summary import stopped_lines, summary_lines
 from sweeps.storage.run_directory import RunDirectory
 
@@ -155,6 +157,7 @@ class SweepDriver:
             commands=commands_after(decision, record, table, self.run.shown),
             before=self.ended_before,
             behaviour=behaviour,
+            profile=told_shares(shares(rows, self.run.path / "trials", wall_s, self.concurrency)),
         )
         calibration = self.run.record.get("calibration")
         SCREEN.end()

@@ -53,6 +53,8 @@ class TrialContext:
     """Where the frozen teacher's states are; None runs it at every step."""
     reroute_tolerance: float = REROUTE_TOLERANCE
     """The sweep's limit; a trial whose reroute loss still falls by more has not converged."""
+    profile: bool = False
+    """Whether each trial writes where its time went."""
     session: int = 0
     """How often the sweep was resumed. Ray's files of each session lie apart: it would restore what it finds."""
 
@@ -163,6 +165,7 @@ def _begin_or_go_on(
     """Train from the checkpoint of an earlier session, where it left one that fits, else from the start."""
     from cbtrain.training import loop
     from cbtrain.training.checkpoint import CheckpointError
+    from cbtrain.training.profile import OFF, Profile
 
     train = functools.partial(
         loop.train,
@@ -171,6 +174,7 @@ def _begin_or_go_on(
         report,
         teacher_cache=context.teacher_cache,
         reroute_tolerance=context.reroute_tolerance,
+        profile=Profile() if context.profile else OFF,
     )
     if (directory / "metrics.jsonl").exists():
         earlier = _checkpointed(directory)

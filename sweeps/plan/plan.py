@@ -76,11 +76,12 @@ class SweepPlan:
             return self._journal.add("ablation", *point, self._first_seed())
         if not self._fixed_part_in() or len(self._entries) >= self.budget.total:
             return None
-        to_search, running = self.budget.search - asked["search"], self._running()
+        to_search = self.budget.search - asked["search"]
         if to_search > 0:
-            return self._search(asked["search"]) if running < max(1, to_search * RUNNING_SHARE) else None
-        # The pick rests on every result, so confirmations are run one after another.
-        return None if running else self._confirm(asked["search"])
+            return self._search(asked["search"]) if self._running() < max(1, to_search * RUNNING_SHARE) else None
+        # Each is on the pick by what has ended, so few may run beside it. Waiting for the last one as well would be no
+        # better (`bench_search`), and would keep a slot for the length of a trial.
+        return self._confirm(asked["search"]) if self._running() <= 1 else None
 
     def tell(self, trial_id: str, outcome: TrialOutcome) -> None:
         """Take the outcome of a trial that was asked for. It is stored before this returns.

@@ -26,6 +26,7 @@ def summary_lines(
     commands: Commands,
     before: int = 0,
     behaviour: Sequence[str] = (),
+    profile: str = "",
 ) -> list[str]:
     """What the sweep did, what it cost and what to do next.
 
@@ -35,6 +36,7 @@ def summary_lines(
         commands: that would help where nothing can be chosen, and that sweeps what `Decision.wider` names.
         before: trials that had ended when it was resumed.
         behaviour: sentences on what baseline and best setting write.
+        profile: where the time went, where that was asked for.
     """
     statuses = ("completed", "stopped", "failed")
     completed, stopped, failed = ([row for row in rows if row["status"] == status] for status in statuses)
@@ -48,6 +50,7 @@ def summary_lines(
         f"{f'{len(stopped)} stopped, ' if stopped else ''}{len(failed)} failed",
         *_failed(failed),
         *wrapped(f"{cost}{concurrency} at a time{_overhead(timed)}"),
+        *wrapped(profile),
         *_found(decision),
         *(line for text in behaviour for line in wrapped(f"behaviour {text}")),
         *_next(decision, commands, shlex.quote(str(run_dir))),

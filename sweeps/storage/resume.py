@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ALLOWED = (
     *("num_samples", "max_concurrent", "workers_per_trial", "gpus_per_worker", "teacher_cache", "dry_run", "quiet"),
-    *("behaviour_prompts", "storage_path", "copy_to", "wandb_project", "wandb_mode"),
+    *("profile", "behaviour_prompts", "storage_path", "copy_to", "wandb_project", "wandb_mode"),
     *("max_degenerate_rise", "max_degenerate_bound", "max_benign_nll_rise", "max_compliance_rise"),
 )
 """What may be given beside `--resume`: how far the sweep goes, what belongs to the machine, and where results go."""

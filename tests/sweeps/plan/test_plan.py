@@ -84,7 +84,7 @@ def test_the_fewer_trials_the_search_has_left_the_fewer_of_them_run_at_a_time() 
     running: list[TrialSpec] = []
     beside: list[int] = []
     while len(beside) < plan.budget.search:
-        while (spec := plan.ask()) is not None:
+        while len(beside) < plan.budget.search and (spec := plan.ask()) is not None:
             beside.append(len(running))
             running.append(spec)
         spec = running.pop(0)
@@ -236,7 +236,7 @@ def test_the_pick_is_confirmed_on_baseline_seeds_it_has_not_had_refitted_after_e
     ranking = [assessed(0.3, 0.96, 0.8), assessed(0.1, 0.99, 2.0), assessed(0.5, 0.6, 0.1)]
     trials, seen = confirmations(monkeypatch, [ranking, ranking])
     assert trials == [("confirm", 0.3, 1), ("confirm", 0.3, 2)]
-    assert seen == [18, 19]
+    assert seen == [17, 18], "beside one other trial at most"
 
 
 def test_a_pick_that_falls_below_the_confidence_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
