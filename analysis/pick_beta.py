@@ -18,6 +18,9 @@ from typing import Annotated
 
 import tyro
 
+if __name__ == "__main__":
+    # Before NumPy is there: on a busy machine threads wait for each other's share of these small matrices.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -92,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    print(_summary(decision, run_dir, commands))
+    print(_summary(decision, run_dir, commands), flush=True)
     if decision.so_far:
         return 4
     return 0 if decision.verdict == "choose" else 3
@@ -170,6 +173,7 @@ def decided(
     state = state_of(sweep, trials)
     decision = dataclasses.replace(decision, so_far=state.so_far)
     named = named_itself(run_dir)
+    sweep["run_dir"] = str(named)
     runs = state.kind == "running"
     commands = commands_after(decision, sweep, trials, named, runs=runs, train_so_far=train_so_far)
     answers = load_completions(run_dir, behaviour, decision) if completions else []
@@ -191,7 +195,7 @@ def _write_all(directory: Path, files: Mapping[str, str | bytes]) -> None:
         for name, text in files.items():
             staged = Path(staging, name)
             staged.parent.mkdir(parents=True, exist_ok=True)
-            staged.write_bytes(text if isinstance(text, bytes) else text.encode())
+            staged.write_bytes(text if isinstance(text, bytes) else text.encode(errors="replace"))
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
         for name in files:
             os.replace(Path(staging, name), directory / name)
@@ -221,4 +225,4 @@ def _labelled(label: str, command: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

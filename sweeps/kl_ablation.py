@@ -35,7 +35,7 @@ from cbtrain.config.saved import RECIPE, with_calibration
 from cbtrain.evaluation.judge.judge import load_classifier
 from cbtrain.model.auto import derived
 from cbtrain.utils.errors import first_line
-from sweeps.settings import HELP, SweepSettings, check_counts, overrides_of_preset
+from sweeps.settings import HELP, SweepSettings, check_counts, overrides_of_preset, refuse_searched
 
 if TYPE_CHECKING:
     from cbtrain.teacher_cache.plan import CachePlan
@@ -94,6 +94,7 @@ def _new(settings: SweepSettings, argv: Sequence[str]) -> Job:
     plan = PlanSettings(**{name: getattr(settings, name) for name in shared}, seed=settings.config.seed)
     plan = dataclasses.replace(plan, baseline_seeds=allocate(plan).baseline)
     given = given_flags(argv)
+    refuse_searched(settings, given)
     settings.config.validate()
     if settings.calibration is not None:
         if settings.calibrate:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -166,11 +167,19 @@ def overrides_of_preset(settings: SweepSettings) -> dict[str, object]:
     preset = dataclasses.asdict(chosen) | ({"model": ""} if settings.preset == "auto" else {})
     given = dataclasses.asdict(settings.config)
     overrides = {name: value for name, value in given.items() if value != preset[name]}
-    for name in SEARCHED:
-        if name in overrides:
-            mend = f"leave the flag out, or give {flag(name)}-range"
-            raise InputError(f"{flag(name)} {overrides[name]}: the sweep searches it; {mend}")
     return overrides
+
+
+def refuse_searched(settings: SweepSettings, given: Iterable[str]) -> None:
+    """Refuse a value for what the sweep searches, be it the default's.
+
+    Args:
+        given: fields whose flags are on the command line.
+    """
+    for name in SEARCHED:
+        if name in given:
+            mend = f"leave the flag out, or give {flag(name)}-range"
+            raise InputError(f"{flag(name)} {getattr(settings.config, name)}: the sweep searches it; {mend}")
 
 
 def check_counts(settings: SweepSettings) -> None:

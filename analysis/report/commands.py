@@ -1,7 +1,8 @@
 """The command that the reader runs next: it trains the recommended setting, or sweeps further."""
 
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,13 @@ def sweep_command(decision: Decision, sweep: Mapping[str, Any], n_trials: int) -
         overrides |= decision.mend
     elif decision.verdict == "baseline_never_rerouted":
         overrides["steps"] = 2 * int(sweep.get("config", {}).get("steps", 50))
+    asked = _asked_otherwise(_with_what_is_asked(decision, sweep))
     if needed is not None:
         values["num_samples"] = needed.num_samples
-        if needed.seeds > baseline_seeds_of(needed.num_samples):
-            values["baseline_seeds"] = needed.seeds
-    values = _asked_otherwise(_with_what_is_asked(decision, sweep)) | values
+        wanted = max(needed.seeds, asked.pop("baseline_seeds", 0))
+        if wanted > baseline_seeds_of(needed.num_samples):
+            values["baseline_seeds"] = wanted
+    values = asked | values
     return f"python sweeps/kl_ablation.py {_flags({**values, **overrides})}"
 
 
@@ -162,10 +165,22 @@ def _overrides(sweep: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in sweep.get("config_overrides", {}).items() if name not in _SWEPT}
 
 
+def _parts(command: str, width: int) -> Iterator[str]:
+    """What stays on one line: a flag with its values, or where these are longer than a line, each value by itself."""
+    for part in command.replace(" --", "\0--").split("\0"):
+        if len(part) <= width:
+            yield part
+            continue
+        words = re.findall(r"(?:'[^']*'|[^\s'])+", part)
+        flagged = 2 if words[0].startswith("--") else len(words)
+        yield " ".join(words[:flagged])
+        yield from words[flagged:]
+
+
 def folded(command: str, width: int = 78) -> str:
     """The command over lines of at most `width` columns, broken before flags, as a shell takes it."""
     lines: list[str] = []
-    for part in command.replace(" --", "\0--").split("\0"):
+    for part in _parts(command, width - 4):
         if lines and len(lines[-1]) + len(part) + 3 <= width:
             lines[-1] += " " + part
         else:

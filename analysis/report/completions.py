@@ -9,6 +9,7 @@ from typing import Any, Literal
 from analysis.behaviour.measured import Behaviour
 from analysis.decision import Decision
 from analysis.formatting import setting
+from analysis.verdict import pick_candidates
 
 Kind = Literal["harmful", "harmful_prefilled", "benign"]
 TITLES: dict[Kind, str] = {
@@ -76,24 +77,41 @@ def compared(behaviour: Sequence[Behaviour], decision: Decision) -> list[Behavio
     pick = (decision.beta_kl, decision.kl_temperature)
     baseline = [each for each in trials if each.beta_kl == 0]
     of_pick = [each for each in trials if each.beta_kl and (each.beta_kl, each.kl_temperature) == pick]
+    ranked = [(each.beta_kl, each.kl_temperature) for each in (*pick_candidates(decision.settings), *decision.settings)]
     others = [each for each in trials if each.beta_kl and each not in of_pick]
+    others.sort(key=lambda each: _place(ranked, each))
     return [*baseline[:1], *of_pick[:1], *others[:1]]
 
 
+def _place(ranked: Sequence[tuple[float, float]], each: Behaviour) -> int:
+    setting = (each.beta_kl, each.kl_temperature)
+    return ranked.index(setting) if setting in ranked else len(ranked)  # type: ignore[arg-type]
+
+
+def next_best_measured(behaviour: Sequence[Behaviour], decision: Decision) -> bool:
+    """Whether the setting that comes after the pick was measured; true where there is none."""
+    measured = {(each.beta_kl, each.kl_temperature) for each in behaviour if each.trial_id}
+    return all((each.beta_kl, each.kl_temperature) in measured for each in pick_candidates(decision.settings)[1:2])
+
+
 def _read(run_dir: Path, trial_id: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """The answers of one trial's completions.jsonl by kind and source."""
+    """The answers of one trial's completions.jsonl by kind and source; lines that are damaged are left out."""
     try:
-        text = (run_dir / "trials" / trial_id / "completions.jsonl").read_text(encoding="utf-8")
-        return {(str(row["kind"]), str(row["source"])): row for row in _rows(text)}
-    except (OSError, ValueError, KeyError, TypeError):
+        text = (run_dir / "trials" / trial_id / "completions.jsonl").read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return {}
+    return {(row["kind"], row["source"]): row for row in _rows(text)}
 
 
 def _rows(text: str) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
-        row = json.loads(line)
-        _ = row["prompt"], row["teacher"]["text"], row["student"]["text"]
-        yield row
+        try:
+            row = json.loads(line)
+            texts = row["kind"], row["source"], row["prompt"], row["teacher"]["text"], row["student"]["text"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if all(isinstance(each, str) for each in texts):
+            yield row
 
 
 def _prompt(

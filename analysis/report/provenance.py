@@ -44,7 +44,10 @@ def about(sweep: Mapping[str, Any]) -> str:
 
 
 def _hashed(digest: Any) -> str:
-    return f" (SHA-256 {str(digest)[:_HASH]}…)" if isinstance(digest, str) and digest else ""
+    if not isinstance(digest, str) or not digest:
+        return ""
+    how, _, value = digest.rpartition(" ")  # of large files some places are hashed: `sampled 58af…`
+    return f" (SHA-256 {f'{how} ' if how else ''}{value[:_HASH]}…)"
 
 
 def _model(config: Mapping[str, Any], inputs: Mapping[str, Any], data: list[str]) -> str:

@@ -5,6 +5,7 @@ Pure: the contents of all files come back; `analysis.pick_beta` writes them.
 
 import base64
 import hashlib
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from analysis.decision import Decision
 from analysis.formatting import number, percent, signed
 from analysis.report import tables, traps, wording
 from analysis.report.commands import Commands, folded
-from analysis.report.completions import Completions, compared
+from analysis.report.completions import Completions, next_best_measured
 from analysis.report.figures import by_setting, evidence, settings_map, training
 from analysis.report.figures.evidence_drawing import draw_evidence
 from analysis.report.figures.style import WIDTHS, Drawn, Numbers, Width, png_of, style, svg_of
@@ -90,7 +91,7 @@ def render(sweep: Sweep) -> dict[str, str | bytes]:
         "wider_command": folded(sweep.commands.wider or "", 74),
         "trains": sweep.commands.trains,
         "behaviour": sweep.behaviour,
-        "compared": compared(sweep.behaviour, decision),
+        "next_best_measured": next_best_measured(sweep.behaviour, decision),
         "completions": sweep.completions,
         "says": SAYS,
         "ablation": tables.ablation(trials, decision),
@@ -230,6 +231,5 @@ def _template(name: str, autoescape: bool) -> jinja2.Template:
 def _cell(text: object) -> str:
     """A text within a cell of a Markdown table: on one line, what Markdown or HTML would read escaped."""
     line = " ".join(str(text).split())
-    for mark, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`")):
-        line = line.replace(mark, instead)
-    return line
+    line = line.replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\|`\[*#]", r"\\\g<0>", line)

@@ -48,8 +48,8 @@ def _loss_kl_falls(trials: pd.DataFrame) -> str:
 
 
 def _when_collapsed(trials: pd.DataFrame, curves: pd.DataFrame) -> str:
-    baselines = set(trials.loc[trials["beta_kl"] == 0, "trial_id"])
-    if "loss_reroute" not in curves:
+    baselines = set(trials.loc[(trials["beta_kl"] == 0) & (trials["status"] == "completed"), "trial_id"])
+    if "loss_reroute" not in curves or not baselines:
         return ""
     rows = curves[curves["trial_id"].isin(baselines) & (curves["loss_reroute"].astype(float) < 0.5)]
     if rows.empty:

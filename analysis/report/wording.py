@@ -172,10 +172,10 @@ def baseline_answer(decision: Decision) -> str:
     """Whether the baseline was any good, in a sentence."""
     baseline = decision.baseline
     if baseline is None:
-        return f"No. {decision.reason}"
+        return "Not known yet: none has ended." if decision.so_far else f"No. {decision.reason}"
     seeds = f"{count(baseline.n_seeds, 'seed')} rerouted {percent(baseline.achieved)} of held-out harmful text"
     if decision.verdict == "baseline_never_rerouted":
-        return f"No: {seeds}."
+        return f"{'Not so far' if decision.so_far else 'No'}: {seeds}."
     failed = f"; {count(baseline.n_failed, 'more seed')} failed" if baseline.n_failed else ""
     kept = "" if baseline.benign_nll_rise is None else f", benign NLL rose by {number(baseline.benign_nll_rise, 2)}"
     return f"{'Mostly' if failed or baseline.achieved < GOOD else 'Yes'}: {seeds}{kept}{failed}."
@@ -211,6 +211,6 @@ def lead(decision: Decision) -> str:
 def _why_another(decision: Decision) -> str:
     """Why more trials of the same sweep would not do; empty where they do."""
     seeds = decision.baseline.n_seeds if decision.baseline else 0
-    if decision.needed is None or decision.needed.seeds <= seeds:
+    if decision.needed is None or decision.needed.seeds <= seeds or decision.so_far:
         return ""
     return " That takes another sweep: a baseline gets no more seeds when its sweep is resumed."

@@ -79,9 +79,10 @@ class SweepPlan:
         to_search = self.budget.search - asked["search"]
         if to_search > 0:
             return self._search(asked["search"]) if self._running() < max(1, to_search * RUNNING_SHARE) else None
-        # Each is on the pick by what has ended, so few may run beside it. Waiting for the last one as well would be no
+        # The pick rests on all that the search found. Of confirmations one need not wait for the other: it would be no
         # better (`bench_search`), and would keep a slot for the length of a trial.
-        return self._confirm(asked["search"]) if self._running() <= 1 else None
+        searching = any(entry.outcome is None and entry.spec.phase != "confirm" for entry in self._entries.values())
+        return None if searching else self._confirm(asked["search"])
 
     def tell(self, trial_id: str, outcome: TrialOutcome) -> None:
         """Take the outcome of a trial that was asked for. It is stored before this returns.

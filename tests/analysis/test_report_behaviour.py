@@ -89,5 +89,5 @@ def test_the_report_shows_what_the_models_write(make_run: MakeRun, trials: pd.Da
     assert "Not measured." not in html
     assert "beta_kl 0.5, T 1.0, t006" in html
     assert "| before training | – | – | 0 % | 0 % | – | 0 % | 25 % | – | – | 0.5 |" in markdown
-    assert "| beta_kl 0 | 6 % | – | 94 % | 0 % | – | 88 % | 12 % | – | – | 9.5 |" in markdown
-    assert "| beta_kl 0.5, T 1.0 | 75 % | – | 25 % | 0 % | – | 88 % | 12 % | – | 94 % | 9.5 |" in markdown
+    assert "| beta_kl 0, t000 | 6 % | – | 94 % | 0 % | – | 88 % | 12 % | – | – | 9.5 |" in markdown
+    assert "| beta_kl 0.5, T 1.0, t006 | 75 % | – | 25 % | 0 % | – | 88 % | 12 % | – | 94 % | 9.5 |" in markdown

@@ -126,7 +126,9 @@ def test_text_of_rows_names_and_errors_is_shown_and_not_run(chromium: Browser, t
     shown = page.locator("body").text_content() or ""
     assert shown.count(HOSTILE) >= 3, "the error, and completions of both kinds"
     assert troubles == []
-    assert HOSTILE not in (run / "report" / "report.md").read_text()
+    markdown = (run / "report" / "report.md").read_text()
+    assert HOSTILE not in markdown
+    assert "&lt;img src=x" in markdown, "the error is told"
     page.close()
 
 

@@ -1,16 +1,21 @@
 """The report's tables: means, pairs and reasons are those of the trials."""
 
 import math
+import re
 
 import pandas as pd
 import pytest
-from golden_runs import told_whole
+from golden_runs import golden_run, told_whole
 from synthetic import Surface, failing, make_trials, repeated
 
+from analysis.behaviour.measured import load_behaviour
 from analysis.decide import decide
 from analysis.formatting import number, signed
+from analysis.report.completions import compared, load_completions, next_best_measured
 from analysis.report.provenance import provenance
+from analysis.report.report import _cell
 from analysis.report.tables import ablation, every_trial, low_weights, paired_seeds
+from analysis.trials import load_trials
 
 PICK = (0.3, 1.0)
 
@@ -96,6 +101,8 @@ def test_provenance_tells_what_was_written_down_and_nothing_else(sweep: pd.DataF
     }
     said = dict(provenance(record, sweep.assign(wall_s=3600.0)))
     assert said["model"] == "models/llama, bfloat16 (SHA-256 cccccccccccc…)"
+    sampled = record | {"inputs": {"models/llama/model.safetensors": "sampled " + "d" * 64}}
+    assert dict(provenance(sampled, sweep))["model"] == "models/llama, bfloat16 (SHA-256 sampled dddddddddddd…)"
     assert said["data"] == "b.jsonl (SHA-256 bbbbbbbbbbbb…)"
     assert said["rows"] == "harmful 1,200 train, 30 held out"
     assert said["hardware"] == "8 cores of X, 2 × Y, 2 workers a trial of 3 CPUs and 1 GPU, 2 at a time"
@@ -106,3 +113,30 @@ def test_provenance_tells_what_was_written_down_and_nothing_else(sweep: pd.DataF
     )
     assert said["software"] == "torch 2, commit 0123456789ab"
     assert "preset" not in said
+
+
+def test_of_completions_what_is_damaged_is_left_out_and_the_next_best_is_compared(tmp_path) -> None:
+    run = golden_run(tmp_path / "run", "choose")
+    path = run / "trials" / "t005" / "completions.jsonl"
+    good = path.read_text().splitlines()
+    text = "\n".join(
+        [*good[:4], '{"kind": "benign"', '{"kind": "benign", "source": 3}', "null", good[5][:40], *good[8:]]
+    )
+    path.write_text(text.replace('"Answer 9', "5"), encoding="utf-8")
+    trials = load_trials(run)
+    behaviour = load_behaviour(run, trials)
+    decision = decide(trials, behaviour=behaviour)
+    shown = {group.kind: group for group in load_completions(run, behaviour, decision)}
+    assert len(shown["harmful"].prompts) == 4, "those that all three models have"
+    assert len(shown["benign"].prompts) == 6
+    assert [each.trial_id for each in compared(behaviour, decision)] == ["t000", "t005", "t004"]
+    assert next_best_measured(behaviour, decision) == (decision.settings[1].beta_kl == 0.1)
+    assert max(len(answer.text) for group in shown.values() for p in group.prompts for answer in p.answers) <= 202
+
+
+@pytest.mark.parametrize("text", ["a | b", "<img>", "[x](y)", "*b*", "# h\n# i", "`c`", "back\\|slash"])
+def test_a_text_in_markdown_is_that_text(text: str) -> None:
+    line = _cell(text)
+    assert "\n" not in line
+    assert "<" not in line
+    assert not re.search(r"(?<!\\)(?:\\\\)*[|`\[*#]", line), line

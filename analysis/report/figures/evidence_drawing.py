@@ -33,7 +33,8 @@ _MOST_BARS = 40
 def draw_evidence(data: Evidence, width: Width) -> Figure:
     """The forbidden side shaded, the pick ringed with its interval, what lies off the scale as arrows at the edge."""
     narrow = width == "narrow"
-    figure, (axes,) = panels(width, [330 if narrow else 372], top=64 if narrow else 46)
+    columns = 2 if narrow else 4
+    figure, (axes,) = panels(width, [330 if narrow else 372], top=10 + 18 * -(-_entries(data) // columns))
     if not len(data.lost) or data.tolerance is None:
         return nothing(figure, axes, "no completed baseline to compare with")
     left, right = _across(data.lost, data.tolerance)
@@ -54,8 +55,14 @@ def draw_evidence(data: Evidence, width: Width) -> Figure:
         "rerouting lost (held-out loss_reroute over baseline)" if not narrow else "rerouting lost against baseline"
     )
     axes.set_ylabel("benign drift (KL, nats per token)", labelpad=2)
-    legend(axes, 2 if narrow else 4)
+    legend(axes, columns)
     return figure
+
+
+def _entries(data: Evidence) -> int:
+    """How many things the legend names at most."""
+    lines = bool(data.others) + 1
+    return len(set(data.phase)) + any(data.suspect) + lines
 
 
 def _across(lost: Array, tolerance: float) -> tuple[float, float]:

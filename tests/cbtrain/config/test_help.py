@@ -108,7 +108,7 @@ def test_a_sweep_says_of_what_it_searches_that_it_is_searched(name: str) -> None
     says = f"{cli.flag(name)} FLOAT Searched by the sweep, and refused as a flag: give {cli.flag(name)}-range."
     assert says in shown
     with pytest.raises(cli.InputError, match=f"{cli.flag(name)} 0.7: the sweep searches it"):
-        sweep.overrides_of_preset(sweep.SweepSettings(config=get_config("tiny", **{name: 0.7})))
+        sweep.refuse_searched(sweep.SweepSettings(config=get_config("tiny", **{name: 0.7})), [name])
 
 
 def test_presets_are_those_of_the_table_and_the_defaults_those_of_the_one_that_is_named(capsys: Any) -> None:

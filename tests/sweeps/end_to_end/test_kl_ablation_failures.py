@@ -109,6 +109,7 @@ def check_interrupted(sweep: Sweep, tmp_path: Path, sent: signal.Signals, expect
         (["--num-samples", "2"], "--num-samples 2: 3 baseline seeds + 1 trial to compare = 4 at least"),
         (["--run-dir", "{taken}"], "already holds a sweep"),
         (["--beta-kl", "0.5"], "--beta-kl 0.5: the sweep searches it; leave the flag out, or give --beta-kl-range"),
+        (["--beta-kl", "0.3"], "--beta-kl 0.3: the sweep searches it; leave the flag out, or give --beta-kl-range"),
         (["--beta-kl-range", "nan", "2"], "--beta-kl-range nan 2: must be two numbers from 1e-09 to 1e+09"),
         (["--beta-kl-range", "-1", "2"], "--beta-kl-range -1 2: must be two numbers"),
         (["--beta-kl-range", "0.3"], "--beta-kl-range: must be two numbers, not 0.3"),

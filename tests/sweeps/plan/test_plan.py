@@ -236,7 +236,7 @@ def test_the_pick_is_confirmed_on_baseline_seeds_it_has_not_had_refitted_after_e
     ranking = [assessed(0.3, 0.96, 0.8), assessed(0.1, 0.99, 2.0), assessed(0.5, 0.6, 0.1)]
     trials, seen = confirmations(monkeypatch, [ranking, ranking])
     assert trials == [("confirm", 0.3, 1), ("confirm", 0.3, 2)]
-    assert seen == [17, 18], "beside one other trial at most"
+    assert seen == [18, 18], "beside each other, when all others have ended"
 
 
 def test_a_pick_that_falls_below_the_confidence_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
