@@ -62,21 +62,21 @@ def project(student: Tensor, teacher: Tensor, weight: Tensor, buffer: Tensor | N
     if operand != dtype and student.is_cuda:
         return torch.mm(stacked, weight.t(), out_dtype=dtype, out=out)
     if operand != dtype:
-        _project_rounded(stacked[: len(teacher)], stacked[len(teacher) :], weight, out)
+        _project_rounded(stacked, weight, out)
         return out
     for tile, head in head_tiles(weight, dtype):
         torch.mm(stacked, head.t(), out=out[:, tile])
     return out
 
 
-def _project_rounded(teacher: Tensor, difference: Tensor, weight: Tensor, out: Tensor) -> None:
-    """`project` by products that are rounded to bfloat16: of the teacher's, what rounding took is added."""
-    logits, differences = out[: len(teacher)], out[len(teacher) :]
-    for tile, head in _rounded_tiles(weight, len(teacher)):
-        rounded = torch.mm(teacher, head.t())
-        logits[:, tile] = rounded
-        logits[:, tile] += torch.addmm(rounded, teacher, head.t(), beta=-1)
-        differences[:, tile] = torch.mm(difference, head.t())
+def _project_rounded(stacked: Tensor, weight: Tensor, out: Tensor) -> None:
+    """`project` by products that are rounded to bfloat16: to the teacher's, what rounding took is added."""
+    count = len(stacked) // 2
+    teacher = stacked[:count]
+    for tile, head in _rounded_tiles(weight, len(stacked)):
+        rounded = torch.mm(stacked, head.t())
+        out[:, tile] = rounded
+        out[:count, tile] += torch.addmm(rounded[:count], teacher, head.t(), beta=-1)
 
 
 def _rounded_tiles(weight: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
