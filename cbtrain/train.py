@@ -117,7 +117,7 @@ def _train(settings: TrainSettings, teacher_cache: Path | None) -> int:
     from cbtrain.training.console import TrainingConsole
     from cbtrain.training.loop import train
     from cbtrain.training.metrics import Metrics, NonFiniteLossError
-    from cbtrain.training.profile import OFF, Profile
+    from cbtrain.utils.profile import OFF, Profile
 
     config, output_dir = settings.config, settings.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)

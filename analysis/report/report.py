@@ -67,9 +67,31 @@ class Sweep:
 def render(sweep: Sweep) -> dict[str, str | bytes]:
     """Contents of all files of the report by their path under `report/`; decision.json is the last."""
     drawn = draw(sweep)
-    decision, trials = sweep.decision, sweep.trials
     script = (_HERE / "page.js").read_text(encoding="utf-8")
-    context = {
+    context = _said(sweep) | {
+        "figures": drawn,
+        "says": SAYS,
+        "f": formatting,
+        "shown": tables.shown,
+        "css": Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        "script": Markup(script),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
+    html = _template("report.html.j2", autoescape=True).render(**context)
+    markdown = _template("report.md.j2", autoescape=False).render(**context)
+    return {
+        **{f"figures/{name}.svg": each.svg["wide"] for name, each in drawn.items()},
+        **{f"figures/{name}.png": each.png for name, each in drawn.items()},
+        "report.md": markdown,
+        "report.html": html,
+        "decision.json": sweep.decision_json(),
+    }
+
+
+def _said(sweep: Sweep) -> dict[str, Any]:
+    """What both pages say of a sweep, by the names of their templates."""
+    decision, trials = sweep.decision, sweep.trials
+    return {
         "decision": decision,
         "state": sweep.state,
         "headline": wording.headline(decision),
@@ -93,7 +115,6 @@ def render(sweep: Sweep) -> dict[str, str | bytes]:
         "behaviour": sweep.behaviour,
         "next_best_measured": next_best_measured(sweep.behaviour, decision),
         "completions": sweep.completions,
-        "says": SAYS,
         "ablation": tables.ablation(trials, decision),
         "low_weights": tables.low_weights(decision),
         "paired": tables.paired_seeds(trials, decision),
@@ -102,21 +123,6 @@ def render(sweep: Sweep) -> dict[str, str | bytes]:
         "states": tables.states(trials),
         "traps": traps.traps(trials, sweep.curves),
         "provenance": provenance(sweep.record, trials),
-        "figures": drawn,
-        "f": formatting,
-        "shown": tables.shown,
-        "css": Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        "script": Markup(script),
-        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    }
-    html = _template("report.html.j2", autoescape=True).render(**context)
-    markdown = _template("report.md.j2", autoescape=False).render(**context)
-    return {
-        **{f"figures/{name}.svg": each.svg["wide"] for name, each in drawn.items()},
-        **{f"figures/{name}.png": each.png for name, each in drawn.items()},
-        "report.md": markdown,
-        "report.html": html,
-        "decision.json": sweep.decision_json(),
     }
 
 

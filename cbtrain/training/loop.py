@@ -39,8 +39,8 @@ from cbtrain.training.engine import (
 from cbtrain.training.gradient_norms import GradientNorms
 from cbtrain.training.metrics import Clock, Metrics, MetricsLog, Report, Update, Updates
 from cbtrain.training.model_card import write_card
-from cbtrain.training.profile import OFF, Profile
 from cbtrain.utils import distributed
+from cbtrain.utils.profile import OFF, Profile
 
 
 def train(

@@ -17,8 +17,8 @@ from cbtrain.losses.losses import relative_retain_loss, reroute_loss, retain_los
 from cbtrain.losses.schedule import Coefficients
 from cbtrain.model.checks import retained_layers
 from cbtrain.model.partial_forward import Decoder
-from cbtrain.training.profile import OFF
 from cbtrain.utils import distributed
+from cbtrain.utils.profile import OFF
 
 
 class StepOutput(NamedTuple):

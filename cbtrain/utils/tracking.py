@@ -28,6 +28,11 @@ OF_ONE_RUN = (
 )
 """What W&B reads from the environment and would give to every run alike, or to none. Entity, address, key, notes and
 whatever else is there keep their meaning."""
+_QUIETLY: dict[str, Any] = {
+    **{"silent": True, "console": "off", "disable_git": True, "disable_code": True},
+    **{"init_timeout": INIT_TIMEOUT_S, "finish_timeout": FINISH_TIMEOUT_S},
+}
+"""W&B's settings: nothing on the screen, nothing looked up, no waiting without end."""
 
 
 class Tracker:
@@ -131,14 +136,7 @@ def open_tracker(
                 config=dict(config),
                 allow_val_change=True,
                 reinit="create_new",  # several may be open in one process
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    disable_git=True,
-                    disable_code=True,
-                    init_timeout=INIT_TIMEOUT_S,
-                    finish_timeout=FINISH_TIMEOUT_S,
-                ),
+                settings=wandb.Settings(**_QUIETLY),
             )
     except Exception as error:  # missing, too old, offline, full disk: the run goes on untracked
         _say(error)

@@ -165,7 +165,7 @@ def _begin_or_go_on(
     """Train from the checkpoint of an earlier session, where it left one that fits, else from the start."""
     from cbtrain.training import loop
     from cbtrain.training.checkpoint import CheckpointError
-    from cbtrain.training.profile import OFF, Profile
+    from cbtrain.utils.profile import OFF, Profile
 
     train = functools.partial(
         loop.train,

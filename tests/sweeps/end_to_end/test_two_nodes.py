@@ -32,19 +32,8 @@ def two_nodes() -> Iterator[str]:
 
 def test_a_trials_workers_on_two_nodes_run_the_loop_that_one_process_runs(small_world, two_nodes, tmp_path):
     # An adapter that starts far from 0 has rerouted at once, so that the sweep goes on after its baseline.
-    arguments = [
-        "--num-samples",
-        "3",
-        "--baseline-seeds",
-        "2",
-        "--steps",
-        "3",
-        "--lora-init-std",
-        "0.3",
-        "--run-dir",
-        "run",
-        *QUICK,
-    ]
+    arguments = ["--num-samples", "2", "--baseline-seeds", "1", "--steps", "3", "--lora-init-std", "0.3", *QUICK]
+    arguments += ["--run-dir", "run"]
     arguments += ["--zero-stage", "2", "--workers-per-trial", "2", "--checkpoint-every", "0"]
     sweep = subprocess.Popen(
         [sys.executable, str(ROOT / "sweeps" / "kl_ablation.py"), *world(small_world, tmp_path), *arguments],
@@ -62,7 +51,7 @@ def test_a_trials_workers_on_two_nodes_run_the_loop_that_one_process_runs(small_
     assert record["concurrency"] == 1
     assert record["teacher_cache"]["rows_computed"] == 64
     trials = pd.read_csv(tmp_path / "run" / "trials.csv")
-    assert list(trials.status) == ["completed"] * 3, (trials.error.tolist(), output)
+    assert list(trials.status) == ["completed"] * 2, (trials.error.tolist(), output)
     for row in trials.itertuples():
         for rank in (0, 1):
             assert "Step 3: loss=" in (tmp_path / "run" / "logs" / f"{row.trial_id}-rank{rank}.log").read_text()

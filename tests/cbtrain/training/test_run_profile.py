@@ -6,7 +6,7 @@ import time
 import pytest
 
 from cbtrain.training.loop import train
-from cbtrain.training.profile import KINDS, OFF, Profile
+from cbtrain.utils.profile import KINDS, OFF, Profile
 
 
 def nothing(_metrics: dict[str, float]) -> None:
