@@ -45,7 +45,7 @@ def test_a_trials_workers_on_two_nodes_run_the_loop_that_one_process_runs(small_
         preexec_fn=heed_interrupts,
     )
     output, errors = finished(sweep)
-    assert sweep.returncode == 0, output + errors
+    assert sweep.returncode in (0, 3), output + errors  # 3: nothing of so small a model is to be shipped
     record = json.loads((tmp_path / "run" / "sweep.json").read_text())
     assert record["workers"] == {"count": 2, "cpus": 1, "gpus": 0.0}
     assert record["concurrency"] == 1
