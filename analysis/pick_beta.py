@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    print(_summary(decision, run_dir, commands), flush=True)
+    print(_summary(decision, named_itself(run_dir), commands), flush=True)
     if decision.so_far:
         return 4
     return 0 if decision.verdict == "choose" else 3
