@@ -173,3 +173,7 @@ class Decision:
     """The choice at reroute tolerances of 2, 5 and 10 %, then at confidences of 0.9 and 0.99."""
     settings: tuple[SettingAssessment, ...] = ()
     """Those that qualify first, by drift; then the others, the most probable first."""
+
+    def chose(self, beta_kl: float | None, kl_temperature: float | None) -> bool:
+        """Whether this setting is the pick."""
+        return self.verdict == "choose" and (beta_kl, kl_temperature) == (self.beta_kl, self.kl_temperature)

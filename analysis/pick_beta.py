@@ -177,7 +177,7 @@ def decided(
     runs = state.kind == "running"
     commands = commands_after(decision, sweep, trials, named, runs=runs, train_so_far=train_so_far)
     answers = load_completions(run_dir, behaviour, decision) if completions else []
-    return report.Sweep(decision, model, sweep, trials, curves, behaviour, answers, commands, state, named)
+    return report.Sweep(decision, model, sweep, trials, curves, behaviour, answers, commands, state)
 
 
 def named_itself(run_dir: Path) -> Path:

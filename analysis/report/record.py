@@ -7,10 +7,8 @@ writes the JSON Schema of it, which a test holds against this code.
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import pandas as pd
@@ -20,6 +18,7 @@ from analysis.behaviour.judge import BehaviourLimits
 from analysis.behaviour.measured import Behaviour
 from analysis.decision import Decision
 from analysis.report.commands import Commands, train_command
+from analysis.report.state import last_ended
 from analysis.report.wording import explanation, headline
 from analysis.surrogate.surrogate import finite_trials, modelled
 from cbtrain.utils.files import finite_or_none
@@ -84,6 +83,7 @@ def decision_json(
     commands: Commands,
 ) -> str:
     """The text of decision.json; every number in it is finite, what is not is null."""
+    last = last_ended(trials)
     record = DecisionRecord(
         **{each.name: getattr(decision, each.name) for each in dataclasses.fields(decision)},
         sentence=headline(decision),
@@ -95,7 +95,7 @@ def decision_json(
         rests_on=_rests_on(decision, trials),
         limits=BehaviourLimits.of(sweep.get("flags", {})),
         behaviour=tuple(behaviour),
-        dates=Dates(sweep.get("begun_at"), _last_ended(trials)),
+        dates=Dates(sweep.get("begun_at"), last.isoformat(timespec="seconds") if last else None),
         preset=sweep.get("preset"),
         model=sweep.get("config", {}).get("model"),
         inputs=sweep.get("inputs", {}),
@@ -124,13 +124,6 @@ def _rests_on(decision: Decision, trials: pd.DataFrame) -> tuple[TrialRef, ...]:
         TrialRef(str(row["trial_id"]), float(row["beta_kl"]), float(row["kl_temperature"]), int(row["seed"]))
         for _, row in rows.iterrows()
     )
-
-
-def _last_ended(trials: pd.DataFrame) -> str | None:
-    if "ended_at" not in trials:
-        return None
-    last = float(pd.to_numeric(trials["ended_at"]).max())
-    return datetime.fromtimestamp(last, UTC).isoformat(timespec="seconds") if math.isfinite(last) else None
 
 
 if __name__ == "__main__":

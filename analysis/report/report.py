@@ -56,8 +56,6 @@ class Sweep:
     """What is shown of the models' answers; empty where nothing is."""
     commands: Commands
     state: SweepState
-    run_dir: Path
-    """As commands name it."""
 
     def decision_json(self) -> str:
         """The text of decision.json."""
@@ -105,7 +103,7 @@ def _said(sweep: Sweep) -> dict[str, Any]:
         "about": about(sweep.record),
         "limits": BehaviourLimits.of(sweep.record.get("flags", {})),
         "writes": tables.what_it_writes(sweep.behaviour, decision),
-        "run_dir": shlex.quote(str(sweep.run_dir)),
+        "run_dir": shlex.quote(sweep.record["run_dir"]),
         "sensitivity": wording.sensitivity_line(decision),
         "suspects": wording.suspect_lines(decision),
         "tiles": _tiles(decision),

@@ -26,8 +26,8 @@ class SweepState:
     """Trials that had begun and not ended."""
     stopped: int
     failed: int
-    last_ended: str = ""
-    """UTC; empty where trials do not say."""
+    last_ended: datetime | None = None
+    """UTC; None where trials do not say."""
 
     @property
     def badge(self) -> str:
@@ -62,7 +62,7 @@ class SweepState:
         elif self.running:
             what += f", {self.running} {'running' if self.kind == 'running' else 'broken off'}"
         now = "The sweep is running" if self.kind == "running" else "The sweep was interrupted"
-        last = f" The last trial ended {self.last_ended}." if self.last_ended else ""
+        last = f" The last trial ended {self.last_ended:%Y-%m-%d %H:%M} UTC." if self.last_ended else ""
         return f"{now}: {what}.{last} What stands here may change; do not ship it."
 
 
@@ -85,14 +85,14 @@ def state_of(sweep: Mapping[str, Any], trials: pd.DataFrame) -> SweepState:
         running,
         stopped=int(states.get("stopped", 0)),
         failed=int(states.get("failed", 0)),
-        last_ended=_last_ended(trials),
+        last_ended=last_ended(trials),
     )
 
 
-def _last_ended(trials: pd.DataFrame) -> str:
-    """`2026-11-27 10:21 UTC`."""
+def last_ended(trials: pd.DataFrame) -> datetime | None:
+    """When the last trial ended, UTC; None where trials do not say."""
     last = float(pd.to_numeric(trials.get("ended_at", pd.Series(dtype=float)), errors="coerce").max())
-    return f"{datetime.fromtimestamp(last, UTC):%Y-%m-%d %H:%M} UTC" if math.isfinite(last) else ""
+    return datetime.fromtimestamp(last, UTC) if math.isfinite(last) else None
 
 
 def _driver_is_gone(run_dir: Path) -> bool:

@@ -71,9 +71,7 @@ class TrialRow:
 
 def ablation(trials: pd.DataFrame, decision: Decision) -> list[AblationRow]:
     """The five points as far as they ran; the pick as the last row where it is none of them."""
-    usable, _ = finite_trials(trials)
-    suspect = {each.trial_id for each in decision.suspects}
-    sound = usable[~usable["trial_id"].isin(suspect)]
+    sound = sound_trials(trials, decision)
     points = list(FIVE_POINTS)
     pick = (decision.beta_kl, decision.kl_temperature)
     if decision.verdict == "choose" and decision.beta_kl is not None and pick not in points:
@@ -87,7 +85,7 @@ def ablation(trials: pd.DataFrame, decision: Decision) -> list[AblationRow]:
         own = sound[at]
         of_seed = baselines[baselines["seed"].isin(own["seed"])]
         reference = baselines if of_seed.empty else of_seed
-        is_pick = _is_pick(beta_kl, heat, decision)
+        is_pick = decision.chose(beta_kl, heat)
         cells = _cells(own, reference, beta_kl == 0, trials, decision)
         rows.append(
             AblationRow(
@@ -200,7 +198,7 @@ def paired_seeds(trials: pd.DataFrame, decision: Decision) -> list[PairedSeed]:
 
 def what_it_writes(behaviour: Sequence[Behaviour], decision: Decision) -> str:
     """What the pick's models write beside those without KL and before training, in a sentence; empty where unknown."""
-    pick = [each for each in behaviour if each.beta_kl and _is_pick(each.beta_kl, each.kl_temperature, decision)]
+    pick = [each for each in behaviour if each.beta_kl and decision.chose(each.beta_kl, each.kl_temperature)]
     without = [each for each in behaviour if each.beta_kl == 0]
     before = [each for each in behaviour if not each.trial_id]
     if not pick:
@@ -222,21 +220,22 @@ def what_it_writes(behaviour: Sequence[Behaviour], decision: Decision) -> str:
     return f"{'; '.join(told)}. {count(pick[0].prompts, 'prompt')} a kind, {seeds}." if told else ""
 
 
+def sound_trials(trials: pd.DataFrame, decision: Decision) -> pd.DataFrame:
+    """The completed trials with finite metrics that are no suspects."""
+    usable, _ = finite_trials(trials)
+    return usable[~usable["trial_id"].isin([each.trial_id for each in decision.suspects])]
+
+
 def measured_loss(rows: pd.DataFrame, trials: pd.DataFrame, decision: Decision) -> pd.Series:
     """`eval_loss_reroute` of `rows` minus that of the baseline on the same seed, or the baselines' mean.
 
     Baselines that failed do not count.
     """
-    suspect = {each.trial_id for each in decision.suspects}
-    usable, _ = finite_trials(trials)
-    baselines = usable[(usable["beta_kl"] == 0) & ~usable["trial_id"].isin(suspect)]
+    sound = sound_trials(trials, decision)
+    baselines = sound[sound["beta_kl"] == 0]
     paired = baselines.groupby("seed")["eval_loss_reroute"].mean()
     reference = rows["seed"].map(paired).astype(float).fillna(baselines["eval_loss_reroute"].astype(float).mean())
     return pd.to_numeric(rows["eval_loss_reroute"], errors="coerce") - reference
-
-
-def _is_pick(beta_kl: float, heat: float | None, decision: Decision) -> bool:
-    return decision.verdict == "choose" and (beta_kl, heat) == (decision.beta_kl, decision.kl_temperature)
 
 
 def every_trial(trials: pd.DataFrame, decision: Decision) -> list[TrialRow]:
@@ -261,7 +260,7 @@ def every_trial(trials: pd.DataFrame, decision: Decision) -> list[TrialRow]:
                 harmful_nll=_float(row, "eval_harmful_nll"),
                 seconds=_float(row, "wall_s"),
                 said=said,
-                is_pick=_is_pick(row["beta_kl"], row["kl_temperature"], decision),
+                is_pick=decision.chose(row["beta_kl"], row["kl_temperature"]),
             )
         )
     return rows

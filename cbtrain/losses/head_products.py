@@ -82,9 +82,7 @@ def _project_rounded(stacked: Tensor, weight: Tensor, out: Tensor) -> None:
 def _rounded_tiles(weight: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
     """The head by vocabulary tiles, so that what is rounded takes little memory beside the chunk."""
     size = max(1, ROUNDED_BYTES // (max(rows, 1) * weight.itemsize))
-    for start in range(0, len(weight), size):
-        tile = slice(start, min(start + size, len(weight)))
-        yield tile, weight[tile]
+    yield from ((tile, weight[tile]) for tile in _slices(len(weight), size))
 
 
 def back_project(logit_gradient: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -111,9 +109,11 @@ def head_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
     vocabulary, hidden_size = weight.shape
     whole = weight.is_cuda and weight.dtype == dtype
     size = vocabulary if whole else max(1, TILE_BYTES // (hidden_size * dtype.itemsize))
-    for start in range(0, vocabulary, size):
-        tile = slice(start, min(start + size, vocabulary))
-        yield tile, weight[tile].to(dtype)
+    yield from ((tile, weight[tile].to(dtype)) for tile in _slices(vocabulary, size))
+
+
+def _slices(vocabulary: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size))
 
 
 def capped(

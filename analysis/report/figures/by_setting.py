@@ -24,9 +24,9 @@ from analysis.report.figures.style import (
     panels,
     say,
 )
-from analysis.report.tables import measured_loss
+from analysis.report.tables import measured_loss, sound_trials
 from analysis.surrogate.kernel import Array, coordinates
-from analysis.surrogate.surrogate import MIN_DRIFT, Surrogate, finite_trials
+from analysis.surrogate.surrogate import MIN_DRIFT, Surrogate
 
 _MARKS, _DASHES = ("o", "s", "D"), ("-", (0, (6, 2)), (0, (2, 2)))
 _POINTS = 48
@@ -64,9 +64,7 @@ class BySetting:
 
 def prepare_by_setting(trials: pd.DataFrame, decision: Decision, model: Surrogate | None) -> BySetting:
     """Trials by bands of temperature, with the model's lines where there is a model."""
-    usable, _ = finite_trials(trials)
-    suspect = {each.trial_id for each in decision.suspects}
-    sound = usable[~usable["trial_id"].isin(suspect)]
+    sound = sound_trials(trials, decision)
     baselines, rows = sound[sound["beta_kl"] == 0], sound[sound["beta_kl"] > 0]
     rows = rows.assign(lost=measured_loss(rows, trials, decision))
     chosen = None

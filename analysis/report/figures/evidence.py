@@ -7,9 +7,7 @@ import pandas as pd
 
 from analysis.decision import Decision, SettingAssessment
 from analysis.formatting import number, percent, setting, signed, temperature, with_relation
-from analysis.report.figures.style import (
-    Numbers,
-)
+from analysis.report.figures.style import Numbers
 from analysis.report.tables import measured_loss
 from analysis.surrogate.kernel import Array
 from analysis.surrogate.surrogate import MIN_DRIFT, finite_trials

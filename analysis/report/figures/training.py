@@ -84,8 +84,7 @@ def prepare_training(curves: pd.DataFrame, trials: pd.DataFrame, decision: Decis
 def _kind(beta_kl: float, heat: float, decision: Decision) -> str:
     if beta_kl == 0:
         return "baseline"
-    chosen = decision.verdict == "choose" and (beta_kl, heat) == (decision.beta_kl, decision.kl_temperature)
-    return "pick" if chosen else "other"
+    return "pick" if decision.chose(beta_kl, heat) else "other"
 
 
 def _curves(curves: pd.DataFrame, trials: pd.DataFrame, kinds: dict[str, str]) -> tuple[Curve, ...]:
