@@ -224,8 +224,8 @@ def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
 
 def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
     """Start Ray and run what is left of the sweep; the exit status. The caller holds the run directory's lock."""
+    from sweeps.execution.context import TrialContext
     from sweeps.execution.placement import place, placement_line, started_ray
-    from sweeps.execution.trial import TrialContext
     from sweeps.reporting.console import wrapped
     from sweeps.storage.shared_path import require_shared
 

@@ -4,23 +4,22 @@ Losses say that hidden states turned away; this says what the model then makes o
 passes over a setting that breaks it. The whole model lies on one device, however it was partitioned in training.
 """
 
-import contextlib
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import ray
-from ray.exceptions import RayError
+from ray.actor import ActorHandle
 
 from analysis.behaviour.measured import Behaviour
 from analysis.decision import Decision
 from analysis.formatting import percent
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.utils.environment import quiet_libraries
-from sweeps.execution.trial import TrialContext, output_to, root_cause
+from sweeps.execution.context import TrialContext
+from sweeps.execution.processes import Processes, call, root_cause
 from sweeps.plan.journal import TrialSpec, trial_config
 
 if TYPE_CHECKING:
@@ -29,9 +28,9 @@ if TYPE_CHECKING:
 NEW_TOKENS = 64
 """Of each answer that is measured, at most."""
 _START_S = 20.0
-"""Measuring does not wait longer for another process once one has started."""
+"""Measuring does not wait longer for another process once one is there."""
 LOG = "behaviour"
-"""Of `logs/`, without its suffix: what the measuring process prints."""
+"""Of `logs/`, without its suffix: what the measuring processes print."""
 
 
 def subjects(rows: Sequence[dict[str, Any]], decision: Decision) -> list[TrialSpec]:
@@ -61,24 +60,17 @@ def file_of(run_dir: Path, spec: TrialSpec) -> Path:
 
 
 class Meter:
-    """Measures trials' behaviour in processes that each have what one worker of a trial had, and share the work.
+    """Measures trials' behaviour in processes that each have what one worker of a trial has, and share the work.
 
     Args:
+        processes: of the sweep, all of which are there.
         prompts: held-out prompts of each kind, at most.
         judge: `module:function` of a user's classifier; empty for the judge of this package.
-        processes: as many as there were trials at a time, at most.
     """
 
-    def __init__(self, context: TrialContext, prompts: int, judge: str = "", processes: int = 1) -> None:
-        workers = context.workers
-        actor = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=0)(_Measuring)
-        wanted = [actor.remote(context, prompts, judge) for _ in range(processes)]
-        starting = [process.started.remote() for process in wanted]
-        ray.wait(starting)
-        started, _ = ray.wait(starting, num_returns=processes, timeout=_START_S)
-        self._processes = [process for process, start in zip(wanted, starting, strict=True) if start in started]
-        for process in set(wanted) - set(self._processes):  # a node may be gone since the trials ran
-            ray.kill(process)
+    def __init__(self, context: TrialContext, processes: Processes, prompts: int, judge: str = "") -> None:
+        self._context, self._prompts, self._judge = context, prompts, judge
+        self._handles = processes.started(_START_S)
         self._teacher_said: dict[tuple[int, ...], Known] = {}
 
     def expected_seconds(self, specs: Sequence[TrialSpec]) -> float:
@@ -87,9 +79,8 @@ class Meter:
         Raises:
             BehaviourError: why it cannot be told, and nothing can be measured.
         """
-        at_work, known = self._at_work(specs), set(self._teacher_said)
-        told = [process.expected_seconds.remote(specs, known, len(at_work)) for process in at_work]
-        return max(self._asked(told))
+        known, processes = set(self._teacher_said), self._at_work(specs)
+        return max(self._asked(_expected_seconds, [(specs, known, processes)] * processes))
 
     def measure(self, specs: Sequence[TrialSpec]) -> None:
         """Write each trial's `behaviour.json` and `completions.jsonl`.
@@ -97,28 +88,27 @@ class Meter:
         Raises:
             BehaviourError: why that fails.
         """
-        at_work, known = self._at_work(specs), set(self._teacher_said)
-        of_all = len(at_work)
-        for said in self._asked(
-            [process.ask_teacher.remote(specs[0], known, (i, of_all)) for i, process in enumerate(at_work)]
-        ):
+        known, processes = set(self._teacher_said), self._at_work(specs)
+        parts = [(specs[0], known, (index, processes)) for index in range(processes)]
+        for said in self._asked(_ask_teacher, parts):
             self._teacher_said |= said
-        said = ray.put(self._teacher_said)
-        self._asked([process.measure.remote(specs[i::of_all], said) for i, process in enumerate(at_work)])
+        self._asked(_measure, [(specs[index::processes], self._teacher_said) for index in range(processes)])
 
-    def end(self) -> None:
-        """End the processes."""
-        for process in self._processes:
-            ray.kill(process)
+    def _at_work(self, specs: Sequence[TrialSpec]) -> int:
+        return min(len(self._handles), len(specs))
 
-    def _at_work(self, specs: Sequence[TrialSpec]) -> list[Any]:
-        return self._processes[: len(specs)]
+    def _asked(self, work: Callable, shares: Sequence[tuple]) -> list[Any]:
+        """What each process answers to its share of some work, all at once."""
+        what_all_know = (self._context, self._prompts, self._judge)
 
-    def _asked(self, answers: list[Any]) -> list[Any]:
-        try:
-            return ray.get(answers)
-        except RayError as error:
-            raise BehaviourError(f"{root_cause(error)} (logs/{LOG}.log)") from error
+        def one(process: ActorHandle, share: tuple) -> Any:
+            return call(process, self._context.run_dir, LOG, _with_threads, work, (*what_all_know, *share))
+
+        with ThreadPoolExecutor(len(shares)) as pool:
+            try:
+                return [*pool.map(one, self._handles, shares)]
+            except Exception as error:
+                raise BehaviourError(f"{root_cause(error)} (logs/{LOG}.log)") from error
 
 
 class BehaviourError(Exception):
@@ -154,72 +144,65 @@ def behaviour_sentences(measured: Sequence[Behaviour], decision: Decision) -> li
     return sentences
 
 
-class _Measuring:
-    """The process of a `Meter`."""
+def _with_threads(work: Callable, arguments: tuple, _report: Callable) -> Any:
+    import torch
 
-    def __init__(self, context: TrialContext, prompts: int, judge: str) -> None:
-        self._context, self._prompts, self._judge = context, prompts, judge
+    quiet_libraries()
+    torch.set_num_threads(arguments[0].workers.cpus)
+    return work(*arguments)
 
-    def started(self) -> None:
-        """Returns once the process is there."""
 
-    def expected_seconds(self, specs: Sequence[TrialSpec], known: set[tuple[int, ...]], processes: int) -> float:
-        with self._logged():
-            from cbtrain.evaluation.behaviour import expected_seconds
+def _expected_seconds(
+    context: TrialContext,
+    prompts: int,
+    _judge: str,
+    specs: Sequence[TrialSpec],
+    known: set[tuple[int, ...]],
+    processes: int,
+) -> float:
+    from cbtrain.evaluation.behaviour import expected_seconds
 
-            return expected_seconds(
-                trial_config(self._context.config, specs[0]),
-                len(specs),
-                self._prompts,
-                NEW_TOKENS,
-                teacher_known=known,
-                processes=processes,
-            )
+    config = trial_config(context.config, specs[0])
+    return expected_seconds(config, len(specs), prompts, NEW_TOKENS, teacher_known=known, processes=processes)
 
-    def ask_teacher(
-        self, spec: TrialSpec, known: set[tuple[int, ...]], part: tuple[int, int]
-    ) -> dict[tuple[int, ...], "Known"]:
-        with self._logged():
-            from cbtrain.evaluation.behaviour import teacher_answers
 
-            return teacher_answers(
-                *self._trained(spec),
-                prompts=self._prompts,
-                max_new_tokens=NEW_TOKENS,
-                judge=self._judge,
-                known=known,
-                part=part,
-            )
+def _ask_teacher(
+    context: TrialContext,
+    prompts: int,
+    judge: str,
+    spec: TrialSpec,
+    known: set[tuple[int, ...]],
+    part: tuple[int, int],
+) -> dict[tuple[int, ...], "Known"]:
+    from cbtrain.evaluation.behaviour import teacher_answers
 
-    def measure(self, specs: Sequence[TrialSpec], teacher_said: dict[tuple[int, ...], "Known"]) -> None:
-        with self._logged():
-            from cbtrain.evaluation.behaviour import measure
+    return teacher_answers(
+        *_trained(context, spec), prompts=prompts, max_new_tokens=NEW_TOKENS, judge=judge, known=known, part=part
+    )
 
-            for spec in specs:
-                config, adapter = self._trained(spec)
-                measure(
-                    config,
-                    adapter,
-                    prompts=self._prompts,
-                    max_new_tokens=NEW_TOKENS,
-                    judge=self._judge,
-                    output_dir=adapter.parent,
-                    teacher_said=teacher_said,
-                )
 
-    def _trained(self, spec: TrialSpec) -> tuple[CircuitBreakerConfig, Path]:
-        """A trial's configuration and adapter."""
-        return trial_config(self._context.config, spec), file_of(self._context.run_dir, spec).parent / "adapter"
+def _measure(
+    context: TrialContext,
+    prompts: int,
+    judge: str,
+    specs: Sequence[TrialSpec],
+    teacher_said: dict[tuple[int, ...], "Known"],
+) -> None:
+    from cbtrain.evaluation.behaviour import measure
 
-    @contextlib.contextmanager
-    def _logged(self) -> Iterator[None]:
-        with output_to(self._context.run_dir, LOG):
-            quiet_libraries()
-            import torch
+    for spec in specs:
+        config, adapter = _trained(context, spec)
+        measure(
+            config,
+            adapter,
+            prompts=prompts,
+            max_new_tokens=NEW_TOKENS,
+            judge=judge,
+            output_dir=adapter.parent,
+            teacher_said=teacher_said,
+        )
 
-            torch.set_num_threads(self._context.workers.cpus)
-            try:
-                yield
-            except Exception:
-                traceback.print_exc()  # Ray tells the driver, and the log's reader nothing
-                raise
+
+def _trained(context: TrialContext, spec: TrialSpec) -> tuple[CircuitBreakerConfig, Path]:
+    """A trial's configuration and adapter."""
+    return trial_config(context.config, spec), file_of(context.run_dir, spec).parent / "adapter"

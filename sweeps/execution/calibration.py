@@ -6,7 +6,10 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from analysis.formatting import count
-from sweeps.execution.trial import TrialContext, on_workers, output_to
+from cbtrain.config import InputError
+from sweeps.execution.context import TrialContext
+from sweeps.execution.processes import Processes, root_cause
+from sweeps.execution.training import run_once
 from sweeps.reporting.console import wrapped
 from sweeps.reporting.screen import SCREEN
 
@@ -17,22 +20,22 @@ STARTUP_S = 15.0
 """Of Ray's processes and their imports, once a sweep."""
 
 
-def calibrate_before(context: TrialContext, max_steps: int, fixed: Collection[str]) -> "Calibration":
+def calibrate_before(
+    context: TrialContext, max_steps: int, fixed: Collection[str], processes: Processes | None
+) -> "Calibration":
     """Climb the ladder and write `calibration.json` into the run directory.
 
     Raises:
         InputError: as `cbtrain.training.ladder.calibrate`, or its workers were lost.
     """
-    if context.workers.in_process:
-        from cbtrain.model.loading import forget_base
-
-        try:
-            found = _calibrate(context, max_steps, fixed, _say)
-        finally:
-            forget_base()  # the trials' processes load their own
-    else:
-        work = functools.partial(_on_worker, context, max_steps, fixed)
-        found = on_workers(work, context, "calibration")
+    work = functools.partial(_calibrate, context, max_steps, fixed)
+    try:
+        found: Calibration = run_once(work, context, processes, "calibration", _say)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"calibration: {root_cause(error)}; see logs/ in {context.run_dir}") from error
+    if processes is None:  # workers that Train starts do not report as they go
         for run in found.runs:
             _say(run.line())
     found.write(context.run_dir / "calibration.json")
@@ -52,18 +55,6 @@ def _calibrate(
         teacher_cache=context.teacher_cache,
         say=say,
     )
-
-
-def _on_worker(context: TrialContext, max_steps: int, fixed: Collection[str]) -> "Calibration":
-    import ray.train
-    import torch
-
-    from cbtrain.utils.environment import quiet_libraries
-
-    quiet_libraries()
-    torch.set_num_threads(context.workers.cpus)
-    with output_to(context.run_dir, f"calibration-rank{ray.train.get_context().get_world_rank()}"):
-        return _calibrate(context, max_steps, fixed, print)
 
 
 def _say(line: str) -> None:

@@ -26,9 +26,13 @@ from cbtrain.training.calibration import Calibration, steps_allowed
 from cbtrain.utils.environment import log_to
 from sweeps.execution.behaviour import BehaviourError, Meter, behaviour_sentences, file_of, subjects
 from sweeps.execution.calibration import calibrate_before, spent, summary, told, with_recipe
+from sweeps.execution.context import TrialContext
+from sweeps.execution.output import output_to
+from sweeps.execution.placement import TUNE_RESOURCES
+from sweeps.execution.processes import Processes
 from sweeps.execution.searcher import PlanSearcher
 from sweeps.execution.teacher_cache import norms_are_missing, run_teacher
-from sweeps.execution.trial import TrialContext, output_to, run_trial
+from sweeps.execution.trial import run_trial
 from sweeps.plan.budget import PlanSettings
 from sweeps.plan.early_stopping import StopRule, rule_for
 from sweeps.plan.journal import TrialSpec
@@ -75,10 +79,14 @@ class SweepDriver:
         self._started = time.monotonic()
         self._noise_told = False
         self._cleared: set[str] = set()
+        self._kept: Processes | None = None
+        """Where trials run, unless Ray Train starts workers for each."""
 
     def sweep(self, context: TrialContext, cache: CachePlan) -> int:
         """Run the plan to its end; the exit status."""
         log_to(self.run.path / "logs" / f"{LOG}.log")
+        if context.workers.in_process:
+            self._kept = Processes(context.workers, self.concurrency)
         try:
             # What libraries print, those written in C included, would tear what stays in place.
             with SCREEN.kept_apart(), output_to(self.run.path, LOG):
@@ -113,7 +121,7 @@ class SweepDriver:
         trials = self._plan.budget.total
         allowed = steps_allowed(trials, context.config.steps)
         with SCREEN.phase("calibrate", f"by runs of at most {allowed:,} steps in all"):
-            found = calibrate_before(context, allowed, self.fixed)
+            found = calibrate_before(context, allowed, self.fixed, self._kept)
         SCREEN.say(*told(found, trials, self._at_a_time(context)), "")
         changed: dict[str, Any] = {"calibration": summary(found)}
         if found.converged:
@@ -200,8 +208,10 @@ class SweepDriver:
         if not specs:
             return
         SCREEN.begin("behaviour", "loads the model")
-        meter = Meter(context, self.behaviour_prompts, self.judge, min(self.concurrency, len(specs)))
+        a_worker = dataclasses.replace(context.workers, count=1)
+        processes = self._kept or Processes(a_worker, min(self.concurrency, len(specs)))
         try:
+            meter = Meter(context, processes, self.behaviour_prompts, self.judge)
             while specs:
                 most, seconds = f"at most {self.behaviour_prompts} prompts", meter.expected_seconds(specs)
                 what = f"{len(specs) + 1} models answer {most} a kind, in at most {seconds:.0f} s"
@@ -213,7 +223,7 @@ class SweepDriver:
             SCREEN.say(*wrapped(f"behaviour not measured: {error}"))
         finally:
             SCREEN.end()
-            meter.end()
+            processes.end()
 
     def _wall_s(self) -> float:
         """Seconds of all sessions, up to the last event of those that were killed."""
@@ -234,11 +244,11 @@ class SweepDriver:
         """
         if plan.directory is None:
             if norms_are_missing(context.config):
-                context = self._with_norms(context, run_teacher(plan, context)[1])
+                context = self._with_norms(context, run_teacher(plan, context, self._kept)[1])
             return context
         earlier = self.run.record.get("teacher_cache")
         try:
-            report, norms = run_teacher(plan, context)
+            report, norms = run_teacher(plan, context, self._kept)
         except CacheUnavailableError as error:
             SCREEN.say(*wrapped(f"cache     off, {LIVE}: {error}"))
             self.run.update(teacher_cache=f"off: {error}")
@@ -272,10 +282,11 @@ class SweepDriver:
                 return None
             return rule_for(spec, self._plan, self.run.path / "trials", context.config.steps)
 
-        searcher = PlanSearcher(self._plan, on_change, rule)
-        trainable = tune.with_parameters(run_trial, context=context)
+        searcher = PlanSearcher(self._plan, on_change, rule, self._kept)
+        handles = self._kept.handles if self._kept else []
+        trainable = tune.with_parameters(run_trial, context=context, processes=handles)
         tuner = tune.Tuner(
-            tune.with_resources(trainable, context.workers.tune_resources()),
+            tune.with_resources(trainable, TUNE_RESOURCES),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=self._plan.budget.total - self.ended_before,

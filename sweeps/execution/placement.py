@@ -41,6 +41,10 @@ WORKER_ENVIRONMENT = {
 }
 
 
+TUNE_RESOURCES = {"memory": 1}
+"""What Tune reserves for a trial's own process, which works little; what trains reserves CPUs and GPUs beside it."""
+
+
 @dataclass(frozen=True)
 class Workers:
     """What one trial runs on."""
@@ -54,12 +58,8 @@ class Workers:
 
     @property
     def in_process(self) -> bool:
-        """Whether the trial runs in the trainable's own process."""
+        """Whether the trial runs in a process that is kept, and not on workers that are started for it."""
         return self.count == 1 and self.gpus == 0
-
-    def tune_resources(self) -> dict[str, float]:
-        """What Tune reserves for the trainable; workers of its own reserve theirs beside it."""
-        return {"CPU": self.cpus} if self.in_process else {"memory": 1}
 
     def scaling(self) -> ScalingConfig:
         """What Train starts."""

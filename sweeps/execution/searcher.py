@@ -12,6 +12,7 @@ from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_EXPERIMENT_INFO_KEYS, DEFA
 from ray.tune.search.searcher import Searcher
 
 from analysis.columns import PLAN_COLUMNS
+from sweeps.execution.processes import Processes
 from sweeps.plan.early_stopping import StopRule
 from sweeps.plan.journal import Status, TrialOutcome, TrialSpec
 from sweeps.plan.outcomes import REQUIRED_METRICS
@@ -30,7 +31,8 @@ def _never(_spec: TrialSpec) -> None:
 
 
 class PlanSearcher(Searcher):
-    """Gives each Tune trial a `TrialSpec` as its config: its fields, and `stop_rule` where the trial has one.
+    """Gives each Tune trial a `TrialSpec` as its config: its fields, and where the trial has them `stop_rule` and
+    `process`, the index of the kept process that it runs in.
 
     A trial function ends by reporting `status` ("completed", "stopped" or "failed"), `error` and the metric columns.
     """
@@ -40,12 +42,14 @@ class PlanSearcher(Searcher):
         plan: SweepPlan,
         on_change: Callable[[], None] = _nothing,
         rule_for: Callable[[TrialSpec], StopRule | None] = _never,
+        processes: Processes | None = None,
     ) -> None:
         """
         Args:
             plan: where trials come from.
             on_change: called after each trial given and each outcome taken, to rewrite trials.csv.
             rule_for: when the trial that is about to be given stops early; None where it does not.
+            processes: the kept ones, of which each trial that runs has one.
         """
         super().__init__()
         self.plan = plan
@@ -53,6 +57,8 @@ class PlanSearcher(Searcher):
         self._on_change = on_change
         self._rule_for = rule_for
         self._trial_ids: dict[str, str] = {}
+        self._processes = processes
+        self._taken: dict[str, int] = {}
 
     @property
     def given(self) -> set[str]:
@@ -73,10 +79,16 @@ class PlanSearcher(Searcher):
         except Exception as failure:
             self.failure = failure
             return Searcher.FINISHED
-        return asdict(spec) | ({"stop_rule": rule} if rule else {})
+        given = asdict(spec) | ({"stop_rule": rule} if rule else {})
+        if self._processes is not None:
+            self._taken[trial_id] = self._processes.take()
+            given["process"] = self._taken[trial_id]
+        return given
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, object] | None = None, error: bool = False) -> None:
         """Tell the plan how the Tune trial `trial_id` ended, by the last result that it reported."""
+        if self._processes is not None:
+            self._processes.give_back(self._taken.pop(trial_id))
         try:
             self.plan.tell(self._trial_ids[trial_id], outcome_of(result, crashed=error))
             self._on_change()

@@ -1,6 +1,7 @@
 """What all trials of a sweep know of their teacher before the first of them runs: its cache, and its norms."""
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cbtrain.config import CircuitBreakerConfig
+from cbtrain.config import CircuitBreakerConfig, InputError
+from sweeps.execution.context import TrialContext
+from sweeps.execution.processes import Processes, root_cause
 from sweeps.reporting.screen import SCREEN
 
 if TYPE_CHECKING:
     from cbtrain.teacher_cache.plan import CachePlan
-    from sweeps.execution.trial import TrialContext
+    from cbtrain.training.loop import TeacherPass
 
 
 @dataclass(frozen=True)
@@ -40,30 +43,36 @@ def norms_are_missing(config: CircuitBreakerConfig) -> bool:
     return config.retain_norm == "relative" and config.retain_norms is None
 
 
-def run_teacher(plan: "CachePlan", context: "TrialContext") -> tuple[CacheReport, tuple[float, ...] | None]:
+def run_teacher(
+    plan: "CachePlan", context: TrialContext, processes: Processes | None
+) -> tuple[CacheReport, tuple[float, ...] | None]:
     """Compute what a planned cache lacks, with a progress bar, and the norms, on what a trial runs on.
 
     Raises:
-        CacheUnavailableError: the cache cannot be read or written.
+        CacheUnavailableError: whatever went wrong with a cache.
+        InputError: whatever went wrong without one.
     """
-    started = time.monotonic()
-    if context.workers.in_process:
-        from cbtrain.model.loading import forget_base
-        from cbtrain.training import loop
+    from cbtrain.teacher_cache.plan import CacheUnavailableError
+    from sweeps.execution.training import run_once
 
-        try:
-            with SCREEN.phase("teacher", f"runs on {plan.rows:,} rows for the cache", plan.rows) as advance:
-                found = loop.run_teacher(context.config, plan.directory, advance)
-        finally:
-            forget_base()  # the trials' processes load their own
-    else:
-        from sweeps.execution.trial import run_teacher_on_workers
-
-        what = f"runs on {plan.rows:,} rows for the cache"
-        with SCREEN.phase("teacher", what, plan.bytes) as advance, _watching(plan.directory, advance):
-            found = run_teacher_on_workers(plan.directory, context)
+    started, directory = time.monotonic(), plan.directory
+    work = functools.partial(_run_teacher, context.config, directory)
+    what = f"runs on {plan.rows:,} rows for the cache"
+    try:
+        with SCREEN.phase("teacher", what, plan.bytes) as advance, _watching(directory, advance):
+            found: TeacherPass = run_once(work, context, processes, "teacher_cache")
+    except Exception as error:
+        if directory is None:
+            raise InputError(f"--model {context.config.model}: its norms: {root_cause(error)}") from error
+        raise CacheUnavailableError(f"{directory}: {root_cause(error)}") from error
     seconds = time.monotonic() - started
     return CacheReport(found.rows_computed, found.teacher_s, seconds, plan.rows_read_by_a_run), found.retain_norms
+
+
+def _run_teacher(config: CircuitBreakerConfig, directory: Path | None, _report: Callable) -> "TeacherPass":
+    from cbtrain.training import loop
+
+    return loop.run_teacher(config, directory)
 
 
 @contextlib.contextmanager

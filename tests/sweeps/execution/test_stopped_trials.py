@@ -15,16 +15,18 @@ import ray.train
 from simulated import completed, plan_of, tell_baselines
 
 from cbtrain.config import CircuitBreakerConfig, InputError
+from sweeps.execution.context import TrialContext
 from sweeps.execution.driver import SweepDriver
 from sweeps.execution.placement import Workers
 from sweeps.execution.searcher import PlanSearcher
-from sweeps.execution.trial import TrialContext, run_trial, train_loop
+from sweeps.execution.training import train_loop
+from sweeps.execution.trial import run_trial
 from sweeps.plan.early_stopping import StopRule, held_out_curve, judge, require_stoppable, rule_for
 from sweeps.plan.journal import TrialSpec
 from sweeps.storage.run_directory import RunDirectory
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["cbtrain.training.loop", "sweeps.execution.trial"])
+PROCESSES.set_forkserver_preload(["cbtrain.training.loop", "sweeps.execution.training"])
 STEPS = 10
 SPEC = TrialSpec("t007", "search", 0.5, 1.0, 0)
 RULE = StopRule(
@@ -129,14 +131,13 @@ def test_a_stopped_trial_is_a_row_with_its_reason_and_leaves_no_adapter(quick, c
     assert f"stopped: {row.error}" in capsys.readouterr().out
 
 
-def test_a_resumed_trial_counts_its_evaluations_before_the_checkpoint(config, tmp_path, monkeypatch):
+def test_a_resumed_trial_counts_its_evaluations_before_the_checkpoint(config, tmp_path):
     context = context_of(config, tmp_path)
     first = Reports(kill_at=6)
-    monkeypatch.setattr("ray.tune.report", first)
     with pytest.raises(KeyboardInterrupt):
-        train_loop(SPEC, context, RULE)
-    monkeypatch.setattr("ray.tune.report", again := Reports())
-    metrics, reason = train_loop(SPEC, context, RULE)
+        train_loop(SPEC, context, RULE, first)
+    again = Reports()
+    metrics, reason = train_loop(SPEC, context, RULE, again)
     # Step 4, the first that is judged, lies before the checkpoint, from which the trial went on.
     assert (first.steps, again.steps) == ([2, 4, 6], [6])
     assert (metrics["step"], metrics["resumed_from"]) == (6, 4)

@@ -15,12 +15,13 @@ from synthetic import Surface, make_trials
 
 from analysis.behaviour.measured import load_behaviour
 from analysis.decide import decide
-from cbtrain.config import CircuitBreakerConfig, InputError
+from cbtrain.config import CircuitBreakerConfig
 from cbtrain.evaluation.judge.judge import load_classifier
 from cbtrain.training.loop import train
-from sweeps.execution.behaviour import BehaviourError, Meter, _Measuring, behaviour_sentences, file_of, subjects
+from sweeps.execution.behaviour import BehaviourError, Meter, _measure, behaviour_sentences, file_of, subjects
+from sweeps.execution.context import TrialContext
 from sweeps.execution.placement import Workers
-from sweeps.execution.trial import TrialContext
+from sweeps.execution.processes import Processes
 from sweeps.plan.journal import TrialSpec, trial_config
 
 BASELINE = TrialSpec("t000", "baseline", 0.0, 1.0, 0)
@@ -85,14 +86,6 @@ def test_the_summary_tells_of_both_kinds_of_prompts_with_the_baseline_in_bracket
     )
 
 
-def test_what_is_wrong_is_in_the_log_of_the_measuring_process(
-    small_config: CircuitBreakerConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(InputError, match="--adapter"):
-        _Measuring(TrialContext(small_config, tmp_path, Workers()), 1, "").measure([BASELINE], {})
-    assert "InputError: --adapter" in capsys.readouterr().err
-
-
 @pytest.fixture
 def two_cpus() -> Iterator[None]:
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
@@ -100,15 +93,23 @@ def two_cpus() -> Iterator[None]:
     ray.shutdown()
 
 
+def test_what_is_wrong_is_in_the_log_of_the_measuring_process(
+    small_config: CircuitBreakerConfig, tmp_path: Path, two_cpus: None
+) -> None:
+    meter = Meter(TrialContext(small_config, tmp_path, Workers()), Processes(Workers(), 1), prompts=1)
+    with pytest.raises(BehaviourError, match="--adapter"):
+        meter.measure([BASELINE])
+    assert "InputError: --adapter" in (tmp_path / "logs" / "behaviour.log").read_text()
+
+
 @pytest.mark.usefixtures("two_cpus")
 def test_a_process_that_cannot_measure_is_a_line_that_names_the_log(
     small_config: CircuitBreakerConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "logs").write_text("a file, where a directory should be")
-    meter = Meter(TrialContext(small_config, tmp_path, Workers()), prompts=1)
+    meter = Meter(TrialContext(small_config, tmp_path, Workers()), Processes(Workers(), 1), prompts=1)
     with pytest.raises(BehaviourError, match=r"^FileExistsError: .* \(logs/behaviour\.log\)$"):
         meter.measure([BASELINE])
-    meter.end()
 
 
 def test_processes_that_share_partitioned_models_say_what_one_says_by_a_users_classifier(
@@ -127,12 +128,13 @@ def test_processes_that_share_partitioned_models_say_what_one_says_by_a_users_cl
         train(replace(trial_config(small_config, spec), steps=3), tmp_path / "trials" / spec.trial_id, lambda _m: None)
     context = TrialContext(config, tmp_path, Workers(count=2))
     monkeypatch.setattr("sweeps.execution.behaviour._START_S", 2.0)
-    meter = Meter(context, prompts=3, judge="one_verdict:judge", processes=3)  # one more than there is room for
+    processes = Processes(Workers(), 3)  # one more than there is room for
+    meter = Meter(context, processes, prompts=3, judge="one_verdict:judge")
     assert 0 < meter.expected_seconds([BASELINE, CHOSEN]) < math.inf
     meter.measure([BASELINE, CHOSEN])
-    meter.end()
+    processes.end()
     by_two = [in_digits(file_of(tmp_path, spec)) for spec in (BASELINE, CHOSEN)]
-    _Measuring(context, 3, "one_verdict:judge").measure([BASELINE, CHOSEN], {})
+    _measure(context, 3, "one_verdict:judge", [BASELINE, CHOSEN], {})
     for spec, ours in zip((BASELINE, CHOSEN), by_two, strict=True):
         assert in_digits(file_of(tmp_path, spec)) == ours
     before, *models = load_behaviour(tmp_path, pd.DataFrame([BASELINE, CHOSEN]))

@@ -14,8 +14,9 @@ from simulated import file_storage, next_trial, plan_of, world
 from cbtrain.config import InputError
 from cbtrain.training.metrics import Metrics
 from sweeps import kl_ablation
+from sweeps.execution.context import TrialContext
 from sweeps.execution.placement import Workers
-from sweeps.execution.trial import TrialContext, _begin_or_go_on
+from sweeps.execution.training import _begin_or_go_on
 from sweeps.reporting.console import resume_lines
 from sweeps.storage import inputs
 from sweeps.storage.lock import HeldError, held

@@ -1,0 +1,135 @@
+"""Processes that are started once a sweep and kept: trials of one CPU worker run in them, and all else.
+
+Ray Tune's own processes come and go: of several that are free it keeps one, and each new one would import torch,
+transformers and DeepSpeed for seconds and load the model again. So Tune's are small, and hand the work to these.
+"""
+
+import os
+import queue
+import socket
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
+
+from cbtrain.utils.errors import named
+from sweeps.execution.output import output_to
+from sweeps.execution.placement import Workers
+
+Answer = tuple[bool, Any]
+"""Whether it is what the work returned, which comes last, and what it reported or returned."""
+
+
+def nothing(_report: Any) -> None:
+    """For work whose reports are of no use."""
+
+
+class Processes:
+    """The kept processes, of which each has what one worker of a trial has. One that is lost is started again."""
+
+    def __init__(self, workers: Workers, count: int) -> None:
+        actor = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=-1)(_Process)
+        self.handles: list[ActorHandle] = [actor.remote() for _ in range(count)]
+        self._free = list(range(count))
+
+    def take(self) -> int:
+        """The index of a free one, which is taken until it is given back."""
+        return self._free.pop(0)
+
+    def give_back(self, index: int) -> None:
+        """Its work has ended."""
+        self._free.append(index)
+
+    def started(self, others_s: float) -> list[ActorHandle]:
+        """Those that are there, as soon as one is, and `others_s` seconds later at most: a node may have been lost."""
+        starting = [handle.started.remote() for handle in self.handles]
+        ray.wait(starting)
+        there, _ = ray.wait(starting, num_returns=len(starting), timeout=others_s)
+        return [handle for handle, start in zip(self.handles, starting, strict=True) if start in there]
+
+    def end(self) -> None:
+        """End them all."""
+        for handle in self.handles:
+            ray.kill(handle)
+
+
+def call(
+    process: ActorHandle,
+    run_dir: Path,
+    log: str,
+    work: Callable,
+    *arguments: Any,
+    on_report: Callable[[Any], None] = nothing,
+) -> Any:
+    """What `work(*arguments, report)` returns in a process, whose output goes to `logs/<log>.log` meanwhile.
+
+    Args:
+        on_report: takes what the work gives to its `report`, as it comes.
+
+    Raises:
+        RayError: the process was lost.
+        Exception: what the work raised.
+    """
+    answers: Iterator[Any] = process.call.options(num_returns="streaming").remote(run_dir, log, work, arguments)
+    try:
+        for answer in answers:
+            returned, value = ray.get(answer)
+            if returned:
+                return value
+            on_report(value)
+    except RayTaskError as error:
+        raise error.cause from None  # its trace is in the log
+    raise RuntimeError("a kept process ended its work without an answer")
+
+
+def root_cause(error: BaseException) -> str:
+    """One line for what went wrong at the bottom of Ray's wrappings."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = cause
+    return named(error)
+
+
+def name_of_this() -> str:
+    """Host and process id: what trials.csv says of where a trial ran."""
+
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+class _Process:
+    """One of them."""
+
+    def __init__(self) -> None:
+        from cbtrain.utils.environment import quiet_libraries
+
+        quiet_libraries()
+        from cbtrain.training import loop  # noqa: F401  all that a trial needs, before the first of them is there
+
+    def started(self) -> None:
+        """Returns once the process is there."""
+
+    def call(self, run_dir: Path, log: str, work: Callable, arguments: Sequence[Any]) -> Iterator[Answer]:
+        said: queue.SimpleQueue[tuple[bool, Any, BaseException | None]] = queue.SimpleQueue()
+
+        def worked() -> None:
+            try:
+                said.put((True, work(*arguments, lambda value: said.put((False, value, None))), None))
+            except BaseException as error:
+                traceback.print_exc()  # Ray tells the caller, and the log's reader nothing
+                said.put((True, None, error))
+
+        with output_to(run_dir, log):
+            threading.Thread(target=worked, daemon=True).start()
+            returned = False
+            while not returned:
+                returned, value, error = said.get()
+                if error is not None:
+                    raise error
+                yield returned, value
