@@ -27,7 +27,7 @@ from cbtrain.teacher_cache.build import open_or_build
 from cbtrain.teacher_cache.plan import CacheUnavailableError
 from cbtrain.teacher_cache.retain_norms import with_retain_norms
 from cbtrain.teacher_cache.store import TeacherCache
-from cbtrain.training import checkpoint
+from cbtrain.training.checkpoint import Checkpoints
 from cbtrain.training.dataloader import StepInput, StepLoader
 from cbtrain.training.engine import (
     adapted_model,
@@ -82,7 +82,8 @@ def train(
         decoder = engine.module.decoder
         cache = _cache(config, data, pad, decoder, teacher_cache)
         torch.manual_seed(config.seed + 1_000_003 * distributed.rank())
-        before = checkpoint.load(engine, output_dir / "checkpoint", config) if resume else checkpoint.NOTHING
+        checkpoints = Checkpoints(output_dir / "checkpoint", config, data)
+        before = checkpoints.load(engine) if resume else checkpoints.begin()
         measured = before.retain_norms or config.retain_norms
         config = with_retain_norms(replace(config, retain_norms=measured), data, pad, decoder, cache)
         engine.module.config, engine.module.profile = config, profile
@@ -114,7 +115,7 @@ def train(
                     report(metrics)
             if saving:
                 with profile.span("checkpoint"):
-                    checkpoint.save(engine, output_dir / "checkpoint", done, config, clock.seconds)
+                    checkpoints.save(engine, done, config.retain_norms, clock.seconds)
             clock.lap("other" if logging or saving else "train")
         with profile.span("checkpoint"):
             save_adapter(model, output_dir / "adapter", config)
