@@ -52,6 +52,15 @@ def agreed(value: Value) -> Value:
     return values[0]
 
 
+def collected(values: list[Value]) -> list[Value]:
+    """The values of all ranks, in their order, on every rank; every rank calls it."""
+    if world_size() == 1:
+        return values
+    lists: list[list[Value]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(lists, values)
+    return [value for one in lists for value in one]
+
+
 @contextlib.contextmanager
 def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
     """The parameters whole for the body, where ZeRO-3 has partitioned them; small ones it leaves whole."""

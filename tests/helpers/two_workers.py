@@ -16,6 +16,7 @@ from cbtrain.training import loop
 from cbtrain.training.dataloader import StepLoader
 from cbtrain.training.engine import adapted_model, deepspeed_engine
 from cbtrain.training.metrics import Metrics, Report
+from cbtrain.training.non_finite import NonFiniteLossError
 from cbtrain.utils import distributed
 from cbtrain.utils.environment import quiet_libraries
 
@@ -76,7 +77,7 @@ def main() -> None:
                 output.write_text(json.dumps(updates))
             continue
         cache = job["cache"] and Path(job["cache"])
-        with contextlib.suppress(StopError):
+        with contextlib.suppress(StopError, NonFiniteLossError):
             loop.train(config, output, stop_at(job["stop_at"]), resume=job["resume"], teacher_cache=cache)
     dist.destroy_process_group()
 

@@ -17,7 +17,7 @@ from cbtrain.model.loading import load_base
 from cbtrain.model.lora import add_adapter
 from cbtrain.training import loop
 from cbtrain.training.loop import train
-from cbtrain.training.metrics import NonFiniteLossError
+from cbtrain.training.non_finite import NonFiniteLossError
 from cbtrain.training.step import CircuitBreakerStep
 
 REQUIRED = {

@@ -67,6 +67,7 @@ def by_two(config, llama4, tmp_path_factory) -> Path:
     ]
     jobs.append(job(replace(llama4, zero_stage=3), directory / LLAMA_4))
     jobs += [job(replace(config, zero_stage=n), directory / f"unscored-{n}.json", unscored=True) for n in UNSCORED]
+    jobs.append(job(replace(config, lr=1e30), directory / "diverged"))
     jobs += stopped_jobs(config, directory)
     (directory / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -168,6 +169,16 @@ def test_two_workers_that_go_on_are_bit_for_bit_two_that_never_stopped(by_two, n
     ours, theirs = (load_file(directory / "adapter" / "adapter_model.safetensors") for directory in (cut, whole))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[weight], theirs[weight]) for weight in ours)
+
+
+def test_the_rows_of_a_loss_that_was_not_finite_are_told_by_worker(by_two):
+    record = json.loads((by_two / "diverged" / "non_finite.json").read_text())
+    assert (record["workers"], record["losses"]["loss"]) == (2, "nan")
+    assert [batch["rank"] for batch in record["batches"]] == [0, 1]
+    rows = [row for batch in record["batches"] for row in batch["benign"]]
+    assert len({row.rpartition(":")[0] for row in rows}) == 1
+    assert len(set(rows)) == 8
+    assert not (by_two / "diverged" / "adapter").exists()
 
 
 @pytest.mark.parametrize("stage", UNSCORED)
