@@ -116,7 +116,8 @@ def _train(settings: TrainSettings, teacher_cache: Path | None) -> int:
     """Train with a screen and a tracker beside; the exit status."""
     from cbtrain.training.console import TrainingConsole
     from cbtrain.training.loop import train
-    from cbtrain.training.metrics import Metrics, NonFiniteLossError
+    from cbtrain.training.metrics import Metrics
+    from cbtrain.training.non_finite import NonFiniteLossError
     from cbtrain.utils.profile import OFF, Profile
 
     config, output_dir = settings.config, settings.output_dir

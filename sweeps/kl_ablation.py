@@ -274,8 +274,8 @@ def _driver(job: Job, concurrency: int) -> "SweepDriver":
 
 def _write_down(job: Job, config: CircuitBreakerConfig, cache: "CachePlan", placed: dict[str, object]) -> None:
     """Write sweep.json, whole for a sweep that begins, else what may be different from now on."""
+    from cbtrain.model.identity import identities
     from sweeps.plan.budget import allocate
-    from sweeps.storage.inputs import identities
     from sweeps.storage.resume import flags_to_keep
 
     fields = placed | {

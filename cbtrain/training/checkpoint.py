@@ -1,168 +1,164 @@
-"""Checkpoints that a killed run resumes from: the engine's own files behind a manifest with their checksums.
+"""Checkpoints that a killed run goes on from: the engine's own files behind a manifest with their checksums.
 
-DeepSpeed's loader unpickles what it reads, so a checkpoint is loaded only if its manifest names this run's
-configuration and every file still has the checksum it was written with. A new checkpoint is complete before the
-manifest points to it, and the old one goes last.
+A checkpoint is written aside, flushed to the disk and renamed; only then is the manifest that names it put in the
+place of the one before, whose checkpoint stays. So at every moment a whole one is there, and a newest one that was
+damaged afterwards costs the steps since the one before. DeepSpeed's loader unpickles what it reads: it is given only
+what was written by a run of the same settings, model, data and chat template, with the checksums it was written with.
 """
 
+import contextlib
 import dataclasses
-import hashlib
+import functools
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from cbtrain.config import CircuitBreakerConfig, InputError
-from cbtrain.config.validation import from_json
+from cbtrain.config import CircuitBreakerConfig
+from cbtrain.data.dataset import CircuitBreakerData
+from cbtrain.model.identity import identities
+from cbtrain.training.manifest import (
+    BEFORE,
+    MANIFEST,
+    NOTHING,
+    CheckpointError,
+    Manifest,
+    Progress,
+    TornError,
+    digest,
+    newest_whole,
+    read,
+    settings,
+)
 from cbtrain.utils import distributed
 from cbtrain.utils.errors import named
-from cbtrain.utils.files import checksum, known_checksum, write_whole
-
-MANIFEST = "manifest.json"
+from cbtrain.utils.files import checksum, flush, write_whole
 
 
-class CheckpointError(InputError):
-    """There is no checkpoint that this run can go on from."""
-
-
-class Progress(NamedTuple):
-    """How far a checkpointed run had come."""
-
-    step: int
-    """Updates done."""
-    seconds: Mapping[str, float]
-    """What they had taken, by kind of work."""
-    retain_norms: tuple[float, ...] | None = None
-    """What the retain loss measured distances by."""
-
-
-NOTHING = Progress(0, {})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """Which checkpoint is the newest, of what run, and that it is whole. Defaults stand for what older ones lack."""
-
-    tag: str
-    """The checkpoint's directory."""
-    step: int
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    config: str
-    """The configuration's `fingerprint`."""
-    data: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Checksums of the data files."""
-    workers: int | None = None
-    retain_norms: tuple[float, ...] | None = None
-    files: dict[str, str]
-    """Checksums of the checkpoint's files."""
-
-
-def fingerprint(config: CircuitBreakerConfig) -> str:
-    """Changes with every field that changes what is trained, but for norms, which follow from the others."""
-    fields = dataclasses.asdict(config) | {"retain_norms": None}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def data_checksums(config: CircuitBreakerConfig) -> dict[str, str]:
-    """Of each data file, by its name; whoever goes on must read the same rows."""
-    return {name: known_checksum(Path(name)) for name in (*config.harmful, *config.benign)}
-
-
-def save(engine, directory: Path, step: int, config: CircuitBreakerConfig, seconds: Mapping[str, float]) -> None:
-    """Write the adapter, the optimizer's state and this rank's random state after `step` updates; all ranks call it.
+class Checkpoints:
+    """The checkpoints of one run: the newest and the one before. All ranks call the same methods.
 
     Args:
-        seconds: what the updates took, by kind of work.
+        directory: theirs alone.
+        data: what the run trains and measures on.
     """
-    tag = f"step-{step}"
-    # One file a rank: dropout draws differ between ranks.
-    random_state = directory / tag / f"random_state_{distributed.rank()}.pt"
-    engine.save_checkpoint(str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=True)
-    torch.save(_random_state(), random_state)
-    dist.barrier()
-    if distributed.rank() == 0:
-        manifest = Manifest(
-            tag=tag,
-            step=step,
-            seconds=dict(seconds),
-            config=fingerprint(config),
-            data=data_checksums(config),
-            workers=distributed.world_size(),
-            retain_norms=config.retain_norms,
-            files={p.name: checksum(p) for p in sorted((directory / tag).iterdir())},
-        )
-        write_whole(directory / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=1))
-        for old in directory.glob("step-*"):
-            if old.name != tag:
-                shutil.rmtree(old)
-    dist.barrier()
 
+    def __init__(self, directory: Path, config: CircuitBreakerConfig, data: CircuitBreakerData) -> None:
+        self._directory, self._config, self._data = directory, config, data
 
-def load(engine, directory: Path, config: CircuitBreakerConfig) -> Progress:
-    """Restore the newest checkpoint; all ranks call it.
+    @functools.cached_property
+    def _inputs(self) -> dict[str, str]:
+        return identities(self._config)
 
-    Raises:
-        CheckpointError: on every rank, where one of them finds none, or it is of another configuration or number of
-            workers, or a file was changed since it was written.
-    """
-    failure: CheckpointError | None = None
-    try:
-        tag, progress = _checked(directory, config, distributed.world_size())
-    except CheckpointError as error:
-        failure = error
-    if distributed.any_rank(failure is not None):
-        raise failure or CheckpointError(f"{directory}: another worker cannot read it")
-    try:
-        engine.load_checkpoint(str(directory), tag=tag, load_module_strict=False)
-        _set_random_state(torch.load(directory / tag / f"random_state_{distributed.rank()}.pt", weights_only=True))
-    except Exception as error:  # other versions of the libraries may fail in any way
-        raise CheckpointError(f"{directory}: cannot be loaded ({named(error)})") from error
-    return progress
+    def begin(self) -> Progress:
+        """Remove what an earlier run left; that nothing is done yet."""
+        if distributed.rank() == 0:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            if self._config.checkpoint_every:
+                _ = self._inputs  # as they are now, should they change while it trains
+        return NOTHING
 
+    def load(self, engine) -> Progress:
+        """Restore the newest whole checkpoint; where that is the one before, a line says why.
 
-def step_of(directory: Path, config: CircuitBreakerConfig, workers: int) -> int:
-    """The step from which a run of `workers` processes would go on; 0 where it would begin anew."""
-    try:
-        return _checked(directory, config, workers)[1].step
-    except CheckpointError:
-        return 0
-
-
-def _checked(directory: Path, config: CircuitBreakerConfig, workers: int) -> tuple[str, Progress]:
-    """The newest checkpoint's tag and progress, when it is this run's and whole.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{directory}: no checkpoint to resume from (--checkpoint-every writes them)")
-    try:
-        manifest = from_json(path.read_bytes(), Manifest)
-    except (OSError, InputError) as error:
-        raise CheckpointError(f"{path}: damaged; remove {directory} to start anew") from error
-    if manifest.config != fingerprint(config):
-        raise CheckpointError(f"{path}: written by a run with other settings; start in another directory")
-    for name, digest in data_checksums(config).items():
-        if manifest.data.get(name, digest) != digest:
-            raise CheckpointError(
-                f"{name}: changed since {path} was written; put it back, or start in another directory"
-            )
-    if manifest.workers not in (None, workers):
-        raise CheckpointError(f"{path}: written by {manifest.workers} workers, and this run has {workers}")
-    for name, digest in manifest.files.items():
-        file = directory / manifest.tag / name
+        Raises:
+            CheckpointError: on every rank, where there is none, or it is of other settings, inputs or another number
+                of workers, or the libraries cannot load it.
+        """
+        found = distributed.agreed(self._newest_whole() if distributed.rank() == 0 else None)
+        if isinstance(found, CheckpointError):
+            raise found
+        assert found is not None
+        failure = None
         try:
-            unchanged = checksum(file) == digest
-        except OSError:
-            unchanged = False
-        if not unchanged:
-            raise CheckpointError(f"{file}: missing or changed since it was written; remove {directory} to start anew")
-    return manifest.tag, Progress(manifest.step, manifest.seconds, manifest.retain_norms)
+            engine.load_checkpoint(str(self._directory), tag=found.tag, load_module_strict=False)
+            random_state = torch.load(self._random_state_file(found.tag), weights_only=True)
+        except Exception as error:  # other versions of the libraries may fail in any way
+            failure = CheckpointError(f"{self._directory}: cannot be loaded ({named(error)})")
+        if distributed.any_rank(failure is not None):
+            raise failure or CheckpointError(f"{self._directory}: another worker cannot load it")
+        _set_random_state(random_state)
+        return found.progress
+
+    def _newest_whole(self) -> Manifest | CheckpointError:
+        """What to go on from, left as the newest, with nothing beside it that no manifest names."""
+        try:
+            manifest, skipped = newest_whole(self._directory, self._config, distributed.world_size(), self._inputs)
+            if manifest.rows != self._data.fingerprint:
+                mend = "another version of this package or of its libraries reads the same files otherwise"
+                raise CheckpointError(f"the rows' tokens are not those of {self._directory}: {mend}")
+        except CheckpointError as error:
+            return error
+        except OSError as error:  # raised here alone, it would leave the other ranks waiting
+            return CheckpointError(f"{self._directory}: {named(error)}")
+        if skipped:
+            said = f"checkpoint skipped: {skipped}; the run goes on from the one before, of step {manifest.step}"
+            print(said, file=sys.stderr, flush=True)
+            write_whole(self._directory / MANIFEST, (self._directory / BEFORE).read_bytes())
+        self._keep_only_named()
+        return manifest
+
+    def save(self, engine, step: int, retain_norms: tuple[float, ...] | None, seconds: Mapping[str, float]) -> None:
+        """Write the adapter, the optimizer's state and each rank's random state after `step` updates.
+
+        Args:
+            retain_norms: what the retain loss measures distances by.
+            seconds: what the updates took, by kind of work.
+        """
+        tag = f"step-{step}"
+        aside = self._directory / f"{tag}.tmp"
+        if distributed.rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        engine.save_checkpoint(str(self._directory), tag=aside.name, save_latest=False, exclude_frozen_parameters=True)
+        # One file a rank: dropout draws differ between ranks.
+        torch.save(_random_state(), self._random_state_file(aside.name))
+        dist.barrier()
+        for file in aside.iterdir():  # on every rank, since each node flushes what it wrote
+            flush(file)
+        dist.barrier()
+        if distributed.rank() == 0:
+            manifest = Manifest(
+                tag=tag,
+                step=step,
+                seconds=dict(seconds),
+                settings=settings(self._config),
+                inputs=self._inputs,
+                rows=self._data.fingerprint,
+                workers=distributed.world_size(),
+                retain_norms=retain_norms,
+                files={file.name: checksum(file) for file in sorted(aside.iterdir())},
+            )
+            flush(aside)
+            aside.rename(self._directory / tag)
+            flush(self._directory)
+            self._name(manifest)
+            self._keep_only_named()
+        dist.barrier()
+
+    def _name(self, manifest: Manifest) -> None:
+        """Make this the newest, and what was the newest the one before."""
+        newest = self._directory / MANIFEST
+        if newest.is_file():
+            write_whole(self._directory / BEFORE, newest.read_bytes())
+        record = dataclasses.asdict(manifest)
+        write_whole(newest, json.dumps(record | {"sha256": digest(record)}, indent=1))
+        flush(self._directory)
+
+    def _keep_only_named(self) -> None:
+        kept = {MANIFEST, BEFORE}
+        for name in (MANIFEST, BEFORE):
+            with contextlib.suppress(FileNotFoundError, TornError):  # it names nothing that could be loaded
+                kept.add(read(self._directory / name).tag)
+        for path in self._directory.iterdir():
+            if path.is_dir() and path.name not in kept:
+                shutil.rmtree(path)
+
+    def _random_state_file(self, tag: str) -> Path:
+        return self._directory / tag / f"random_state_{distributed.rank()}.pt"
 
 
 def _random_state() -> dict[str, torch.Tensor]:

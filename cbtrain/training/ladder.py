@@ -16,7 +16,8 @@ from cbtrain.config import CircuitBreakerConfig
 from cbtrain.evaluation.convergence import COLLAPSED, STILL_FALLING, collapse_steps, evaluations, unsettled
 from cbtrain.training.calibration import EVALUATIONS, SAID, Calibration, Outcome, Run, judge
 from cbtrain.training.loop import run_teacher, train
-from cbtrain.training.metrics import Metrics, NonFiniteLossError
+from cbtrain.training.metrics import Metrics
+from cbtrain.training.non_finite import NonFiniteLossError
 from cbtrain.utils import distributed
 
 SEEDS = 3

@@ -27,7 +27,7 @@ from cbtrain.teacher_cache.build import open_or_build
 from cbtrain.teacher_cache.plan import CacheUnavailableError
 from cbtrain.teacher_cache.retain_norms import with_retain_norms
 from cbtrain.teacher_cache.store import TeacherCache
-from cbtrain.training import checkpoint
+from cbtrain.training.checkpoint import Checkpoints
 from cbtrain.training.dataloader import StepInput, StepLoader
 from cbtrain.training.engine import (
     adapted_model,
@@ -39,6 +39,7 @@ from cbtrain.training.engine import (
 from cbtrain.training.gradient_norms import GradientNorms
 from cbtrain.training.metrics import Clock, Metrics, MetricsLog, Report, Update, Updates
 from cbtrain.training.model_card import write_card
+from cbtrain.training.non_finite import micro_step
 from cbtrain.utils import distributed
 from cbtrain.utils.profile import OFF, Profile
 
@@ -74,7 +75,8 @@ def train(
     Raises:
         InputError: configuration, model and data do not fit.
         CheckpointError: there is nothing to resume from.
-        NonFiniteLossError: the weights are those before the update that would have carried it.
+        NonFiniteLossError: a loss or gradient was not finite. Nothing of that update is saved but its rows
+            (`non_finite.json`).
     """
     # Longer than fifty lines so that the whole loop reads top to bottom: update, evaluate, log, save.
     data, pad = prepare(config)
@@ -82,12 +84,13 @@ def train(
         decoder = engine.module.decoder
         cache = _cache(config, data, pad, decoder, teacher_cache)
         torch.manual_seed(config.seed + 1_000_003 * distributed.rank())
-        before = checkpoint.load(engine, output_dir / "checkpoint", config) if resume else checkpoint.NOTHING
+        checkpoints = Checkpoints(output_dir / "checkpoint", config, data)
+        before = checkpoints.load(engine) if resume else checkpoints.begin()
         measured = before.retain_norms or config.retain_norms
         config = with_retain_norms(replace(config, retain_norms=measured), data, pad, decoder, cache)
         engine.module.config, engine.module.profile = config, profile
         first, clock = before.step, Clock(before.seconds)
-        log, updates = MetricsLog(output_dir, config, first), Updates(config, clock)
+        log, updates = MetricsLog(output_dir, config, first), Updates(config, clock, output_dir)
         batches, loader = held_out(data, config, pad), StepLoader(data, config, pad, decoder.layers, cache)
         gradients = GradientNorms(data, config, pad)
         metrics: Metrics = {}
@@ -114,7 +117,7 @@ def train(
                     report(metrics)
             if saving:
                 with profile.span("checkpoint"):
-                    checkpoint.save(engine, output_dir / "checkpoint", done, config, clock.seconds)
+                    checkpoints.save(engine, done, config.retain_norms, clock.seconds)
             clock.lap("other" if logging or saving else "train")
         with profile.span("checkpoint"):
             save_adapter(model, output_dir / "adapter", config)
@@ -188,9 +191,11 @@ def train_step(engine: deepspeed.DeepSpeedEngine, given: StepInput, step: int) -
     undo_average = len(given.micro_batches) * distributed.world_size()
     parts = torch.zeros(4, device=distributed.device())
     grad_norm: Tensor | float | None = None
+    micro_steps = []
     for index, batch in enumerate(given.micro_batches):
         output = engine(batch, given.counts, weights)
         parts += output.parts
+        micro_steps.append(micro_step(batch, output.parts))
         with profile.span("backward"):
             engine.backward(output.loss * undo_average)
         if index == len(given.micro_batches) - 1:
@@ -201,4 +206,4 @@ def train_step(engine: deepspeed.DeepSpeedEngine, given: StepInput, step: int) -
             engine.step()
     if grad_norm is None:
         grad_norm = engine.get_global_grad_norm()
-    return Update(step, parts, grad_norm, given.counts, weights, lr)
+    return Update(step, parts, grad_norm, given.counts, weights, lr, micro_steps)

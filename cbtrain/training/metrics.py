@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,18 +14,13 @@ from torch import Tensor
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.data.batches import ScoredCounts
 from cbtrain.losses.schedule import Coefficients
+from cbtrain.training.non_finite import FILE, LOSSES, MicroStep, saved_error
 from cbtrain.utils import distributed
 from cbtrain.utils.files import write_whole
 from cbtrain.utils.metrics_file import read_metrics
 
 Metrics = dict[str, float]
 Report = Callable[[Metrics], None]
-LOSSES = ("loss", "loss_reroute", "loss_retain", "loss_kl")
-"""Names of `StepOutput.parts`, in its order."""
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss became NaN or infinite. The weights are those before it."""
 
 
 class Update(NamedTuple):
@@ -38,14 +33,22 @@ class Update(NamedTuple):
     counts: ScoredCounts
     weights: Coefficients
     lr: float
+    micro_steps: Sequence[MicroStep]
+    """This rank's."""
+
+    @property
+    def numbers(self) -> Tensor:
+        """[5]: parts and gradient norm."""
+        return torch.cat([self.parts, torch.as_tensor(self.grad_norm).to(self.parts).reshape(1)])
 
 
 class Updates:
     """Updates since the last reading. Reading waits for the device, so it is done for many at a time."""
 
-    def __init__(self, config: CircuitBreakerConfig, clock: "Clock") -> None:
+    def __init__(self, config: CircuitBreakerConfig, clock: "Clock", output_dir: Path) -> None:
         self._config = config
         self._clock = clock
+        self._output_dir = output_dir
         self._since: list[Update] = []
         self._train_s = clock.seconds["train"]
 
@@ -57,13 +60,13 @@ class Updates:
         """The metrics of the last update; the clock's lap of training ends here.
 
         Raises:
-            NonFiniteLossError: names the first update since the last reading whose loss was not finite.
+            NonFiniteLossError: on every rank, with the first update since the last reading whose losses or gradient
+                were not finite; its rows are saved.
         """
-        table = torch.stack([update.parts for update in self._since]).tolist()
-        for update, parts in zip(self._since, table, strict=True):
-            if not all(math.isfinite(value) for value in parts):
-                named = ", ".join(f"{name} {value:g}" for name, value in zip(LOSSES, parts, strict=True))
-                raise NonFiniteLossError(f"step {update.step}: a loss is not finite ({named}); lower --lr")
+        table = torch.stack([update.numbers for update in self._since]).tolist()
+        for update, (*parts, norm) in zip(self._since, table, strict=True):
+            if not all(map(math.isfinite, (*parts, norm))) or norm < 0:  # below 0 DeepSpeed says that it is not finite
+                raise saved_error(self._output_dir, update.step, parts, norm, update.micro_steps)
         self._clock.lap("train")
         train_s = self._clock.seconds["train"]
         seconds, self._train_s = train_s - self._train_s, train_s
@@ -71,14 +74,14 @@ class Updates:
         self._since = []
         return {
             "step": last.step,
-            **dict(zip(LOSSES, table[-1], strict=True)),
+            **dict(zip(LOSSES, table[-1][:-1], strict=True)),
             "cs": last.weights.cs,
             "cr": last.weights.cr,
             "alpha": self._config.alpha,
             "beta_kl": self._config.beta_kl,
             "kl_temperature": self._config.kl_temperature,
             "kl_weight": last.weights.kl_weight,
-            "grad_norm_total": float(last.grad_norm),
+            "grad_norm_total": table[-1][-1],
             "lr": last.lr,
             "scored_tokens_harmful": last.counts.harmful_tokens,
             "scored_tokens_benign": last.counts.benign_tokens,
@@ -113,6 +116,7 @@ class MetricsLog:
         if self._path is None:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / FILE).unlink(missing_ok=True)  # of an earlier attempt
         write_whole(output_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
         write_whole(self._path, "".join(json.dumps(metrics) + "\n" for metrics in self.kept))
 

@@ -7,10 +7,13 @@ workers and in a plain process.
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 def rank() -> int:
@@ -38,6 +41,24 @@ def reduce_sum(tensor: Tensor) -> Tensor:
 def any_rank(failed: bool) -> bool:
     """Whether something holds on any rank; every rank calls it, so that none goes on alone into a collective."""
     return bool(reduce_sum(torch.tensor([float(failed)], device=device())).item())
+
+
+def agreed(value: Value) -> Value:
+    """Rank 0's value, on every rank; every rank calls it."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def collected(values: list[Value]) -> list[Value]:
+    """The values of all ranks, in their order, on every rank; every rank calls it."""
+    if world_size() == 1:
+        return values
+    lists: list[list[Value]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(lists, values)
+    return [value for one in lists for value in one]
 
 
 @contextlib.contextmanager

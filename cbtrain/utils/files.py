@@ -35,6 +35,15 @@ def write_whole(path: Path, data: bytes | str) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def flush(path: Path) -> None:
+    """Return when a file's content, or the names in a directory, would outlive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def checksum(path: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
@@ -46,7 +55,7 @@ def known_checksum(path: Path) -> str:
     return _checksum(path, tuple(stamp(path))) if path.is_file() else ""
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _checksum(path: Path, _stamp: tuple[int, ...]) -> str:
     return checksum(path)
 

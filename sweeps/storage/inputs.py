@@ -1,25 +1,16 @@
 """What a sweep is made from: its model and data, read once before it begins, and told by content when it goes on."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cbtrain.config import CircuitBreakerConfig, InputError, get_config
-from cbtrain.utils.files import checksum
+from cbtrain.model.identity import identities
 from sweeps.reporting.screen import SCREEN
 
 if TYPE_CHECKING:
     from cbtrain.data.dataset import CircuitBreakerData
-
-MODEL_FILES = (
-    *("config.json", "adapter_config.json", "*.index.json", "*.safetensors", "*.bin"),
-    *("tokenizer*.json", "vocab.json", "special_tokens_map.json", "merges.txt", "*.jinja", "*.model"),
-)
-"""Structure, weights and tokenizer; whatever else lies beside them changes no trial."""
-_SAMPLED_ABOVE = 64 * 2**20
-_SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
 
 def read_inputs(
@@ -107,22 +98,6 @@ def with_absolute_paths(config: CircuitBreakerConfig) -> CircuitBreakerConfig:
     )
 
 
-def identities(config: CircuitBreakerConfig) -> dict[str, str]:
-    """A checksum for each file that the trials of a configuration read, by its path.
-
-    Files of more than 64 MB, which weights are, are told by their size and 64 samples: enough to know another model,
-    and a second's work for any of them. A model of the hub is told by its revision.
-    """
-    files = {file: checksum(Path(file)) for file in (*config.harmful, *config.benign) if Path(file).exists()}
-    for name in filter(None, (config.model, config.tokenizer)):
-        if Path(name).is_dir():
-            found = {file for pattern in MODEL_FILES for file in Path(name).glob(pattern)}
-            files |= {str(file): _sampled(file) for file in sorted(found)}
-        else:
-            files[name] = _revision(name)
-    return files
-
-
 def require_unchanged(recorded: Mapping[str, str], config: CircuitBreakerConfig) -> None:
     """Raise `InputError` naming the first file that is not what it was when the sweep began."""
     for name in recorded:
@@ -132,26 +107,3 @@ def require_unchanged(recorded: Mapping[str, str], config: CircuitBreakerConfig)
     for name, identity in recorded.items():
         if now.get(name, identity) != identity:
             raise InputError(f"{name}: changed since the sweep began; put it back as it was, or begin another sweep")
-
-
-def _sampled(file: Path) -> str:
-    """The file's checksum, or where it is large that of its size and samples, the first and last bytes among them."""
-    size = file.stat().st_size
-    if size <= _SAMPLED_ABOVE:
-        return checksum(file)
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as stream:
-        for index in range(_SAMPLES):
-            stream.seek(index * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-            digest.update(stream.read(_SAMPLE_BYTES))
-    return f"sampled {digest.hexdigest()}"
-
-
-def _revision(name: str) -> str:
-    """The commit of a hub model that this machine has, as its cache files it; empty for a repository without one."""
-    from transformers.utils import cached_file
-
-    try:
-        return Path(cached_file(name, "config.json")).parent.name
-    except OSError:
-        return ""

@@ -166,11 +166,11 @@ def find_trials(run: RunDirectory, settings: PlanSettings) -> Found:
 
 def steps_done(run: RunDirectory, found: Found, config: CircuitBreakerConfig, workers: int) -> list[int]:
     """The step from which each interrupted trial goes on; 0 where it has no checkpoint that it can load."""
-    from cbtrain.training.checkpoint import step_of
+    from cbtrain.training.manifest import progress_of
     from sweeps.plan.journal import trial_config
 
     return [
-        step_of(run.trial(spec.trial_id) / "checkpoint", trial_config(config, spec), workers)
+        progress_of(run.trial(spec.trial_id) / "checkpoint", trial_config(config, spec), workers).step
         for spec in found.interrupted
     ]
 

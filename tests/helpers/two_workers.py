@@ -1,5 +1,6 @@
 """What two workers run in `test_workers.py`; torchrun starts this as a script: `two_workers.py JOBS.json`."""
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -14,6 +15,8 @@ from cbtrain.data.tokenization import TokenRow
 from cbtrain.training import loop
 from cbtrain.training.dataloader import StepLoader
 from cbtrain.training.engine import adapted_model, deepspeed_engine
+from cbtrain.training.metrics import Metrics, Report
+from cbtrain.training.non_finite import NonFiniteLossError
 from cbtrain.utils import distributed
 from cbtrain.utils.environment import quiet_libraries
 
@@ -48,6 +51,20 @@ def updates_of_half_unscored_rows(config: CircuitBreakerConfig) -> list[list[flo
     return updates
 
 
+class StopError(Exception):
+    """A run ends on every worker."""
+
+
+def stop_at(step: int | None) -> Report:
+    """A report that ends the run at a step, if at any."""
+
+    def report(metrics: Metrics) -> None:
+        if metrics["step"] == step:
+            raise StopError
+
+    return report
+
+
 def main() -> None:
     quiet_libraries()
     torch.set_num_threads(1)
@@ -58,8 +75,10 @@ def main() -> None:
             updates = updates_of_half_unscored_rows(config)
             if distributed.rank() == 0:
                 output.write_text(json.dumps(updates))
-        else:
-            loop.train(config, output, lambda _metrics: None, teacher_cache=job["cache"] and Path(job["cache"]))
+            continue
+        cache = job["cache"] and Path(job["cache"])
+        with contextlib.suppress(StopError, NonFiniteLossError):
+            loop.train(config, output, stop_at(job["stop_at"]), resume=job["resume"], teacher_cache=cache)
     dist.destroy_process_group()
 
 

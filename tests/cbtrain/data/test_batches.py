@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from masks import prediction_mask, token_mask
 
 from cbtrain.config import InputError, get_config
-from cbtrain.data.batches import TeacherStates, collate, collate_by_length, held_out_batches, pad_token_id, step_batches
+from cbtrain.data.batches import (
+    TeacherStates,
+    collate,
+    collate_by_length,
+    held_out_batches,
+    pad_token_id,
+    smaller_micro_batches,
+    step_batches,
+)
 from cbtrain.data.dataset import CircuitBreakerData, SideCounts, SideData
 from cbtrain.data.tokenization import TokenRow
 
@@ -161,6 +169,17 @@ def test_a_batch_moves_with_all_its_tensors():
 
 def cost(batches, pass_tokens: int) -> int:
     return sum(batch.input_ids.numel() + pass_tokens for batch in batches)
+
+
+def test_after_memory_ran_out_half_the_rows_are_taken_at_a_time_until_it_is_one():
+    config, seen = get_config("tiny", batch_size=24), []
+    smaller = config
+    while (smaller := smaller_micro_batches(smaller, world_size=2)) is not None:
+        seen.append((smaller.micro_batch_size, smaller.gradient_accumulation))
+        assert replace(smaller, micro_batch_size=None, gradient_accumulation=None) == config
+    assert seen == [(6, 2), (3, 4), (1, 12)]
+    assert smaller_micro_batches(replace(config, gradient_accumulation=3), 1).gradient_accumulation == 6
+    assert smaller_micro_batches(replace(config, batch_size=2), 2) is None
 
 
 def partitions(rows: list) -> Iterator[list[list]]:

@@ -11,14 +11,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from cbtrain.config import InputError
 from cbtrain.data.batches import step_batches
 from cbtrain.losses.schedule import coefficients, learning_rate
 from cbtrain.model.loading import load_base
 from cbtrain.model.lora import add_adapter
 from cbtrain.training import loop
 from cbtrain.training.loop import train
-from cbtrain.training.metrics import NonFiniteLossError
+from cbtrain.training.non_finite import NonFiniteLossError
 from cbtrain.training.step import CircuitBreakerStep
 
 REQUIRED = {
@@ -193,63 +192,6 @@ def test_plain_peft_loads_the_adapter_with_the_trained_models_logits(small_confi
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(input_ids).logits
     assert torch.allclose(loaded, seen["logits"], atol=1e-5)
     assert not torch.allclose(loaded, plain, atol=1e-3)
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_weights(small_config, tmp_path, cached):
-    config = replace(small_config, steps=6, checkpoint_every=2, lora_dropout=0.1, warmup_steps=1)
-    cache = {"teacher_cache": tmp_path / "cache"} if cached else {}
-    whole = run(config, tmp_path / "whole", **cache)
-
-    class Killed(Exception):
-        pass
-
-    def die_at_5(metrics):
-        if metrics["step"] == 5:
-            raise Killed
-
-    with pytest.raises(Killed):
-        train(config, tmp_path / "cut", die_at_5, **cache)
-    taken = json.loads((tmp_path / "cut" / "checkpoint" / "manifest.json").read_text())["seconds"]
-    final = train(config, tmp_path / "cut", lambda _metrics: None, resume=True, **cache)
-    assert (final["resumed_from"], final["earlier_s"]) == (4, sum(taken.values()))
-    resumed = lines_of(tmp_path / "cut")
-    assert [line["step"] for line in resumed] == [1, 2, 3, 4, 5, 6]
-    assert same_weights(tmp_path / "whole", tmp_path / "cut")
-    assert taken["train"] < resumed[4]["train_s"] < resumed[5]["train_s"]
-    for ours, theirs in zip(resumed, whole, strict=True):
-        measured = {name for name in theirs if not name.endswith("_s")}
-        assert {name: ours[name] for name in measured} == {name: theirs[name] for name in measured}
-
-
-def test_resuming_without_a_checkpoint_is_refused_and_leaves_the_run_alone(small_config, tmp_path):
-    run(small_config, tmp_path)
-    before = (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(InputError, match="no checkpoint to resume from"):
-        train(replace(small_config, lr=1e-5), tmp_path, lambda _metrics: None, resume=True)
-    assert (tmp_path / "metrics.jsonl").read_text() == before
-
-
-@pytest.mark.parametrize("damage", ["flip", "settings", "data"])
-def test_a_checkpoint_that_is_not_this_runs_own_is_refused(small_config, tmp_path, damage):
-    benign = tmp_path / "benign.jsonl"
-    benign.write_bytes(Path(small_config.benign[0]).read_bytes())
-    config = replace(small_config, checkpoint_every=2, benign=(str(benign),))
-    run(config, tmp_path)
-    if damage == "flip":
-        victim = next((tmp_path / "checkpoint").glob("step-2/*.pt"))
-        content = bytearray(victim.read_bytes())
-        content[len(content) // 2] ^= 1
-        victim.write_bytes(bytes(content))
-        message = "changed since it was written"
-    elif damage == "data":
-        benign.write_text(benign.read_text().replace("carry", "move"))
-        message = f"{benign}: changed since .* was written; put it back"
-    else:
-        config = replace(config, lr=1.0)
-        message = "other settings"
-    with pytest.raises(InputError, match=message):
-        train(config, tmp_path, lambda _metrics: None, resume=True)
 
 
 @pytest.mark.parametrize(("stage", "cpu_offload"), [(0, False), (1, False), (2, False), (2, True)])

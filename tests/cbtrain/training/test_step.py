@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from masks import prediction_mask, token_mask
 from plain_step import four_forwards, plain_step
 
+from cbtrain.config import CircuitBreakerConfig
 from cbtrain.data import batches
-from cbtrain.data.batches import PairedBatch, ScoredCounts, TokenBatch, step_batches
+from cbtrain.data.batches import PairedBatch, ScoredCounts, TokenBatch, smaller_micro_batches, step_batches
 from cbtrain.losses.fused_kl import fused_linear_kl
 from cbtrain.losses.losses import kl_divergence_loss, reroute_loss, retain_loss
 from cbtrain.losses.schedule import Coefficients, coefficients
@@ -120,6 +121,30 @@ def test_every_way_to_compute_a_step_gives_the_plain_ones_losses_and_gradients(
     for name, gradient in found.items():
         apart = (gradient - expected[name]).abs().max() / expected[name].abs().max()
         assert apart <= tolerance, (name, apart.item())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_halved_micro_batches_give_the_losses_and_gradients_of_the_whole_batch(small_config, dtype, tolerance):
+    """Rows of different scored lengths: a mean of the micro-batches' means would be another number."""
+    config = replace(small_config, lora_init_std=0.1, mask_policy="full_sequence")
+    data, pad = prepare(config)
+    model = add_adapter(deepcopy(load_base(config)).to(dtype), config)
+    step, found, seen = CircuitBreakerStep(model, config), [], []
+    smaller: CircuitBreakerConfig | None = config
+    while smaller is not None:
+        pairs, counts = step_batches(data, smaller, 0, pad)
+        outputs = [step(pair, counts, WEIGHTS) for pair in pairs]
+        loss = torch.stack([output.loss for output in outputs]).sum()
+        found.append((torch.stack([output.parts for output in outputs]).sum(0), gradients_of(step, loss)))
+        seen.append(len(pairs))
+        smaller = smaller_micro_batches(smaller, 1)
+    assert seen == [1, 2, 4, 8]
+    (parts, gradients), *halved = found
+    whole = torch.cat([gradient.flatten() for gradient in gradients.values()])
+    for other_parts, other in halved:
+        assert other_parts.tolist() == pytest.approx(parts.tolist(), rel=tolerance)
+        apart = torch.cat([other[name].flatten() for name in gradients]) - whole
+        assert apart.norm() <= tolerance * whole.norm(), (apart.norm() / whole.norm()).item()
 
 
 @pytest.mark.parametrize("lora_layers", [None, (1, 2)], ids=["all blocks", "upper blocks"])

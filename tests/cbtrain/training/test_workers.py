@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from causal_models import SHAPE
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, Llama4ForCausalLM, Llama4TextConfig
 from two_workers import updates_of_half_unscored_rows
 from worlds import config_on
@@ -28,6 +29,10 @@ JOBS: dict[str, tuple[dict[str, object], bool]] = {
     "ZeRO 3, teacher cache, blocks run again": ({"zero_stage": 3, "gradient_checkpointing": True}, True),
 }
 """Fields of the configuration, and whether the teacher is recalled from a cache that the workers fill."""
+STOPPED: dict[str, tuple[dict[str, object], bool]] = {
+    "stopped, ZeRO 1": ({"zero_stage": 1}, False),
+    "stopped, ZeRO 3, teacher cache": ({"zero_stage": 3}, True),
+}
 LLAMA_4 = "ZeRO 3, Llama 4 against one worker that holds all weights"
 EXPERTS = {"intermediate_size_mlp": 48, "num_local_experts": 4, "head_dim": 8, "attention_chunk_size": 8}
 UNSCORED = [2, 3]
@@ -62,6 +67,8 @@ def by_two(config, llama4, tmp_path_factory) -> Path:
     ]
     jobs.append(job(replace(llama4, zero_stage=3), directory / LLAMA_4))
     jobs += [job(replace(config, zero_stage=n), directory / f"unscored-{n}.json", unscored=True) for n in UNSCORED]
+    jobs.append(job(replace(config, lr=1e30), directory / "diverged"))
+    jobs += stopped_jobs(config, directory)
     (directory / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = ROOT / "tests" / "helpers" / "two_workers.py"
@@ -71,15 +78,27 @@ def by_two(config, llama4, tmp_path_factory) -> Path:
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=480,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return directory
 
 
-def job(config: CircuitBreakerConfig, output: Path, *, cache: Path | None = None, unscored: bool = False) -> dict:
-    fields = dataclasses.asdict(config)
-    return {"config": fields, "output": str(output), "cache": cache and str(cache), "unscored": unscored}
+def job(config: CircuitBreakerConfig, output: Path, *, cache: Path | None = None, **how: object) -> dict:
+    what = {"unscored": False, "stop_at": None, "resume": False} | how
+    return {"config": dataclasses.asdict(config), "output": str(output), "cache": cache and str(cache), **what}
+
+
+def stopped_jobs(config: CircuitBreakerConfig, directory: Path) -> list[dict]:
+    """For each of `STOPPED` a run that never stops, and one that stops behind a checkpoint and goes on."""
+    jobs = []
+    for name, (fields, cached) in STOPPED.items():
+        run = replace(config, checkpoint_every=2, eval_every=2, lora_dropout=0.1, **fields)
+        cache = directory / f"{name} cache" if cached else None
+        jobs.append(job(run, directory / f"{name}, whole", cache=cache))
+        jobs.append(job(run, directory / f"{name}, cut", cache=cache, stop_at=3))
+        jobs.append(job(run, directory / f"{name}, cut", cache=cache, resume=True))
+    return jobs
 
 
 def lines_of(directory: Path) -> list[dict[str, float]]:
@@ -134,6 +153,32 @@ def test_weights_in_their_own_dtype_are_mapped_from_their_file_and_not_copied(ll
 
 def test_both_workers_fill_the_teacher_cache(by_two):
     assert len(list((by_two / "cache").glob("*/*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_two_workers_that_go_on_are_bit_for_bit_two_that_never_stopped(by_two, name):
+    cut, whole = by_two / f"{name}, cut", by_two / f"{name}, whole"
+    kept = sorted(path.name for path in (cut / "checkpoint" / "step-2").iterdir())
+    assert {"random_state_0.pt", "random_state_1.pt"} <= set(kept)
+    numbers = [
+        [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines_of(directory)]
+        for directory in (cut, whole)
+    ]
+    assert len(numbers[0]) == 4
+    assert numbers[0] == numbers[1]
+    ours, theirs = (load_file(directory / "adapter" / "adapter_model.safetensors") for directory in (cut, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[weight], theirs[weight]) for weight in ours)
+
+
+def test_the_rows_of_a_loss_that_was_not_finite_are_told_by_worker(by_two):
+    record = json.loads((by_two / "diverged" / "non_finite.json").read_text())
+    assert (record["workers"], record["losses"]["loss"]) == (2, "nan")
+    assert [batch["rank"] for batch in record["batches"]] == [0, 1]
+    rows = [row for batch in record["batches"] for row in batch["benign"]]
+    assert len({row.rpartition(":")[0] for row in rows}) == 1
+    assert len(set(rows)) == 8
+    assert not (by_two / "diverged" / "adapter").exists()
 
 
 @pytest.mark.parametrize("stage", UNSCORED)

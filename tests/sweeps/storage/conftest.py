@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from simulated import file_storage, measured, next_trial, plan_of
 
-from sweeps.storage import inputs
+from cbtrain.model.identity import identities
 from sweeps.storage.run_directory import RunDirectory
 
 
@@ -33,7 +33,7 @@ def killed(small_config, small_world, tmp_path, monkeypatch, quick) -> RunDirect
                 "settings": dataclasses.asdict(plan.settings),
                 "plan": dataclasses.asdict(plan.budget),
                 "config": dataclasses.asdict(config),
-                "inputs": inputs.identities(config),
+                "inputs": identities(config),
                 "concurrency": 2,
             }
         )

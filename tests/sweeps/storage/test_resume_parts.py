@@ -18,7 +18,6 @@ from sweeps.execution.context import TrialContext
 from sweeps.execution.placement import Workers
 from sweeps.execution.training import _begin_or_go_on
 from sweeps.reporting.console import resume_lines
-from sweeps.storage import inputs
 from sweeps.storage.lock import HeldError, held
 from sweeps.storage.resume import find_trials, flags_to_keep, given_flags, mend_journal, recorded, wait_for_leftovers
 
@@ -115,18 +114,6 @@ def test_a_trial_without_a_good_checkpoint_begins_anew_and_says_so(small_config,
 def test_flags_are_found_however_they_are_written():
     argv = ["--num_samples=30", "--resume", "runs/a", "--no-dry-run", "--config", "tiny", "--harmful", "a", "b"]
     assert given_flags(argv) == ["num_samples", "resume", "dry_run", "preset", "harmful"]
-
-
-def test_a_large_file_is_told_by_samples_that_reach_its_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "_SAMPLED_ABOVE", 1000)
-    monkeypatch.setattr(inputs, "_SAMPLE_BYTES", 100)
-    file = tmp_path / "model.safetensors"
-    content = bytes(range(256)) * 100
-    told = set()
-    for changed in (content, content[:-1] + b"x", b"x" + content[1:], content + b"x"):
-        file.write_bytes(changed)
-        told.add(inputs._sampled(file))
-    assert len(told) == 4
 
 
 @pytest.mark.parametrize(
