@@ -48,16 +48,8 @@ from cbtrain.data.batches import PairedBatch
 from cbtrain.teacher_cache.store import TeacherCache
 from cbtrain.training.step import CircuitBreakerStep
 from cbtrain.utils.environment import quiet_libraries
-from tests.benchmarks.peers.step_contestants import (
-    PLAIN,
-    SHAPES,
-    Contestant,
-    Setting,
-    Shape,
-    contestants,
-    fill,
-    settings,
-)
+from tests.benchmarks.peers.step_cases import RANDOM, Case, RealModel, Setting
+from tests.benchmarks.peers.step_contestants import PLAIN, Contestant, contestants, fill
 
 TOLERANCES = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.1, 0.25)}
 """Of losses and of gradients, relative; in bfloat16 the public pattern's own rounding is that large."""
@@ -70,6 +62,10 @@ FLOPS_TORCH_LEAVES_OUT = {
     ),
 }
 """By the shapes of an operation's arguments."""
+PEAK_SHAPES = ((2048, 2048, 2048), (1024, 4096, 1024), (512, 2048, 8192))
+"""Rows, inner size and columns of the products whose fastest is the machine's peak."""
+OTHER_SHARE = 0.15
+"""Of a real model's step: what is to be outside matrix products at most."""
 
 
 class Result(NamedTuple):
@@ -118,8 +114,11 @@ def run(call: Contestant, model: PeftModel, batch: PairedBatch) -> Result:
 
 
 def now() -> float:
+    """Seconds; with one CPU thread those of the processor, which other processes' work does not lengthen."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
     return time.perf_counter()
 
 
@@ -134,72 +133,110 @@ def other_share(call: Contestant, batch: PairedBatch, device: str) -> float:
     cuda, shares = device == "cuda", []
     for _ in range(3):
         with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiler:
-            start = now()
+            start = time.perf_counter()  # as the profiler counts
             call(batch)[0].backward()
-            duration = now() - start
+            if cuda:
+                torch.cuda.synchronize()
+            duration = time.perf_counter() - start
         events = [event for event in profiler.key_averages() if INSIDE.fullmatch(event.key)]
         inside = sum(event.self_device_time_total if cuda else event.self_cpu_time_total for event in events)
         shares.append(1 - inside / 1e6 / duration)
     return statistics.median(shares)
 
 
-def measure(shape: Shape, setting: Setting, device: str) -> dict[str, Line]:
-    """Each contestant's line from interleaved rounds."""
-    model = shape.model(setting.config, device)
+class Peak:
+    """The fastest matrix product seen, GFLOP/s."""
+
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self.gflops = 0.0
+        self._pairs = [
+            (torch.randn(rows, inner, device=device).to(dtype), torch.randn(columns, inner, device=device).to(dtype))
+            for rows, inner, columns in PEAK_SHAPES
+        ]
+
+    def look(self) -> None:
+        for left, right in self._pairs:
+            start = now()
+            left @ right.t()
+            amount = 2 * left.numel() * len(right)
+            self.gflops = max(self.gflops, amount / 1e9 / (now() - start))
+
+
+def measure(case: Case, setting: Setting, device: str) -> tuple[dict[str, Line], float]:
+    """Each contestant's line from interleaved rounds, and the peak of matrix products between them, GFLOP/s."""
+    model = case.model(setting.config, device)
     step = CircuitBreakerStep(model, setting.config)
-    batches = [shape.batch(index) for index in range(shape.rounds + 1)]
+    batches = [case.batch(index) for index in range(case.rounds + 1)]
+    peak = Peak(case.dtype, device)
     with tempfile.TemporaryDirectory() as directory:
         cache = TeacherCache(Path(directory), "identity")
-        fill(cache, step, batches, device)
-        calls = contestants(step, cache, device)
+        fill(cache, step, batches, device, case.pad)
+        calls = contestants(step, cache, device, case.pad)
         warm_up, *rounds = batches
         for call in calls.values():
             run(call, model, warm_up)
         lines = {name: Line(flops(call, warm_up), other_share(call, warm_up, device)) for name, call in calls.items()}
         for index, batch in enumerate(rounds):
+            peak.look()
             first = index % len(calls)
             order = [*calls, *calls][first : first + len(calls)]
             results = {name: run(calls[name], model, batch) for name in order}
             for name, result in results.items():
-                line, off = lines[name], deviation(result, results[PLAIN], shape.dtype)
+                line, off = lines[name], deviation(result, results[PLAIN], case.dtype)
                 line.seconds.append(result.seconds)
                 line.off = max(line.off[0], off[0]), max(line.off[1], off[1])
-    return lines
+    model.unload()
+    return lines, peak.gflops
 
 
-def show(setting: Setting, lines: dict[str, Line]) -> None:
-    print(f"\n{setting}")
-    heads = (("seconds", 9), ("min-max", 16), ("GFLOP", 9), ("GFLOP/s", 9), ("other", 7), ("plain/it", 10))
-    heads += (("in FLOP", 9), ("losses off", 12), ("gradients off", 15))
-    print(" " * 16 + "".join(f"{head:>{width}}" for head, width in heads))
+def show(setting: Setting, lines: dict[str, Line], peak: float) -> None:
+    print(f"\n{setting}; peak of plain products {peak:.0f} GFLOP/s")
+    heads = (("seconds", 9), ("min-max", 16), ("GFLOP", 9), ("GFLOP/s", 9), ("of peak", 9), ("other", 7))
+    heads += (("plain/it", 10), ("in FLOP", 9), ("losses off", 12), ("gradients off", 15))
+    print(" " * 22 + "".join(f"{head:>{width}}" for head, width in heads))
     plain = lines[PLAIN]
     for name, line in lines.items():
         spread = f"{min(line.seconds):.3f}-{max(line.seconds):.3f}"
-        amount = f"{line.flops / 1e9:9.1f}{line.flops / 1e9 / line.median:9.0f}{line.other:7.0%}"
+        speed = line.flops / 1e9 / line.median
+        amount = f"{line.flops / 1e9:9.1f}{speed:9.0f}{speed / peak:9.0%}{line.other:7.0%}"
         ratios = f"{plain.median / line.median:10.2f}{plain.flops / line.flops:9.2f}"
         off = f"{line.off[0]:12.1e}{line.off[1]:15.1e}" if name != PLAIN else ""
-        print(f"{name:16}{line.median:9.3f}{spread:>16}{amount}{ratios}{off}", flush=True)
+        print(f"{name:22}{line.median:9.3f}{spread:>16}{amount}{ratios}{off}", flush=True)
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small shapes: that everything runs and agrees")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    arguments = parser.parse_args()
+    parser.add_argument("--model", help="a pretrained model in place of random ones, with its rows")
+    parser.add_argument("--harmful", nargs="+", default=[])
+    parser.add_argument("--benign", nargs="+", default=[])
+    parser.add_argument("--preset", default="smollm2-135m-instruct", help="of the model's layers, batch and lengths")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 where it is multiplied")
+    parser.add_argument("--rounds", type=int, default=7)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parsed()
     quiet_libraries()
     device = arguments.device
-    shape = SHAPES["quick" if arguments.quick else device]
+    case: Case = RANDOM["quick" if arguments.quick else device]
+    if arguments.model:
+        sides = {"harmful": tuple(arguments.harmful), "benign": tuple(arguments.benign)}
+        case = RealModel(arguments.model, sides, arguments.preset, arguments.dtype, device, arguments.rounds)
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"torch {torch.__version__}, {machine}\n{shape}")
+    print(f"torch {torch.__version__}, {machine}\n{case}")
     outcomes = []
-    for setting in settings(shape.layers):
-        outcomes.append((setting, measure(shape, setting, device)))
+    for setting in case.settings():
+        outcomes.append((setting, *measure(case, setting, device)))
         show(*outcomes[-1])
     print("\nTarget -> reached")
-    for setting, lines in outcomes:
+    for setting, lines, _ in outcomes:
         for name, target in setting.targets.items():
             reached = lines[PLAIN].median / lines[name].median
-            print(f"{setting}, {name}: x {target} -> x {reached:.2f}")
+            share = f"; other {OTHER_SHARE:.0%} -> {lines[name].other:.0%}" if arguments.model else ""
+            print(f"{setting}, {name}: x {target} -> x {reached:.2f}{share}")
 
 
 if __name__ == "__main__":
