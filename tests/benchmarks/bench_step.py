@@ -78,8 +78,8 @@ from tests.benchmarks.peers.step_cases import RANDOM, Case, RealModel, Setting
 from tests.benchmarks.peers.step_contestants import PLAIN, Contestant, contestants, fill
 
 TOLERANCES = {torch.float32: (1e-4, 1e-4, 1e-4), torch.bfloat16: (0.1, 0.25, math.inf)}
-"""Of losses, the whole gradient and a parameter's, relative; in bfloat16 the public pattern's own rounding is large, and
-a single parameter's gradient can be all rounding."""
+"""Of losses, the whole gradient and a parameter's, relative; in bfloat16 the public pattern's own rounding is large,
+and a single parameter's gradient can be all rounding."""
 INSIDE = re.compile(r"aten::((add)?mm_?|(badd)?bmm|_\w*attention\w*)")
 FLOPS_TORCH_LEAVES_OUT = {
     torch.ops.aten.addmm_: lambda _out, a, b, **_: 2 * a[0] * a[1] * b[1],
