@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.data.formats.hub import localise
 from cbtrain.model import tiny
+from cbtrain.model.attention import use_attention_in_float32
 from cbtrain.utils.errors import named
 from cbtrain.utils.files import stamp
 
@@ -67,6 +68,7 @@ def told_as_input_errors(field: str, name: str) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=1)
 def _load_base(name: str, dtype: str, _stamps: tuple) -> PreTrainedModel:
+    use_attention_in_float32()
     model, report = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
     lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if lacking:  # the library would fill them with random numbers, others in each process

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cbtrain.config import CircuitBreakerConfig, InputError
+from cbtrain.model.dropout import use_fast_dropout
 from cbtrain.model.linear_modules import is_linear, takes_lora
 from cbtrain.model.refusal import blocks_of
 from cbtrain.utils.errors import first_line
@@ -118,6 +119,7 @@ def add_adapter(base: PreTrainedModel, config: CircuitBreakerConfig) -> PeftMode
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=config.lora_init_std)
+    use_fast_dropout(model)
     return student_mode(model)
 
 
