@@ -95,6 +95,8 @@ def _new(settings: SweepSettings, argv: Sequence[str]) -> Job:
     plan = dataclasses.replace(plan, baseline_seeds=allocate(plan).baseline)
     given = given_flags(argv)
     refuse_searched(settings, given)
+    if settings.retry_failed:
+        raise InputError("--retry-failed: goes with --resume RUN_DIR, of the sweep whose trials failed")
     settings.config.validate()
     if settings.calibration is not None:
         if settings.calibrate:
@@ -121,7 +123,7 @@ def _continued(run: "RunDirectory", settings: SweepSettings, argv: Sequence[str]
 
     run.read()
     settings, plan = recorded(run, settings, argv)
-    found = find_trials(run, plan)
+    found = find_trials(run, plan, retry_failed=settings.retry_failed)
     if not settings.dry_run:
         mend_journal(run)
     return Job(run, settings, plan, found)
@@ -249,6 +251,7 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
             workers=workers,
             reroute_tolerance=job.plan.reroute_tolerance,
             profile=settings.profile,
+            trial_timeout=settings.trial_timeout,
             session=len(run.record.get("resumed", [])),
         )
         return _driver(job, concurrency).sweep(context, cache)
@@ -268,6 +271,8 @@ def _driver(job: Job, concurrency: int) -> "SweepDriver":
         judge=settings.judge,
         limits=BehaviourLimits.of(vars(settings)),
         calibrate=settings.calibrate,
+        max_failures=settings.max_failures,
+        retry_failed=settings.retry_failed,
         fixed=tuple(name for name in RECIPE if name in job.run.record["config_overrides"]),
     )
 

@@ -118,6 +118,15 @@ class SweepSettings:
     """Nats per token on benign text over the model before training, or half the baseline's rise if that is more."""
     max_compliance_rise: Annotated[float, Ge(0)] = DEFAULT_LIMITS.compliance_rise
     """Coherent answers to harmful prompts over the share without KL."""
+    max_failures: Annotated[int, Ge(0)] = 1
+    """How often a trial that raises, or whose process is killed or lost, goes on from its checkpoint on another process
+    before it is failed; after memory ran out with half the micro-batch. One whose loss is not finite is not tried
+    again."""
+    retry_failed: bool = False
+    """With --resume: run the trials that failed once more, from their checkpoints."""
+    trial_timeout: Annotated[float, Ge(0)] = 0.0
+    """Seconds without a logged step or evaluation after which an attempt at a trial is ended as lost; 0 waits for
+    ever. Choose more than an evaluation takes."""
     profile: bool = False
     """Write where each trial's time went to trials/ID/profile.json, and print the shares at the end."""
     quiet: bool = False
@@ -136,7 +145,10 @@ HELP = Help(
             *("max_benign_nll_rise", "max_compliance_rise", "dry_run"),
         ),
         "Model": ("preset",),
-        "Where it runs": ("max_concurrent", "workers_per_trial", "gpus_per_worker", "teacher_cache"),
+        "Where it runs": (
+            *("max_concurrent", "workers_per_trial", "gpus_per_worker", "teacher_cache"),
+            *("max_failures", "retry_failed", "trial_timeout"),
+        ),
         "Output": ("run_dir", "storage_path", "copy_to", "wandb_project", "wandb_mode", "profile", "quiet"),
     },
     first=(

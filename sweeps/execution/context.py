@@ -21,6 +21,8 @@ class TrialContext:
     """The sweep's limit; a trial whose reroute loss still falls by more has not converged."""
     profile: bool = False
     """Whether each trial writes where its time went."""
+    trial_timeout: float = 0.0
+    """Seconds without progress after which an attempt is ended; 0 for none."""
     session: int = 0
     """How often the sweep was resumed. Ray's files of each session lie apart: it would restore what it finds."""
 

@@ -68,6 +68,10 @@ class SweepDriver:
     """`module:function` of a user's classifier for their completions."""
     limits: BehaviourLimits = DEFAULT_LIMITS
     """What a setting may do to what the model writes."""
+    max_failures: int = 1
+    """How often a trial that fails goes on from its checkpoint."""
+    retry_failed: bool = False
+    """Whether trials that have failed run again."""
     calibrate: bool = False
     """Whether a recipe is looked for before the first trial."""
     fixed: tuple[str, ...] = ()
@@ -75,6 +79,8 @@ class SweepDriver:
 
     def __post_init__(self) -> None:
         self._plan = SweepPlan(self.settings, JournalStorage(JournalFileBackend(str(self.run.journal))))
+        if self.retry_failed:
+            self._plan.retry_failed()
         self._spent_before = float(self.run.record.get("wall_s") or 0.0)
         self._started = time.monotonic()
         self._noise_told = False
@@ -282,14 +288,14 @@ class SweepDriver:
                 return None
             return rule_for(spec, self._plan, self.run.path / "trials", context.config.steps)
 
-        searcher = PlanSearcher(self._plan, on_change, rule, self._kept)
+        searcher = PlanSearcher(self._plan, on_change, rule, self._kept, self.max_failures, self._tell_again)
         handles = self._kept.handles if self._kept else []
         trainable = tune.with_parameters(run_trial, context=context, processes=handles)
         tuner = tune.Tuner(
             tune.with_resources(trainable, TUNE_RESOURCES),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                num_samples=self._plan.budget.total - self.ended_before,
+                num_samples=-1,  # an attempt is a trial to Tune; the searcher says when all have ended
                 max_concurrent_trials=self.concurrency,
                 reuse_actors=True,
             ),
@@ -299,6 +305,9 @@ class SweepDriver:
             tuner.fit()
         if searcher.failure is not None:
             raise searcher.failure
+
+    def _tell_again(self, trial_id: str, why: str) -> None:
+        SCREEN.say(*wrapped(f"again     {trial_id} failed: {why}"))
 
     def _tell_noise(self) -> None:
         """Say once, as soon as the baseline is in, where seeds differ too much for the limit."""

@@ -33,6 +33,7 @@ def wait_for_first_baseline(run_dir: Path, trial_id: str) -> str:
             leads = trial_id in [name for name, _ in leaders]
             in_vain = bool(before) and all(status == "completed" for _, status in before)  # of a failed one: unknown
             return NOT_BEGUN if in_vain and not leads else ""
+        (run_dir / "trials" / trial_id / "lock").touch()  # which tells --trial-timeout that it waits and lives
         time.sleep(POLL_S)
 
 

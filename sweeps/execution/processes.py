@@ -15,12 +15,14 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from cbtrain.utils.errors import named
 from sweeps.execution.output import output_to
 from sweeps.execution.placement import Workers
 
+LOST = "its process was lost (killed, or out of memory)"
+"""Why a trial failed of which nothing else is known."""
 Answer = tuple[bool, Any]
 """Whether it is what the work returned, which comes last, and what it reported or returned."""
 
@@ -36,14 +38,32 @@ class Processes:
         actor = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=-1)(_Process)
         self.handles: list[ActorHandle] = [actor.remote() for _ in range(count)]
         self._free = list(range(count))
+        self._starting: dict[int, ray.ObjectRef] = {}
 
-    def take(self) -> int:
-        """The index of a free one, which is taken until it is given back."""
-        return self._free.pop(0)
+    def take(self) -> int | None:
+        """The index of a free one, which is taken until it is given back; None where none is free and there."""
+        for index, started in [*self._starting.items()]:
+            if ray.wait([started], timeout=0)[0]:
+                del self._starting[index]
+                try:
+                    ray.get(started)
+                except RayError:  # lost again
+                    self.give_back(index, lost=True)
+                else:
+                    self._free.append(index)
+        return self._free.pop(0) if self._free else None
 
-    def give_back(self, index: int) -> None:
-        """Its work has ended."""
-        self._free.append(index)
+    def give_back(self, index: int, *, lost: bool = False) -> None:
+        """Its work has ended; where the process is lost it is taken again when another has been started for it."""
+        if lost:
+            self._starting[index] = self.handles[index].started.remote()
+        else:
+            self._free.append(index)
+
+    def restart(self, index: int) -> None:
+        """End the process of work that nobody waits for any more, and give it back."""
+        ray.kill(self.handles[index], no_restart=False)
+        self.give_back(index, lost=True)
 
     def started(self, others_s: float) -> list[ActorHandle]:
         """Those that are there, as soon as one is, and `others_s` seconds later at most: a node may have been lost."""
@@ -87,14 +107,20 @@ def call(
     raise RuntimeError("a kept process ended its work without an answer")
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, and what lies below it in Ray's wrappings, to the bottom."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        failures = getattr(error, "worker_failures", None)
+        below = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
+        error = below or error
+
+
 def root_cause(error: BaseException) -> str:
     """One line for what went wrong at the bottom of Ray's wrappings."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = next(iter(failures.values()))
-    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = cause
-    return named(error)
+    return named([*causes(error)][-1])
 
 
 def name_of_this() -> str:

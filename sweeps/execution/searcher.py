@@ -4,15 +4,16 @@ Ray logs an exception raised in a searcher and goes on, or ends in a place far f
 kept in `PlanSearcher.failure`, no further trials are given, and the caller raises it when `Tuner.fit()` returns.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast, get_args
 
 from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_EXPERIMENT_INFO_KEYS, DEFAULT_RESULT_KEYS, DONE
 from ray.tune.search.searcher import Searcher
 
 from analysis.columns import PLAN_COLUMNS
-from sweeps.execution.processes import Processes
+from sweeps.execution.processes import LOST, Processes
 from sweeps.plan.early_stopping import StopRule
 from sweeps.plan.journal import Status, TrialOutcome, TrialSpec
 from sweeps.plan.outcomes import REQUIRED_METRICS
@@ -30,6 +31,10 @@ def _never(_spec: TrialSpec) -> None:
     """The rule of a caller that stops no trial early."""
 
 
+def _told_nobody(_trial_id: str, _why: str) -> None:
+    """The hook of a caller that shows none."""
+
+
 class PlanSearcher(Searcher):
     """Gives each Tune trial a `TrialSpec` as its config: its fields, and where the trial has them `stop_rule` and
     `process`, the index of the kept process that it runs in.
@@ -43,6 +48,8 @@ class PlanSearcher(Searcher):
         on_change: Callable[[], None] = _nothing,
         rule_for: Callable[[TrialSpec], StopRule | None] = _never,
         processes: Processes | None = None,
+        max_failures: int = 0,
+        on_retry: Callable[[str, str], None] = _told_nobody,
     ) -> None:
         """
         Args:
@@ -50,6 +57,8 @@ class PlanSearcher(Searcher):
             on_change: called after each trial given and each outcome taken, to rewrite trials.csv.
             rule_for: when the trial that is about to be given stops early; None where it does not.
             processes: the kept ones, of which each trial that runs has one.
+            max_failures: how often a trial that fails is given again; one whose loss was not finite is not.
+            on_retry: called with the plan's trial and why it is given again, in a line.
         """
         super().__init__()
         self.plan = plan
@@ -59,6 +68,10 @@ class PlanSearcher(Searcher):
         self._trial_ids: dict[str, str] = {}
         self._processes = processes
         self._taken: dict[str, int] = {}
+        self._max_failures = max_failures
+        self._on_retry = on_retry
+        self._failures: Counter[str] = Counter()
+        self._halvings: Counter[str] = Counter()
 
     @property
     def given(self) -> set[str]:
@@ -70,8 +83,13 @@ class PlanSearcher(Searcher):
         if self.failure is not None or self.plan.done:
             return Searcher.FINISHED
         try:
+            process = self._processes.take() if self._processes else None
+            if self._processes and process is None:
+                return None
             spec = self.plan.ask()
             if spec is None:
+                if self._processes and process is not None:
+                    self._processes.give_back(process)
                 return None
             self._trial_ids[trial_id] = spec.trial_id
             rule = self._rule_for(spec)
@@ -80,20 +98,48 @@ class PlanSearcher(Searcher):
             self.failure = failure
             return Searcher.FINISHED
         given = asdict(spec) | ({"stop_rule": rule} if rule else {})
-        if self._processes is not None:
-            self._taken[trial_id] = self._processes.take()
-            given["process"] = self._taken[trial_id]
+        if process is not None:
+            self._taken[trial_id] = given["process"] = process
+        if halvings := self._halvings[spec.trial_id]:
+            given["halvings"] = halvings
         return given
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, object] | None = None, error: bool = False) -> None:
         """Tell the plan how the Tune trial `trial_id` ended, by the last result that it reported."""
-        if self._processes is not None:
-            self._processes.give_back(self._taken.pop(trial_id))
         try:
-            self.plan.tell(self._trial_ids[trial_id], outcome_of(result, crashed=error))
+            outcome, kind = outcome_of(result, crashed=error), "lost" if error else (result or {}).get("failure")
+            if self._processes is not None:
+                process, lost = self._taken.pop(trial_id), kind == "lost" and not error
+                if outcome.status == "failed" and not lost:
+                    self._processes.restart(process)  # what it left there may be what made it fail
+                else:
+                    self._processes.give_back(process, lost=lost)
+            name = self._trial_ids[trial_id]
+            again = self._again(name, outcome, kind) if outcome.status == "failed" else ""
+            if again:
+                self.plan.give_again(name)
+                self._on_retry(name, again)
+            else:
+                self.plan.tell(name, self._counted(name, outcome))
             self._on_change()
         except Exception as failure:
             self.failure = self.failure or failure
+
+    def _again(self, name: str, outcome: TrialOutcome, kind: object) -> str:
+        """Why and how a trial that failed is given again, in a line; empty where it is not."""
+        if kind == "non_finite" or self._failures[name] >= self._max_failures:
+            return ""
+        self._failures[name] += 1
+        how = "it goes on from its checkpoint, if it has one, on another process"
+        if kind == "out_of_memory":
+            self._halvings[name] += 1
+            how += ", with half the rows at a time and twice the accumulation"
+        return f"{outcome.error}; {how}"
+
+    def _counted(self, name: str, outcome: TrialOutcome) -> TrialOutcome:
+        """The outcome with how many attempts failed before."""
+        failures = self._failures[name]
+        return replace(outcome, metrics=outcome.metrics | {"failures": failures}) if failures else outcome
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the plan's journal is the state."""
@@ -116,12 +162,12 @@ def outcome_of(result: Mapping[str, object] | None, *, crashed: bool) -> TrialOu
     error = " ".join(str(reported.get("error") or "").split())
     status: Status = "failed"
     if crashed:
-        error = error or "its process was lost (killed, or out of memory)"
+        error = error or LOST
     elif reported.get("status") in get_args(Status):
         status = cast(Status, reported["status"])
     else:
         error = f"ended without reporting how (status {reported.get('status')!r})"
-    numbers = {name: value for name, value in reported.items() if name not in PLAN_COLUMNS}
+    numbers = {name: value for name, value in reported.items() if name not in (*PLAN_COLUMNS, "failure")}
     required = {name: numbers.pop(name, None) for name in REQUIRED_METRICS}
     metrics = {name: value for name, value in numbers.items() if isinstance(value, (int, float, str))}
     return TrialOutcome(status=status, **required, metrics=metrics, error=error)

@@ -15,8 +15,7 @@ from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from cbtrain.config import CircuitBreakerConfig, InputError
-from cbtrain.config.validation import from_json
+from cbtrain.config import CircuitBreakerConfig
 from cbtrain.utils.environment import quiet_libraries
 from sweeps.execution.context import TrialContext
 from sweeps.execution.first_baseline import wait_for_first_baseline
@@ -151,7 +150,7 @@ def _begin_or_go_on(
         profile=Profile() if context.profile else OFF,
     )
     if (directory / "metrics.jsonl").exists():
-        earlier = _checkpointed(directory)
+        earlier = _checkpointed(directory, config, context.workers.count)
         try:
             return train(resume=True)
         except StoppedEarly as stop:
@@ -162,12 +161,9 @@ def _begin_or_go_on(
     return train()
 
 
-def _checkpointed(directory: Path) -> dict[str, float]:
+def _checkpointed(directory: Path, config: CircuitBreakerConfig, workers: int) -> dict[str, float]:
     """What the loop would add to the metrics of a run that goes on from the checkpoint here, if it is a good one."""
-    from cbtrain.training.checkpoint import MANIFEST, Manifest
+    from cbtrain.training.manifest import progress_of
 
-    try:
-        manifest = from_json((directory / "checkpoint" / MANIFEST).read_bytes(), Manifest)
-    except (OSError, InputError):
-        return {}
-    return {"resumed_from": manifest.step, "earlier_s": sum(manifest.seconds.values())}
+    progress = progress_of(directory / "checkpoint", config, workers)
+    return {"resumed_from": progress.step, "earlier_s": sum(progress.seconds.values())} if progress.step else {}

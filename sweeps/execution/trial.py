@@ -4,19 +4,29 @@ A trial of one CPU worker is trained in a kept process (`processes.py`), any oth
 it. This module imports little, since Tune starts processes for it while trials run.
 """
 
+import contextlib
+import dataclasses
+import os
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
+import ray
 import ray.tune
 from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
 
 from sweeps.execution.context import TrialContext
 from sweeps.execution.output import output_to
-from sweeps.execution.processes import call, name_of_this, root_cause
+from sweeps.execution.processes import LOST, call, causes, name_of_this, root_cause
 from sweeps.plan.early_stopping import StopRule
 from sweeps.plan.journal import TrialSpec
 
+Failure = Literal["non_finite", "out_of_memory", "lost", "raised"]
+MEMORY_SIGNS = ("OutOfMemoryError", "can't allocate memory", "out of memory", "Out of memory", "(OOM)")
+"""In the name or text of what PyTorch and Ray raise when memory runs out."""
 REPORTED = ("loss_reroute", "loss_retain", "loss_kl", "grad_norm_total", "tokens_per_s", "train_s")
 PREFIXES = ("eval_", "base_", "resumed_", "grad_", "collapse_step_", "converged")
 """Metrics of the loop that a trial's outcome carries: by name, and all that begin so."""
@@ -32,23 +42,94 @@ def run_trial(given: dict, context: TrialContext, processes: Sequence[ActorHandl
         given: the fields of its `TrialSpec`, and `stop_rule` and `process` (an index) where it has them.
         context: the sweep's.
         processes: the kept ones.
+
+    What it reports of a failure is its `failure` as well: `non_finite`, `out_of_memory`, `lost` (the process) or
+    `raised`.
     """
     started, earlier_s = time.perf_counter(), 0.0
     fields = dict(given)
     rule, process = fields.pop("stop_rule", None), fields.pop("process", None)
+    context = _with_micro_batches(context, fields.pop("halvings", 0))
     spec = TrialSpec(**fields)
     ran_in = name_of_this()
+    handle = None if process is None else processes[process]
+    stalled = threading.Event()
     try:
-        if process is None:
-            metrics, reason = _on_its_own_workers(spec, context, rule)
-        else:
-            metrics, reason, ran_in = _in_kept_process(processes[process], spec, context, rule)
+        with _watched(spec, context, handle, stalled):
+            if handle is None:
+                metrics, reason = _on_its_own_workers(spec, context, rule)
+            else:
+                metrics, reason, ran_in = _in_kept_process(handle, spec, context, rule)
         outcome = {"status": "stopped" if reason else "completed", "error": reason, **_columns(metrics)}
         earlier_s = metrics.get("earlier_s", 0.0)
     except Exception as error:
-        outcome = {"status": "failed", "error": root_cause(error)}
+        failure, why = kind_of(error), root_cause(error)
+        if stalled.is_set():
+            failure, why = "lost", f"no progress for {context.trial_timeout:g} s (--trial-timeout)"
+        elif failure == "lost":
+            why = LOST
+        outcome = {"status": "failed", "error": why, "failure": failure}
     ended = {"wall_s": time.perf_counter() - started + earlier_s, "ended_at": time.time(), "process": ran_in}
     ray.tune.report(outcome | ended)
+
+
+@contextlib.contextmanager
+def _watched(
+    spec: TrialSpec, context: TrialContext, process: ActorHandle | None, stalled: threading.Event
+) -> Iterator[None]:
+    """End what trains when nothing that it writes has changed for `trial_timeout` seconds."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        seen, since = _written(spec, context), time.monotonic()
+        while not ended.wait(min(1.0, context.trial_timeout / 4)):
+            now = _written(spec, context)
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > context.trial_timeout:
+                stalled.set()
+                if process is None:
+                    os._exit(1)  # with it end the workers that Train has started for it
+                ray.kill(process, no_restart=False)
+                return
+
+    if context.trial_timeout:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _written(spec: TrialSpec, context: TrialContext) -> list[int]:
+    """When what tells of a trial's progress was last written, in nanoseconds."""
+    directory = context.run_dir / "trials" / spec.trial_id
+    files = [directory / "metrics.jsonl", directory / "lock"]
+    return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
+
+
+def kind_of(error: BaseException) -> Failure:
+    """What kind of failure an exception is, by all that caused it."""
+    chain = [*causes(error)]
+    told = " ".join(f"{type(each).__name__}: {each}" for each in chain)
+    if any(type(each).__name__ == "NonFiniteLossError" for each in chain):
+        return "non_finite"
+    if any(isinstance(each, MemoryError) for each in chain) or any(sign in told for sign in MEMORY_SIGNS):
+        return "out_of_memory"
+    lost = any(isinstance(each, RayError) and not isinstance(each, RayTaskError) for each in chain)
+    return "lost" if lost else "raised"
+
+
+def _with_micro_batches(context: TrialContext, halvings: int) -> TrialContext:
+    """The context with the micro-batch halved so often, for the same mathematics in less memory."""
+    if not halvings:
+        return context
+    from cbtrain.data.batches import smaller_micro_batches
+
+    config = context.config
+    for _ in range(halvings):
+        config = smaller_micro_batches(config, context.workers.count) or config
+    return dataclasses.replace(context, config=config)
 
 
 def _in_kept_process(

@@ -95,17 +95,28 @@ class Journal:
     def add(self, phase: Phase, beta_kl: float, kl_temperature: float, seed: int) -> TrialSpec:
         """Record a new trial as running, under the next free id."""
         spec = TrialSpec(f"t{len(self.entries):03d}", phase, beta_kl, kl_temperature, seed)
-        study = self._baselines if phase == "baseline" else self.searched
-        params = {} if phase == "baseline" else {BETA_KL: beta_kl, KL_TEMPERATURE: kl_temperature}
+        self.entries[spec.trial_id] = self._begun(spec)
+        return spec
+
+    def _begun(self, spec: TrialSpec) -> Entry:
+        """A trial that runs, in the storage."""
+        baseline = spec.phase == "baseline"
+        study = self._baselines if baseline else self.searched
+        params = {} if baseline else {BETA_KL: spec.beta_kl, KL_TEMPERATURE: spec.kl_temperature}
         running = create_trial(
             state=TrialState.RUNNING,
             params=params,
             distributions={name: self._space[name] for name in params},
-            user_attrs={"trial_id": spec.trial_id, "phase": phase, "seed": seed},
+            user_attrs={"trial_id": spec.trial_id, "phase": spec.phase, "seed": spec.seed},
         )
         study_id = self._storage.get_study_id_from_name(study.study_name)
         storage_id = self._storage.create_new_trial(study_id, template_trial=running)
-        self.entries[spec.trial_id] = Entry(spec, optuna.Trial(study, storage_id), storage_id, None, settled=False)
+        return Entry(spec, optuna.Trial(study, storage_id), storage_id, None, settled=False)
+
+    def again(self, entry: Entry) -> TrialSpec:
+        """Record a trial that has ended as running once more, under its own id; what it was stays in the storage."""
+        spec = entry.spec
+        self.entries[spec.trial_id] = self._begun(spec)
         return spec
 
     def record(self, entry: Entry, outcome: TrialOutcome) -> None:

@@ -41,6 +41,10 @@ RUNNING_SHARE = 0.5
 from every result, and its last trials rest on nearly all of them."""
 
 
+NON_FINITE = "NonFiniteLossError"
+"""How the error of a trial begins that would fail again at the same step."""
+
+
 class SweepPlan:
     """The trials of one sweep, asked for and told one at a time. Not for use by several threads at once."""
 
@@ -99,6 +103,24 @@ class SweepPlan:
         self._interrupted = [spec for spec in self._interrupted if spec.trial_id != trial_id]
         self._journal.record(entry, checked(outcome))
         self._settle()
+
+    def give_again(self, trial_id: str) -> None:
+        """Have a trial that runs no more, and has no outcome, asked for again before any other.
+
+        Raises:
+            ValueError: the trial has an outcome.
+        """
+        entry = self._entries[trial_id]
+        if entry.outcome is not None:
+            raise ValueError(f"{trial_id}: has ended as {entry.outcome.status}")
+        self._interrupted.insert(0, entry.spec)
+
+    def retry_failed(self) -> None:
+        """Have every trial that failed asked for again, under its own id; not one whose loss was not finite."""
+        ended = [(entry, entry.outcome) for entry in self._entries.values() if entry.outcome is not None]
+        failed = [(entry, outcome.error) for entry, outcome in ended if outcome.status == "failed"]
+        again = [entry for entry, error in failed if not error.startswith(NON_FINITE)]
+        self._interrupted += [self._journal.again(entry) for entry in again]
 
     @property
     def done(self) -> bool:

@@ -27,11 +27,14 @@ if TYPE_CHECKING:
 
 ALLOWED = (
     *("num_samples", "max_concurrent", "workers_per_trial", "gpus_per_worker", "teacher_cache", "dry_run", "quiet"),
+    *("max_failures", "retry_failed", "trial_timeout"),
     *("profile", "behaviour_prompts", "storage_path", "copy_to", "wandb_project", "wandb_mode"),
     *("max_degenerate_rise", "max_degenerate_bound", "max_benign_nll_rise", "max_compliance_rise"),
 )
 """What may be given beside `--resume`: how far the sweep goes, what belongs to the machine, and where results go."""
-KEPT_ELSEWHERE = ("preset", "config", "run_dir", "resume", "dry_run", "quiet", "storage_path", "calibration")
+KEPT_ELSEWHERE = (
+    *("preset", "config", "run_dir", "resume", "retry_failed", "dry_run", "quiet", "storage_path", "calibration"),
+)
 """Fields of the sweep's settings that `flags` of sweep.json does not hold."""
 ADDED = {"retain_norm": "absolute", "retain_scale": 10.0, "retain_norms": None}
 """Configuration that sweeps of older versions do not name, as those versions trained."""
@@ -131,8 +134,8 @@ class Found:
     """Whether nothing is left to run."""
 
 
-def find_trials(run: RunDirectory, settings: PlanSettings) -> Found:
-    """What the journal knows; it is left as it is.
+def find_trials(run: RunDirectory, settings: PlanSettings, *, retry_failed: bool = False) -> Found:
+    """What the journal knows; it is left as it is. Trials that failed are interrupted ones where they shall run again.
 
     Raises:
         InputError: it is damaged, of other settings, or holds more trials than the settings.
@@ -149,6 +152,8 @@ def find_trials(run: RunDirectory, settings: PlanSettings) -> Found:
         copy.write_bytes(whole)
         try:
             plan = SweepPlan(settings, JournalStorage(JournalFileBackend(str(copy))))
+            if retry_failed:
+                plan.retry_failed()
             rows = [dict[str, Any](row) for row in plan.rows()]
         except InputError:
             raise

@@ -1,10 +1,12 @@
 """The command where something goes wrong: trials that fail, a full disk, killed processes, interrupts, bad input."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +15,7 @@ from commands import QUICK, Sweep, world
 
 from cbtrain.config import cli
 from sweeps import kl_ablation
+from sweeps.execution.processes import LOST
 
 
 @pytest.fixture
@@ -47,14 +50,35 @@ def test_failed_trials_and_a_full_disk_leave_their_reasons_and_nothing_running(s
     assert "NonFiniteLossError" in (tmp_path / "run" / "logs" / "t000.log").read_text()
 
 
-def test_a_trial_whose_process_is_killed_fails_alone_and_a_terminated_sweep_leaves_no_process(small_world, tmp_path):
-    sweep = endless(small_world, tmp_path)
+def test_a_trial_whose_process_is_killed_goes_on_in_another_and_at_the_second_time_fails_alone(small_world, tmp_path):
+    sweep = endless(small_world, tmp_path, "--checkpoint-every", "2")
     wait_for_a_step(tmp_path, "t000")
-    next(process for process in sweep.processes() if process.name().startswith("ray::Implicit")).kill()
+    first = trained_by(tmp_path, "t000")
+    wait_until((tmp_path / "run" / "trials" / "t000" / "checkpoint" / "manifest.json").is_file)
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: trained_by(tmp_path, "t000") not in (None, first))
+    log = tmp_path / "run" / "logs" / "t000.log"
+    said = log.stat().st_size
+    wait_until(lambda: "Step" in log.read_text()[said:])
+    os.kill(trained_by(tmp_path, "t000"), signal.SIGKILL)
     wait_for_a_step(tmp_path, "t001")
     trials = check_interrupted(sweep, tmp_path, signal.SIGTERM, 143)
     assert trials.status.tolist() == ["failed", "running"]
-    assert trials.error[0] == "its process was lost (killed, or out of memory)"
+    assert trials.error[0] == LOST
+    assert trials.failures[0] == 1
+
+
+def trained_by(tmp_path: Path, trial_id: str) -> int | None:
+    """The process that trains a trial, or trained it last."""
+    said = (tmp_path / "run" / "trials" / trial_id / "lock").read_text()
+    return int(said.rpartition(":")[2]) if said else None
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_an_interrupted_sweep_leaves_no_process_and_a_readable_directory(small_world, tmp_path):
@@ -65,10 +89,10 @@ def test_an_interrupted_sweep_leaves_no_process_and_a_readable_directory(small_w
     assert set(check_interrupted(sweep, tmp_path, signal.SIGINT, 130).status) == {"running"}
 
 
-def endless(small_world: Path, tmp_path: Path) -> Sweep:
+def endless(small_world: Path, tmp_path: Path, *more: str) -> Sweep:
     """A sweep whose trials do not end, one at a time."""
     arguments = ["--num-samples", "4", "--steps", "100000", "--max-concurrent", "1", "--run-dir", "run"]
-    return Sweep(tmp_path, *world(small_world, tmp_path), *arguments)
+    return Sweep(tmp_path, *world(small_world, tmp_path), *arguments, *more)
 
 
 def wait_for_a_step(tmp_path: Path, trial_id: str) -> None:

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 from ray import tune
 from ray.tune.search.searcher import Searcher
 from simulated import failed, plan_of, use_quick_models, world
 
+from cbtrain.training.non_finite import NonFiniteLossError
 from sweeps.execution.searcher import PlanSearcher, outcome_of
+from sweeps.execution.trial import kind_of
 from sweeps.plan.journal import TrialOutcome, TrialSpec
 
 FINAL = {"status": "completed", "error": "", "eval_benign_kl": 0.5, "eval_loss_reroute": 0.02, "eval_harmful_nll": 8.0}
@@ -136,3 +139,52 @@ def test_a_real_tune_run_spends_the_budget_exactly(tmp_path: Path, monkeypatch: 
     assert (len(rows), unwell) == (8, {"t001", "t005"}), statuses
     assert rows[5]["error"] == "non-finite loss"
     assert {row["steps"] for row in rows if row["status"] == "completed"} == {2}
+
+
+@pytest.mark.parametrize(("failure", "attempts"), [("raised", 3), ("lost", 3), ("out_of_memory", 3), ("non_finite", 1)])
+def test_a_trial_that_fails_is_given_again_before_any_other_unless_the_same_step_would_fail_again(
+    failure: str, attempts: int
+) -> None:
+    plan, told = plan_of(8), list[tuple[str, str]]()
+    searcher = PlanSearcher(plan, max_failures=2, on_retry=lambda *said: told.append(said))
+    for attempt in range(attempts):
+        given = searcher.suggest(f"ray{attempt}")
+        assert isinstance(given, dict)
+        assert given["trial_id"] == "t000"
+        assert given.get("halvings", 0) == (attempt if failure == "out_of_memory" else 0)
+        assert plan.rows()[0]["status"] == "running"
+        searcher.on_trial_complete(f"ray{attempt}", {"status": "failed", "error": "broken", "failure": failure})
+    assert searcher.failure is None
+    row = plan.rows()[0]
+    assert (row["status"], row["error"], row.get("failures")) == ("failed", "broken", attempts - 1 or None)
+    assert [name for name, _ in told] == ["t000"] * (attempts - 1)
+    assert all(("half the rows" in why) == (failure == "out_of_memory") for _, why in told)
+
+
+def test_a_trial_that_fails_once_and_completes_says_so() -> None:
+    plan = plan_of(8)
+    searcher = PlanSearcher(plan, max_failures=1)
+    searcher.suggest("first")
+    searcher.on_trial_complete("first", {"eval_loss_reroute": 0.5}, error=True)  # its process died between two reports
+    searcher.suggest("second")
+    required = dict.fromkeys(("eval_benign_kl", "eval_loss_reroute", "eval_harmful_nll"), 0.5)
+    searcher.on_trial_complete("second", {"status": "completed", "error": "", **required})
+    assert [(row["trial_id"], row["status"], row["failures"]) for row in plan.rows()] == [("t000", "completed", 1)]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "out_of_memory"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out_of_memory"),
+        (MemoryError(), "out_of_memory"),
+        (ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory."), "out_of_memory"),
+        (ray.exceptions.ActorDiedError(), "lost"),
+        (NonFiniteLossError("loss nan at step 3"), "non_finite"),
+        (ValueError("memory of an elephant"), "raised"),
+    ],
+)
+def test_what_kind_of_failure_an_exception_is(error: Exception, kind: str) -> None:
+    wrapped = RuntimeError("wrapped")
+    wrapped.__cause__ = error
+    assert [kind_of(error), kind_of(wrapped)] == [kind, kind]

@@ -178,3 +178,18 @@ def test_trials_that_another_tool_put_into_the_study_are_left_alone() -> None:
     rebuilt = plan_of(10, storage)
     assert rebuilt.rows() == plan.rows()
     assert rebuilt.ask() == TrialSpec("t002", "baseline", 0.0, 1.0, 2)
+
+
+def test_trials_that_failed_run_again_under_their_ids_and_what_they_were_is_forgotten(tmp_path) -> None:
+    plan = plan_of(8, file_storage(tmp_path))
+    bad = {"t001": failed("broken"), "t004": failed("NonFiniteLossError: loss nan at step 3")}
+    drive(plan, lambda spec: bad.get(spec.trial_id) or world(spec))
+    assert plan.done
+    again = plan_of(8, file_storage(tmp_path))
+    again.retry_failed()
+    assert not again.done
+    third = plan_of(8, file_storage(tmp_path))  # killed before it was asked for
+    assert [spec.trial_id for spec in drive(third, world)] == ["t001"]
+    rows = plan_of(8, file_storage(tmp_path)).rows()
+    assert [row["trial_id"] for row in rows] == [f"t{index:03d}" for index in range(8)]
+    assert {row["trial_id"]: row["status"] for row in rows if row["status"] != "completed"} == {"t004": "failed"}
