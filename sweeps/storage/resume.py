@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 ALLOWED = (
     *("num_samples", "max_concurrent", "workers_per_trial", "gpus_per_worker", "teacher_cache", "dry_run", "quiet"),
-    *("profile", "behaviour_prompts", "storage_path", "copy_to", "wandb_project", "wandb_mode"),
+    *("profile", "behaviour_prompts", "storage_path", "copy_to", "wandb_project", "wandb_mode", "trust_remote_code"),
     *("max_degenerate_rise", "max_degenerate_bound", "max_benign_nll_rise", "max_compliance_rise"),
 )
 """What may be given beside `--resume`: how far the sweep goes, what belongs to the machine, and where results go."""
 KEPT_ELSEWHERE = ("preset", "config", "run_dir", "resume", "dry_run", "quiet", "storage_path", "calibration")
 """Fields of the sweep's settings that `flags` of sweep.json does not hold."""
-ADDED = {"retain_norm": "absolute", "retain_scale": 10.0, "retain_norms": None}
+ADDED = {"retain_norm": "absolute", "retain_scale": 10.0, "retain_norms": None, "trust_remote_code": False}
 """Configuration that sweeps of older versions do not name, as those versions trained."""
 ADDED_SETTINGS = {"beta_kl_range": BETA_KL_RANGE, "kl_temperature_range": KL_TEMPERATURE_RANGE}
 """Settings that they do not name, as those versions searched."""
@@ -80,6 +80,8 @@ def recorded(run: RunDirectory, settings: Fields, argv: Sequence[str]) -> tuple[
     except InputError as error:
         raise InputError(f"{where}: {error}: not a sweep that can be continued") from None
     config = _rebuilt(CircuitBreakerConfig, ADDED | dict(record.config), f"{where}: config")
+    # Nothing that lies in a run directory lets code run.
+    config = dataclasses.replace(config, trust_remote_code=settings.config.trust_remote_code)
     # The number of baselines follows from the first budget: a larger one must not ask for more of them.
     fields = ADDED_SETTINGS | record.settings | {"baseline_seeds": record.plan.get("baseline")}
     plan = _rebuilt(PlanSettings, fields, f"{where}: settings")
@@ -137,18 +139,16 @@ def find_trials(run: RunDirectory, settings: PlanSettings) -> Found:
     Raises:
         InputError: it is damaged, of other settings, or holds more trials than the settings.
     """
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
     from sweeps.plan.journal import TrialSpec
     from sweeps.plan.plan import SweepPlan
+    from sweeps.storage.journal_file import open_journal
 
     whole, _ = _journal_lines(run)
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch, "study.log")
         copy.write_bytes(whole)
         try:
-            plan = SweepPlan(settings, JournalStorage(JournalFileBackend(str(copy))))
+            plan = SweepPlan(settings, open_journal(copy))
             rows = [dict[str, Any](row) for row in plan.rows()]
         except InputError:
             raise
