@@ -21,6 +21,7 @@ from ray._private import ray_constants, services
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.utils import read_ray_address
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
 from cbtrain.config import InputError
 from cbtrain.utils.hardware import usable_cpus
@@ -72,6 +73,8 @@ def started_ray() -> Iterator[list[Node]]:
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Ray would upload the whole working directory for a driver below `uv run`; workers have this environment anyhow.
     ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+    # Tune would hand these on as arguments of processes, which everybody on the machine can read; no trial needs them.
+    ENV_VARS_TO_PROPAGATE.difference_update({name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")})
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(_alone()) if address is None else {}
         runtime = {"env_vars": {"PYTHONPATH": python_path, **WORKER_ENVIRONMENT}}
@@ -91,13 +94,27 @@ def _start(address: str | None, options: Mapping[str, Any]) -> None:
     for attempt in range(1, STARTS + 1):
         running = set(psutil.Process().children(recursive=True))
         try:
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+            with _unsaid() if address else contextlib.nullcontext():
+                ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
             return
         except Exception as error:  # Ray has no type for a start that takes too long
             ray.shutdown()
             _end(set(psutil.Process().children(recursive=True)) - running)
             if address or attempt == STARTS or isinstance(error, OSError | ValueError):
                 raise InputError(_why_not(error, address)) from error
+
+
+@contextlib.contextmanager
+def _unsaid() -> Iterator[None]:
+    """Drop what C++ writes to standard error beside the exception that says why a cluster cannot be joined."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _end(processes: set[psutil.Process]) -> None:
