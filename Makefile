@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable
 COMPILE := $(BIN)/python -m compileall -q -j 0 .venv/lib
 
-.PHONY: sweep test check bench setup clean
+.PHONY: sweep test check bench audit setup clean
 
 sweep: setup  ## sweep the embedded default, then decide
 	@$(BIN)/python sweeps/kl_ablation.py --num-samples 20
@@ -29,6 +29,13 @@ bench: .venv/ready-bench  ## measurements, as tables, some 50 minutes
 	$(BIN)/python -m tests.benchmarks.bench_stopping
 	$(BIN)/python -m tests.benchmarks.bench_plan
 
+audit: .venv-audit/ready  ## known vulnerabilities of the pinned versions, asked of the Python Packaging Advisory Database
+	@.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off \
+		>.venv-audit/report 2>.venv-audit/errors; status=$$?; cat .venv-audit/report; \
+	test $$status -eq 0 || test -s .venv-audit/report || \
+		echo "error: nothing was audited: $$(tail -n 1 .venv-audit/errors); see .venv-audit/errors" >&2; \
+	exit $$status
+
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -43,5 +50,10 @@ setup: .venv/ready
 	$(COMPILE) >/dev/null || true
 	touch $@
 
+.venv-audit/ready:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.7'
+	touch $@
+
 clean:  ## remove the environment and caches, never runs/
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-audit .pytest_cache .ruff_cache .hypothesis *.egg-info

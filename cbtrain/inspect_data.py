@@ -111,12 +111,12 @@ def main() -> int:
     return 0
 
 
-def _derived(model: str) -> CircuitBreakerConfig:
+def _derived(model: str, trust_remote_code: bool) -> CircuitBreakerConfig:
     """The preset `auto`; what it has for every model where there is a tokenizer alone, which suffices here."""
     try:
-        return derived(model)
+        return derived(model, trust_remote_code)
     except InputError:
-        return get_config("auto", model=model)
+        return get_config("auto", model=model, trust_remote_code=trust_remote_code)
 
 
 def report(config: CircuitBreakerConfig, tokenizer: "PreTrainedTokenizerBase", data: CircuitBreakerData) -> list[str]:

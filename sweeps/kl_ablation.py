@@ -72,7 +72,9 @@ def _commanded(argv: Sequence[str]) -> int:
     settings = cli.parse(SweepSettings, argv, "python sweeps/kl_ablation.py", derived=derived, about=HELP)
     SCREEN.quiet = settings.quiet
     if settings.resume is None:
-        return _run(_new(settings, argv))
+        job = _new(settings, argv)
+        with contextlib.nullcontext() if settings.dry_run else job.run.locked(or_next=settings.run_dir is None):
+            return _run(job)
 
     from sweeps.storage.run_directory import RunDirectory
     from sweeps.storage.shared_path import run_path
@@ -112,7 +114,10 @@ def _new(settings: SweepSettings, argv: Sequence[str]) -> Job:
         raise InputError("--run-dir: name a directory")
     default = Path("" if settings.storage_path else "runs") / time.strftime("kl_ablation-%Y%m%d-%H%M%S")
     run = RunDirectory(run_path(settings.storage_path, settings.run_dir or default))
-    run.refuse_if_taken()
+    if settings.run_dir is None:
+        run.refuse_if_unwritable()
+    else:
+        run.refuse_if_taken()
     run.record = {"preset": settings.preset, "config_overrides": overrides, "flags": flags_to_keep(settings)}
     return Job(run, settings, plan)
 
@@ -208,9 +213,7 @@ def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
 
     run, settings, found = job.run, job.settings, job.found
     with contextlib.ExitStack() as stack:
-        if found is None:
-            stack.enter_context(run.locked())
-        elif not found.done:
+        if found is not None and not found.done:
             wait_for_leftovers(run, [spec.trial_id for spec in found.interrupted])
         stack.enter_context(followed(run.path, run.shown, settings.wandb_project, settings.wandb_mode))
         if found is not None and found.done:
@@ -227,7 +230,8 @@ def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
 def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
     """Start Ray and run what is left of the sweep; the exit status. The caller holds the run directory's lock."""
     from sweeps.execution.context import TrialContext
-    from sweeps.execution.placement import place, placement_line, started_ray
+    from sweeps.execution.placement import place, placement_line
+    from sweeps.execution.ray_start import started_ray
     from sweeps.reporting.console import wrapped
     from sweeps.storage.shared_path import require_shared
 

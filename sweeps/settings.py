@@ -175,9 +175,10 @@ HELP = Help(
 
 def overrides_of_preset(settings: SweepSettings) -> dict[str, object]:
     """The training fields given on the command line that differ from the preset; `auto` names no model."""
-    chosen = derived(settings.config.model) if settings.preset == "auto" else get_config(settings.preset)
+    own = settings.config
+    chosen = derived(own.model, own.trust_remote_code) if settings.preset == "auto" else get_config(settings.preset)
     preset = dataclasses.asdict(chosen) | ({"model": ""} if settings.preset == "auto" else {})
-    given = dataclasses.asdict(settings.config)
+    given = dataclasses.asdict(own)
     overrides = {name: value for name, value in given.items() if value != preset[name]}
     return overrides
 

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -28,15 +29,15 @@ def parse(
     prog: str,
     recorded: CircuitBreakerConfig | None = None,
     *,
-    derived: Callable[[str], CircuitBreakerConfig],
+    derived: Callable[[str, bool], CircuitBreakerConfig],
     about: Help = PLAIN,
 ) -> Settings:
     """Parse `argv` into `settings_type`, a dataclass with the fields `preset` and `config`.
 
     The preset named in `argv`, or the configuration `recorded` by an earlier run in its place, gives the defaults of
     `config`, whose fields are flags beside the dataclass's own. Where neither is given and a `--model` is, they are
-    those of the preset `auto`, which `derived` makes for a model. Underscores in flags are read as hyphens, and
-    `--config` as `--preset`. `about` is what `--help` says beside what the fields say.
+    those of the preset `auto`, which `derived` makes for a model and whether its own code may run. Underscores in flags
+    are read as hyphens, and `--config` as `--preset`. `about` is what `--help` says beside what the fields say.
 
     Raises:
         InputError: an unknown flag, with the nearest one, or a value that does not fit.
@@ -54,7 +55,7 @@ def parse(
     if recorded is None and preset == "auto":
         if not model:
             raise InputError("--preset auto: give the --model that its numbers are derived from")
-        recorded = derived(model)
+        recorded = derived(model, is_on("--trust-remote-code", argv))
     default = settings_type(preset=preset, config=recorded or get_config(preset))
     settings, unknown = read(default, argv, prog, about)
     settings.preset = canonical(settings.preset)
@@ -98,7 +99,7 @@ def read(default: Settings, argv: Sequence[str], prog: str, about: Help = PLAIN)
                 config=[tyro.conf.OmitArgPrefixes],
             )
     except SystemExit:
-        raise InputError(_unboxed(captured.getvalue())) from None
+        raise InputError(_in_our_words(_unboxed(captured.getvalue()))) from None
 
 
 def refuse_unknown(unknown: Sequence[str], *flagged: Any) -> None:
@@ -173,11 +174,37 @@ def value_of(name: str, argv: Sequence[str]) -> str | None:
     return value  # of several the last, as the parser takes it
 
 
+def is_on(name: str, argv: Sequence[str]) -> bool:
+    """Whether a flag without a value is given, before anything is parsed, and not taken back by its `--no-` behind."""
+    words = [arg.replace("_", "-") for arg in argv]
+    given = [word for word in words if word in (name, f"--no-{name.removeprefix('--')}")]
+    return given[-1:] == [name]
+
+
 def _unboxed(message: str) -> str:
     """The first paragraph of an error that the parser drew in a box below its title, on one line."""
     lines = [line.strip("│ ") for line in message.strip().splitlines()[1:]]
     paragraphs = [list(group) for ruled, group in itertools.groupby(lines, _is_rule) if not ruled]
     return " ".join(paragraphs[0]) if paragraphs else message.strip()
+
+
+_PARSER_SAYS = (
+    (r"Error parsing (--\S+): invalid literal for int\(\) with base 10: '(.*)'", "{0} {1}: must be a whole number"),
+    (r"Error parsing (--\S+): could not convert string to float: '(.*)'", "{0} {1}: must be a number"),
+    (r"invalid choice '(.*)' for argument '(--\S+)'\. Expected one of \((.*)\)\.", "{1} {0}: must be one of {2}"),
+    (r"Missing value for argument '(--\S+)'\..*", "{0}: give a value behind it"),
+    (r"Error parsing (--\S+): Could not find valid parse for arguments: \['(.*)'\]", "{0} {1}: must be whole numbers"),
+    (r"Error parsing (--\S+): (.*)", "{0}: {1}"),
+)
+"""What the parser says of a value, and how a line here says it."""
+
+
+def _in_our_words(message: str) -> str:
+    """The parser's message as flag, value and mend, where it is a known one."""
+    for pattern, words in _PARSER_SAYS:
+        if found := re.fullmatch(pattern, message):
+            return words.format(*found.groups())
+    return message
 
 
 def _is_rule(line: str) -> bool:

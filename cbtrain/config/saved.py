@@ -170,7 +170,8 @@ def require_adapter(directory: Path) -> None:
 def _with_fields(config: CircuitBreakerConfig, fields: Mapping[str, Any], source: Path) -> CircuitBreakerConfig:
     try:
         for name, value in fields.items():
-            setattr(config, name, value)
+            if name != "trust_remote_code":  # a flag alone gives that
+                setattr(config, name, value)
         check_fields(config, CircuitBreakerConfig)
     except InputError as error:
         raise InputError(f"{source}: written by another version ({error}); give the settings as flags") from None

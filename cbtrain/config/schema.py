@@ -25,7 +25,7 @@ GROUPS = {
         *("max_length", "template_date", "eval_fraction"),
     ),
     "Model": (
-        *("model", "tokenizer", "dtype"),
+        *("model", "tokenizer", "trust_remote_code", "dtype"),
         *("lora_rank", "lora_alpha", "lora_dropout", "lora_layers", "lora_targets", "lora_init_std"),
     ),
     "Training": (
@@ -59,6 +59,9 @@ class CircuitBreakerConfig:
     """Hugging Face model id or directory; `tiny` is the embedded model, built on first use."""
     tokenizer: str | None = None
     """Tokenizer id or directory, where it does not lie beside the model."""
+    trust_remote_code: bool = False
+    """Run Python code that lies beside the model or tokenizer, where transformers has none of its own for it. Never
+    taken from a file of an earlier run."""
     dtype: Dtype = "bfloat16"
     """Weights and activations of the model; losses are always computed in float32."""
 

@@ -18,22 +18,23 @@ LARGE = 1_000_000_000
 """Parameters from which on activations are recomputed, as published for 8 billion."""
 
 
-def derived(model: str) -> CircuitBreakerConfig:
+def derived(model: str, trust_remote_code: bool = False) -> CircuitBreakerConfig:
     """The preset `auto` for a model directory or id, or for `tiny`.
 
     Raises:
-        InputError: its configuration cannot be read.
+        InputError: its configuration cannot be read, or needs code of its own that is not trusted.
     """
-    structure = _structure(model)
+    structure = _structure(model, trust_remote_code)
     targets = target_layers(structure.num_hidden_layers)
     config: CircuitBreakerConfig = replace(
         get_config("auto"),
         model=model,
+        trust_remote_code=trust_remote_code,
         dtype=_dtype()[0],
         target_layers=targets,
         lora_layers=tuple(range(max(targets))),
         max_length=_length(structure)[0],
-        gradient_checkpointing=_parameters(model) >= LARGE,
+        gradient_checkpointing=_parameters(model, trust_remote_code) >= LARGE,
     )
     return config
 
@@ -45,7 +46,8 @@ def target_layers(blocks: int) -> tuple[int, ...]:
 
 def reasons(config: CircuitBreakerConfig) -> list[str]:
     """A line for each number of `config` that is as derived, saying why it is what it is."""
-    expected, structure = derived(config.model), _structure(config.model)
+    expected = derived(config.model, config.trust_remote_code)
+    structure = _structure(config.model, config.trust_remote_code)
     blocks, targets = structure.num_hidden_layers, expected.target_layers
     checkpointing = "on: as published for 8 billion" if expected.gradient_checkpointing else "off: the model is small"
     said = {
@@ -67,26 +69,25 @@ def reasons(config: CircuitBreakerConfig) -> list[str]:
     ]
 
 
-def _structure(model: str) -> "PretrainedConfig":
-    from transformers import AutoConfig
-
+def _structure(model: str, trust_remote_code: bool) -> "PretrainedConfig":
     from cbtrain.model import tiny
-    from cbtrain.model.loading import told_as_input_errors
+    from cbtrain.model.loading import load_structure, told_as_input_errors
 
     with told_as_input_errors("model", model):
-        structure = AutoConfig.from_pretrained(str(tiny.build()) if model == "tiny" else model).get_text_config()
+        structure = load_structure(str(tiny.build()) if model == "tiny" else model, trust_remote_code).get_text_config()
     if not isinstance(getattr(structure, "num_hidden_layers", None), int):
         raise InputError(f"--model {model}: a {structure.model_type} names no num_hidden_layers: no decoder of blocks")
     return structure
 
 
-def _parameters(model: str) -> int:
+def _parameters(model: str, trust_remote_code: bool) -> int:
     from cbtrain.model import tiny
     from cbtrain.model.loading import told_as_input_errors, weightless_model
 
     path = str(tiny.build()) if model == "tiny" else model
     with told_as_input_errors("model", model):
-        return sum(weight.numel() for weight in weightless_model(CircuitBreakerConfig(model=path)).parameters())
+        config = CircuitBreakerConfig(model=path, trust_remote_code=trust_remote_code)
+        return sum(weight.numel() for weight in weightless_model(config).parameters())
 
 
 def _dtype() -> tuple[Dtype, str]:

@@ -54,9 +54,12 @@ def check_fit(config: CircuitBreakerConfig) -> int:
     """
     with told_as_input_errors("model", config.model):
         model = weightless_model(config)
-        for file in sorted(Path(config.model).glob("*.safetensors")):
-            with safe_open(file, framework="pt"):
-                pass  # reading the header tells a file that was cut short
+        if quantised := getattr(model.config, "quantization_config", None):
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+            raise InputError(
+                f"--model {config.model}: is quantised ({method}); give its weights as float32 or bfloat16"
+            )
+        _check_weights(config.model)
     with refused_by_name(model):
         count = blocks_of(model)
         check_layers(config, count)
@@ -65,6 +68,25 @@ def check_fit(config: CircuitBreakerConfig) -> int:
         if line := beyond_lora(model):
             say_once(line)
     return count
+
+
+def _check_weights(name: str) -> None:
+    """Look into the weights in a directory without reading them: a file may be missing, cut short, or a pickle that
+    holds more than tensors."""
+    place = Path(name)
+    if not place.is_dir():
+        return
+    safe, pickled = sorted(place.glob("*.safetensors")), sorted(place.glob("pytorch_model*.bin"))
+    if not safe and not pickled:
+        raise InputError(f"--model {name}: no weights there; give a directory with its .safetensors")
+    for file in safe:
+        with safe_open(file, framework="pt"):
+            pass  # reading the header tells a file that was cut short
+    for file in () if safe else pickled:
+        try:
+            torch.load(file, map_location="meta", weights_only=True)
+        except Exception as error:  # whatever a broken file makes the library raise
+            raise InputError(f"--model {name}: {file.name} holds no plain weights; give .safetensors") from error
 
 
 @functools.lru_cache(maxsize=1)
@@ -114,7 +136,7 @@ def retained_layers(config: CircuitBreakerConfig, blocks: int) -> list[int]:
 
 
 DATA_FIELDS = (
-    *("model", "tokenizer", "harmful", "benign", "preference", "refusals_as_benign"),
+    *("model", "tokenizer", "trust_remote_code", "harmful", "benign", "preference", "refusals_as_benign"),
     *("mask_policy", "max_length", "eval_fraction", "template_date", "thoughts"),
 )
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.data.batches import check_batch
@@ -23,6 +23,7 @@ from cbtrain.data.tokenization import TokenRow
 from cbtrain.evaluation.held_out import CHUNK_BYTES
 from cbtrain.losses.head_products import BLOCK_BYTES, CPU_BYTES, CPU_ROWS, CUDA_BYTES, TILE_BYTES, rows_per_chunk
 from cbtrain.model.checks import retained_layers
+from cbtrain.model.loading import load_structure
 from cbtrain.model.lora import add_adapter, decoder_blocks
 from cbtrain.utils.errors import named
 
@@ -91,7 +92,9 @@ class Prediction:
 def structure(config: CircuitBreakerConfig, model: PretrainedConfig) -> PeftModel:
     """The adapted model without weights."""
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(model, dtype=getattr(torch, config.dtype))
+        base = AutoModelForCausalLM.from_config(
+            model, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
+        )
         adapted = add_adapter(base.requires_grad_(False), config)
         return adapted.to(getattr(torch, config.dtype))
 
@@ -155,7 +158,7 @@ def predict_run(
     sides = longest(data.harmful.train, count), longest(data.benign.train, count)
     largest = max(held_out, key=lambda rows: rows.tokens)
     try:
-        adapted = structure(config, AutoConfig.from_pretrained(config.model))
+        adapted = structure(config, load_structure(config.model, config.trust_remote_code))
         return predict(config, adapted, *sides, largest, world_size=world_size, cuda=cuda)
     except Exception as error:  # of experts that are chosen by value, or whatever another build makes of it
         raise ValueError(f"the model cannot be traced without its weights ({named(error)})") from error

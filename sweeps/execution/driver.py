@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from ray import tune
 
 from analysis.behaviour.judge import DEFAULT_LIMITS, BehaviourLimits
@@ -44,6 +42,7 @@ from sweeps.reporting.screen import SCREEN
 from sweeps.reporting.shares import shares
 from sweeps.reporting.shares import told as told_shares
 from sweeps.reporting.summary import stopped_lines, summary_lines
+from sweeps.storage.journal_file import open_journal
 from sweeps.storage.run_directory import RunDirectory
 
 LOG = "driver"
@@ -78,7 +77,7 @@ class SweepDriver:
     """Fields of the recipe that stay as they are."""
 
     def __post_init__(self) -> None:
-        self._plan = SweepPlan(self.settings, JournalStorage(JournalFileBackend(str(self.run.journal))))
+        self._plan = SweepPlan(self.settings, open_journal(self.run.journal))
         if self.retry_failed:
             self._plan.retry_failed()
         self._spent_before = float(self.run.record.get("wall_s") or 0.0)

@@ -1,44 +1,18 @@
-"""Where trials run: Ray for one sweep, and how many trials its cluster holds at a time.
+"""What a trial runs on, and how many trials a cluster holds at a time.
 
 Capacity is counted node by node, since a worker needs its CPUs and its share of a GPU on one of them.
 """
 
-import contextlib
-import logging
-import os
-import socket
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import ray
-import ray._private.state as ray_state
 from ray.train import ScalingConfig
 
 from cbtrain.config import InputError
-from cbtrain.utils.errors import first_line
 
-ROOT = Path(__file__).resolve().parents[2]
 MAX_CONCURRENT_BY_DEFAULT = 4
 """More trials at a time than this leave a search of some ten points little to learn from."""
-SETTLE_S = 10.0
-"""What ended on a cluster a moment ago may still count as taken for so long."""
-DRIVER_ENVIRONMENT = {
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep, not only the trial
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a trial's clean-up may take longer than Ray's 2 s
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-
-
-WORKER_ENVIRONMENT = {
-    "MALLOC_ARENA_MAX": "1",  # keeps a kept process's memory flat over many trials
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a trial's end is seen; by default 2 s
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process more a trial, for a notice that no trial heeds
-}
 
 
 TUNE_RESOURCES = {"memory": 1}
@@ -96,66 +70,6 @@ class Node:
         # A tenth of a GPU fits ten times, whatever its binary fraction.
         shares = int(1 / gpus + 1e-6) * int(self.gpus) if gpus < 1 else int(self.gpus // gpus)
         return min(room, shares)
-
-
-@contextlib.contextmanager
-def started_ray() -> Iterator[list[Node]]:
-    """Ray for the body: the cluster of `RAY_ADDRESS`, or one of this machine that ends with the body.
-
-    Yields:
-        The cluster's nodes.
-    """
-    for name, value in DRIVER_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    address = os.environ.get("RAY_ADDRESS")
-    own = {} if address else {"include_dashboard": False, "object_store_memory": 256 * 2**20}
-    if address and ":" in address and "://" not in address:
-        _require_listening(address)
-    try:
-        # Workers import from the directory in which Ray is started before they look into PYTHONPATH.
-        with contextlib.chdir(ROOT):
-            ray.init(
-                address=address or "local",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": {"PYTHONPATH": python_path, **WORKER_ENVIRONMENT}},
-                **own,
-            )
-    except (ConnectionError, RuntimeError, OSError, ray.exceptions.RayError) as error:
-        where = f"RAY_ADDRESS {address}" if address else "starting Ray on this machine"
-        raise InputError(f"{where}: {first_line(error)}") from error
-    # Ray's own handler writes on the screen; the root's, where there is one, is enough.
-    logging.getLogger("ray").handlers = [logging.NullHandler()]
-    logging.getLogger("ray").propagate = True
-    try:
-        yield _nodes()
-    finally:
-        ray.shutdown()
-
-
-def _require_listening(address: str) -> None:
-    """Refuse an address where nothing answers, which Ray would try for minutes."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except (OSError, ValueError) as error:
-        raise InputError(f"RAY_ADDRESS {address}: no Ray cluster answers; unset it to use this machine") from error
-
-
-def _nodes() -> list[Node]:
-    """The nodes that are alive, when nothing is taken any more, or what is still taken after `SETTLE_S`."""
-    deadline = time.monotonic() + SETTLE_S
-    while True:
-        free = ray_state.available_resources_per_node()
-        nodes = []
-        for name, total in ray_state.total_resources_per_node().items():
-            cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-            left = free.get(name, {})
-            nodes.append(Node(cpus, gpus, cpus - left.get("CPU", 0.0), gpus - left.get("GPU", 0.0)))
-        if not any(node.taken_cpus or node.taken_gpus for node in nodes) or time.monotonic() > deadline:
-            return nodes
-        time.sleep(0.5)
 
 
 def place(

@@ -1,6 +1,7 @@
 """A sweep's results copied out at its end, to any place that pyarrow opens: `--copy-to s3://bucket/sweeps`."""
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +25,13 @@ class Destination:
         name: of the directory to make there.
 
     Raises:
-        InputError: pyarrow does not know such a URI, or lacks what it takes to open it.
+        InputError: pyarrow does not know such a URI, or lacks what it takes to open it, or it holds a password.
     """
 
     def __init__(self, uri: str, name: str) -> None:
+        if re.match(r"[^/]+://[^/]*@", uri):  # sweep.json would keep it
+            bare = re.sub("//[^/]*@", "//…@", uri)
+            raise InputError(f"--copy-to {bare}: credentials do not belong in it; they come from the environment")
         self.uri = f"{uri.rstrip('/')}/{name}"
         self._given = uri
         try:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ALLOWED = (
     *("num_samples", "max_concurrent", "workers_per_trial", "gpus_per_worker", "teacher_cache", "dry_run", "quiet"),
-    *("max_failures", "retry_failed", "trial_timeout"),
+    *("max_failures", "retry_failed", "trial_timeout", "trust_remote_code"),
     *("profile", "behaviour_prompts", "storage_path", "copy_to", "wandb_project", "wandb_mode"),
     *("max_degenerate_rise", "max_degenerate_bound", "max_benign_nll_rise", "max_compliance_rise"),
 )
@@ -36,7 +36,7 @@ KEPT_ELSEWHERE = (
     *("preset", "config", "run_dir", "resume", "retry_failed", "dry_run", "quiet", "storage_path", "calibration"),
 )
 """Fields of the sweep's settings that `flags` of sweep.json does not hold."""
-ADDED = {"retain_norm": "absolute", "retain_scale": 10.0, "retain_norms": None}
+ADDED = {"retain_norm": "absolute", "retain_scale": 10.0, "retain_norms": None, "trust_remote_code": False}
 """Configuration that sweeps of older versions do not name, as those versions trained."""
 ADDED_SETTINGS = {"beta_kl_range": BETA_KL_RANGE, "kl_temperature_range": KL_TEMPERATURE_RANGE}
 """Settings that they do not name, as those versions searched."""
@@ -83,6 +83,8 @@ def recorded(run: RunDirectory, settings: Fields, argv: Sequence[str]) -> tuple[
     except InputError as error:
         raise InputError(f"{where}: {error}: not a sweep that can be continued") from None
     config = _rebuilt(CircuitBreakerConfig, ADDED | dict(record.config), f"{where}: config")
+    # Nothing that lies in a run directory lets code run.
+    config = dataclasses.replace(config, trust_remote_code=settings.config.trust_remote_code)
     # The number of baselines follows from the first budget: a larger one must not ask for more of them.
     fields = ADDED_SETTINGS | record.settings | {"baseline_seeds": record.plan.get("baseline")}
     plan = _rebuilt(PlanSettings, fields, f"{where}: settings")
@@ -140,18 +142,16 @@ def find_trials(run: RunDirectory, settings: PlanSettings, *, retry_failed: bool
     Raises:
         InputError: it is damaged, of other settings, or holds more trials than the settings.
     """
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
     from sweeps.plan.journal import TrialSpec
     from sweeps.plan.plan import SweepPlan
+    from sweeps.storage.journal_file import open_journal
 
     whole, _ = _journal_lines(run)
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch, "study.log")
         copy.write_bytes(whole)
         try:
-            plan = SweepPlan(settings, JournalStorage(JournalFileBackend(str(copy))))
+            plan = SweepPlan(settings, open_journal(copy))
             if retry_failed:
                 plan.retry_failed()
             rows = [dict[str, Any](row) for row in plan.rows()]

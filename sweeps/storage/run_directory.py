@@ -44,34 +44,50 @@ class RunDirectory:
         return self.path / "trials" / trial_id
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Make the directory, and keep other drivers out of it for the body.
+    def locked(self, *, or_next: bool = False) -> Iterator[None]:
+        """Make the directory, and keep other drivers out of it for the body; it goes if no sweep begins in it.
+
+        Args:
+            or_next: where it exists already, take its name with -2, -3 … behind it.
 
         Raises:
             InputError: it cannot be made, or a sweep is running in it.
         """
-        try:
-            (self.path / "logs").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--run-dir {self.shown}: cannot be made ({reason(error)})") from error
         with contextlib.ExitStack() as stack:
             try:
+                if or_next:
+                    made = [*_missing(self.path.parent), self._make_the_next()]
+                else:
+                    made = [*_missing(self.path)]
+                    self.path.mkdir(parents=True, exist_ok=True)
+                made += [place for place in (self.path / "logs", self.path / "lock") if not place.exists()]
+                (self.path / "logs").mkdir(exist_ok=True)
                 stack.enter_context(held(self.path / "lock"))
             except HeldError as holder:
                 raise InputError(f"{self.shown}: its sweep is still running ({holder}); wait, or end it") from None
+            except OSError as error:
+                raise InputError(f"--run-dir {self.shown}: cannot be made ({reason(error)})") from error
             try:
                 yield
+            except InputError:
+                _remove_empty(made)
+                raise
             finally:
-                self._remove_what_never_began()
+                if not (self.path / "sweep.json").exists():
+                    _remove_empty(made)
 
-    def _remove_what_never_began(self) -> None:
-        """Take away an empty directory, of a sweep that was refused."""
-        if (self.path / "sweep.json").exists():
-            return
-        with contextlib.suppress(OSError):
-            (self.path / "logs").rmdir()
-            (self.path / "lock").unlink()
-            self.path.rmdir()
+    def _make_the_next(self) -> Path:
+        """Make a directory that nobody else has, whoever begins in the same moment."""
+        path, shown, number = self.path, self.shown, 1
+        while True:
+            try:
+                self.path.mkdir(parents=True)
+                return self.path
+            except FileExistsError:
+                number += 1
+                self.path, self.shown = (each.with_name(f"{each.name}-{number}") for each in (path, shown))
+            except FileNotFoundError:
+                continue  # another one took its empty parent away
 
     def create(self, record: Mapping[str, object]) -> None:
         """Write sweep.json and point `runs/latest` here.
@@ -98,7 +114,7 @@ class RunDirectory:
         """
         path = self.shown / "sweep.json"
         if not path.is_file():
-            raise InputError(f"--resume {self.shown}: holds no sweep (no sweep.json)")
+            raise InputError(f"--resume {self.shown}: holds no sweep (no sweep.json); name the directory of one")
         try:
             self.record = from_json(path.read_bytes(), dict[str, Any])
         except InputError as error:
@@ -131,6 +147,10 @@ class RunDirectory:
         if (self.path / "sweep.json").exists() or self.journal.exists():
             resume = f"--resume {self.shown} to continue it, or " if (self.path / "sweep.json").exists() else "give "
             raise InputError(f"{self.shown} already holds a sweep{self._progress()}: {resume}another --run-dir")
+        self.refuse_if_unwritable()
+
+    def refuse_if_unwritable(self) -> None:
+        """Raise `InputError` if no directory can be made here."""
         existing = nearest_existing(self.path)
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise InputError(f"--run-dir {self.shown}: {existing} is not a directory that can be written to")
@@ -166,6 +186,18 @@ class RunDirectory:
         except (OSError, ValueError, KeyError):
             return ""
         return f" ({(status != 'running').sum()} of {planned} trials ended)"
+
+
+def _missing(path: Path) -> list[Path]:
+    """A directory and its parents as far as they are not there, the outermost first."""
+    return [place for place in (*reversed(path.parents), path) if not place.exists()]
+
+
+def _remove_empty(made: Sequence[Path]) -> None:
+    """Take away what was made for a sweep that was refused: its lock, which is held, and directories if empty."""
+    for place in reversed(made):
+        with contextlib.suppress(OSError):
+            place.rmdir() if place.is_dir() else place.unlink()
 
 
 def _versions() -> dict[str, str]:

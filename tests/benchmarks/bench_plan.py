@@ -80,7 +80,7 @@ def by_tune(trials: int) -> None:
     """Print the driver's seconds a trial under Ray Tune, with those of the plan."""
     from ray import tune
 
-    from sweeps.execution.placement import started_ray
+    from sweeps.execution.ray_start import started_ray
     from sweeps.execution.searcher import PlanSearcher
 
     class Timed(PlanSearcher):

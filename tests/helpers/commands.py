@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -42,19 +43,21 @@ QUICK = ("--warmup-steps", "2", "--batch-size", "8", "--eval-every", "0", "--beh
 class Sweep:
     """The command as a process, and what of it is left when it has ended."""
 
-    def __init__(self, cwd: Path, *arguments: str, installed: Path | None = None) -> None:
+    def __init__(
+        self, cwd: Path, *arguments: str, installed: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         """Start it from the repository, or as the module of packages that were `installed` elsewhere."""
         self.mark = uuid.uuid4().hex
         self._shared_memory = set(os.listdir("/dev/shm"))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "SWEEP_TEST_MARK": self.mark}
-        environment.pop("RAY_ADDRESS", None)
+        given = {**os.environ, "OMP_NUM_THREADS": "1", "SWEEP_TEST_MARK": self.mark, **(environment or {})}
+        given.pop("RAY_ADDRESS", None)
         command = [str(ROOT / "sweeps" / "kl_ablation.py")]
         if installed:
-            environment["PYTHONPATH"], command = str(installed), ["-m", "sweeps.kl_ablation"]
+            given["PYTHONPATH"], command = str(installed), ["-m", "sweeps.kl_ablation"]
         self.process = subprocess.Popen(
             [sys.executable, *command, *arguments],
             cwd=cwd,
-            env=environment,
+            env=given,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -16,6 +16,7 @@ from commands import Sweep, install, world
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from peft import PeftModel
+from planted import Planted, open_to_others, watched_arguments
 from transformers import AutoModelForCausalLM
 
 from analysis.behaviour.measured import load_behaviour
@@ -37,14 +38,19 @@ COLUMNS = {
 def test_a_sweep_from_command_to_report_by_packages_that_were_installed_elsewhere(tmp_path):
     tiny.build()  # which says so on stderr where it is the first time
     installed = install(tmp_path)
+    planted = Planted(tmp_path / "home")
+    before = os.umask(0o077)
     sweep = Sweep(
         tmp_path,
         *("--num-samples", "15", "--baseline-seeds", "3", "--run-dir", "elsewhere/a"),
         *("--steps", "20", "--warmup-steps", "5", "--eval-every", "10", "--behaviour-prompts", "4"),
         *("--retain-scale", "0.3", "--lora-init-std", "0.05", "--lr", "0.01"),
         installed=installed,
+        environment=planted.environment,
     )
-    status, output, errors = sweep.wait()
+    os.umask(before)
+    with watched_arguments(sweep) as arguments:
+        status, output, errors = sweep.wait()
     assert errors == ""
     assert status in (0, 3), output
     assert "plan      15 trials = 3 baseline + 4 ablation + 7 search + 1 confirm" in output
@@ -68,10 +74,11 @@ def test_a_sweep_from_command_to_report_by_packages_that_were_installed_elsewher
     done = subprocess.run(
         [sys.executable, "-m", "analysis.pick_beta"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(installed)},
+        env={**os.environ, **planted.environment, "PYTHONPATH": str(installed)},
         capture_output=True,
         text=True,
         check=False,
+        umask=0o077,
     )
     decision = json.loads((run_dir / "report" / "decision.json").read_text())
     expected = decide(trials, behaviour=load_behaviour(run_dir, trials))
@@ -80,6 +87,13 @@ def test_a_sweep_from_command_to_report_by_packages_that_were_installed_elsewher
     assert done.returncode == (0 if expected.verdict == "choose" else 3), done.stderr
     assert headline(expected) in " ".join(done.stdout.split())
     assert html.escape(headline(expected)) in (run_dir / "report" / "report.html").read_text()
+
+    # No token is where it can be read: in no file, not on the screen, not among the arguments of a process.
+    assert any("raylet" in words for words in arguments), "no argument was seen"
+    assert [words for words in arguments if planted.among(words)] == []
+    assert planted.among(output + done.stdout + done.stderr) == []
+    assert planted.below([run_dir]) == []
+    assert open_to_others(run_dir) == []
 
     again = Sweep(tmp_path, "--num-samples", "15", "--run-dir", "elsewhere/a")
     status, _, errors = again.wait()

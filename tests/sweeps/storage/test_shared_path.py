@@ -1,13 +1,10 @@
 """Where run directories lie, and where results are copied to."""
 
-import sys
 from pathlib import Path
 
 import pytest
-from commands import world
 
-from cbtrain.config import InputError, cli
-from sweeps import kl_ablation
+from cbtrain.config import InputError
 from sweeps.storage.export import Destination
 from sweeps.storage.shared_path import JOB_ENVIRONMENT, require_durable, run_path
 
@@ -78,29 +75,3 @@ def test_a_place_that_holds_a_sweep_serves_only_to_go_on_with_it(run_dir, tmp_pa
     with pytest.raises(InputError, match="already holds a sweep"):
         destination.check(new=True)
     destination.check(new=False)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--copy-to", "nosuch://bucket/x"], "--copy-to nosuch://bucket/x: Unrecognized filesystem type"),
-        (["--copy-to", "{file}/x"], "--copy-to {file}/x: cannot be written to"),
-        (["--storage-path", "{file}"], "--storage-path {file}: no such directory"),
-        (["--wandb-project", "p"], "--wandb-project: no login to W&B here: run `wandb login`, or give --wandb-mode"),
-    ],
-)
-def test_what_results_cannot_go_to_is_said_before_anything_is_written(
-    small_world, tmp_path, monkeypatch, capsys, flags, message
-):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.chdir(tmp_path)
-    arguments = [argument.format(file=tmp_path / "file") for argument in flags]
-    monkeypatch.setattr(sys, "argv", ["kl_ablation.py", *world(small_world, tmp_path), *arguments])
-    status = cli.run(kl_ablation.main)
-    captured = capsys.readouterr()
-    assert status == 2, captured
-    assert captured.err.startswith(f"error: {message.format(file=tmp_path / 'file')}")
-    assert captured.err.count("\n") == 1, captured.err
-    assert not (tmp_path / "runs").exists()
