@@ -19,7 +19,7 @@ from analysis.behaviour.measured import load_behaviour
 from analysis.decide import decide
 from analysis.decision import Decision
 from analysis.report.commands import commands_after
-from cbtrain.teacher_cache.plan import LIVE, CachePlan, CacheUnavailableError
+from cbtrain.teacher_cache.plan import CachePlan
 from cbtrain.training.calibration import Calibration, steps_allowed
 from cbtrain.utils.environment import log_to
 from sweeps.execution.behaviour import BehaviourError, Meter, behaviour_sentences, file_of, subjects
@@ -29,7 +29,7 @@ from sweeps.execution.output import output_to
 from sweeps.execution.placement import TUNE_RESOURCES
 from sweeps.execution.processes import Processes
 from sweeps.execution.searcher import PlanSearcher
-from sweeps.execution.teacher_cache import norms_are_missing, run_teacher
+from sweeps.execution.teacher_cache import with_teacher
 from sweeps.execution.trial import run_trial
 from sweeps.plan.budget import PlanSettings
 from sweeps.plan.early_stopping import StopRule, rule_for
@@ -111,7 +111,7 @@ class SweepDriver:
             calibrated = self.run.record.get("calibration")
             if calibrated and not calibrated["converged"]:
                 return self._not_calibrated(calibrated["reason"])
-            context = self._with_teacher(context, cache)
+            context = with_teacher(context, cache, self._kept, self.run)
             if self.calibrate and not calibrated:
                 found = self._calibrate(context)
                 if not found.converged:
@@ -241,34 +241,6 @@ class SweepDriver:
         ended = {str(row["trial_id"]) for row in rows if row["status"] != "running"}
         self.run.remove_checkpoints(ended - self._cleared)
         self._cleared = ended
-
-    def _with_teacher(self, context: TrialContext, plan: CachePlan) -> TrialContext:
-        """The trials' context with a filled cache, and norms if they are needed.
-
-        Without a cache, and a line why, where it cannot be filled.
-        """
-        if plan.directory is None:
-            if norms_are_missing(context.config):
-                context = self._with_norms(context, run_teacher(plan, context, self._kept)[1])
-            return context
-        earlier = self.run.record.get("teacher_cache")
-        try:
-            report, norms = run_teacher(plan, context, self._kept)
-        except CacheUnavailableError as error:
-            SCREEN.say(*wrapped(f"cache     off, {LIVE}: {error}"))
-            self.run.update(teacher_cache=f"off: {error}")
-            return self._with_teacher(context, CachePlan(None, plan.says))
-        report = report.after(earlier)
-        self.run.update(teacher_cache={"directory": plan.directory, **dataclasses.asdict(report)})
-        return dataclasses.replace(self._with_norms(context, norms), teacher_cache=plan.directory)
-
-    def _with_norms(self, context: TrialContext, norms: tuple[float, ...] | None) -> TrialContext:
-        """The context with norms that are the same for all trials, now and when the sweep is resumed."""
-        if norms is None:
-            return context
-        context = dataclasses.replace(context, config=dataclasses.replace(context.config, retain_norms=norms))
-        self.run.update(config=dataclasses.asdict(context.config))
-        return context
 
     def _tune(self, context: TrialContext) -> None:
         """Run the plan's trials on Ray Tune."""

@@ -5,14 +5,16 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cbtrain.config import CircuitBreakerConfig, InputError
 from sweeps.execution.context import TrialContext
 from sweeps.execution.processes import Processes, root_cause
+from sweeps.reporting.console import wrapped
 from sweeps.reporting.screen import SCREEN
+from sweeps.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from cbtrain.teacher_cache.plan import CachePlan
@@ -36,6 +38,39 @@ class CacheReport:
             return self
         sums = {name: getattr(self, name) + earlier.get(name, 0) for name in ("rows_computed", "teacher_s", "wall_s")}
         return replace(self, **sums)
+
+
+def with_teacher(
+    context: TrialContext, plan: "CachePlan", processes: Processes | None, run: RunDirectory
+) -> TrialContext:
+    """The trials' context with a filled cache, and norms if they are needed; both are written to sweep.json.
+
+    Without a cache, and a line why, where it cannot be filled.
+    """
+    from cbtrain.teacher_cache.plan import LIVE, CachePlan, CacheUnavailableError
+
+    if plan.directory is None:
+        if norms_are_missing(context.config):
+            context = _with_norms(context, run_teacher(plan, context, processes)[1], run)
+        return context
+    earlier = run.record.get("teacher_cache")
+    try:
+        report, norms = run_teacher(plan, context, processes)
+    except CacheUnavailableError as error:
+        SCREEN.say(*wrapped(f"cache     off, {LIVE}: {error}"))
+        run.update(teacher_cache=f"off: {error}")
+        return with_teacher(context, CachePlan(None, plan.says), processes, run)
+    run.update(teacher_cache={"directory": plan.directory, **asdict(report.after(earlier))})
+    return replace(_with_norms(context, norms, run), teacher_cache=plan.directory)
+
+
+def _with_norms(context: TrialContext, norms: tuple[float, ...] | None, run: RunDirectory) -> TrialContext:
+    """The context with norms that are the same for all trials, now and when the sweep is resumed."""
+    if norms is None:
+        return context
+    context = replace(context, config=replace(context.config, retain_norms=norms))
+    run.update(config=asdict(context.config))
+    return context
 
 
 def norms_are_missing(config: CircuitBreakerConfig) -> bool:

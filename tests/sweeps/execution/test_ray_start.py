@@ -46,7 +46,7 @@ def nobody() -> str:
         ("head", "must be HOST:PORT, auto or local"),
         ("127.0.0.1:port", "no Ray cluster answers"),
         ("127.0.0.1:99999", "no Ray cluster answers"),
-        (nobody(), "no Ray cluster answers; unset it to start Ray on this machine for this sweep alone"),
+        ("127.0.0.1:1", "no Ray cluster answers; unset it to start Ray on this machine for this sweep alone"),
     ],
 )
 def test_an_address_that_is_no_clusters_is_refused_at_once(monkeypatch, tmp_path, given, message):
