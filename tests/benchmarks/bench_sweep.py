@@ -89,7 +89,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--noise", type=float, default=0.01, help="of the simulated ones")
     options = parser.parse_args()
     if options.quick:
-        options.num_samples, options.baselines, options.steps, options.rounds, options.sweeps = 4, 2, 10, 1, 3
+        options.num_samples, options.baselines, options.steps, options.rounds, options.sweeps = 4, 2, 20, 1, 3
     return options
 
 
