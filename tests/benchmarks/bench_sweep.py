@@ -36,7 +36,7 @@ from typing import Any
 from cbtrain.utils.environment import quiet_libraries
 from cbtrain.utils.metrics_file import read_metrics
 from tests.benchmarks.process_tree import Cost, cost_of
-from tests.benchmarks.trials_needed import BEST, NUM_SAMPLES, STOCK, TRIALS, losses, needed, table, told
+from tests.benchmarks.trials_needed import NUM_SAMPLES, TRIALS, losses, needed, table, told
 
 ROOT = Path(__file__).parents[2]
 OURS, PEER = "ours", "public sweep"
@@ -201,13 +201,13 @@ def ratio(costs: dict[str, list[Cost]], field: str) -> float:
 def answer(name: str, costs: dict[str, list[Cost]], trials: dict[str, float]) -> None:
     """What a trustworthy beta_kl costs by the peer against ours."""
     a_trial = ratio(costs, "wall_s")
-    for method in (STOCK, BEST):
-        reached = math.isfinite(trials[method])
-        times = f"{min(trials[method], TRIALS[-1]) / NUM_SAMPLES * a_trial:.1f}"
+    for method, number in trials.items():
+        reached = math.isfinite(number)
+        times = f"× {min(number, TRIALS[-1]) / NUM_SAMPLES * a_trial:.1f}"
         times = times if reached else f"more than {times}"
         print(
-            f"{name}, {method}: {told(trials[method])} trials for the loss of ours at {NUM_SAMPLES}; "
-            f"to the answer: goal × {TARGETS['to the answer']:g}, reached: × {times}"
+            f"{name}, {method}: {told(number)} trials for the loss of ours at {NUM_SAMPLES}; "
+            f"to the answer: goal × {TARGETS['to the answer']:g}, reached: {times}"
         )
 
 

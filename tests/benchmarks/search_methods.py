@@ -42,6 +42,8 @@ class Job:
     rate: float = 0.0
     num_samples: int = NUM_SAMPLES
     """Trials in all."""
+    margin: float = 0.0
+    """By how many standard deviations of the baselines' reroute loss a peer's trial must keep the limit to be taken."""
 
     @property
     def first_seed(self) -> int:
@@ -155,7 +157,8 @@ def _by_peer(job: Job, world: Callable[[TrialSpec], TrialOutcome]) -> Recommenda
         if job.method == "constrained TPE":
             trial.set_constraint("reroute_regression", regression)
         study.tell(trial, [math.log(drift), regression] if objectives == 2 else math.log(drift))
-    feasible = [result for result in observed if result[0] <= 0]
+    margin = job.margin * float(np.std(list(baseline.values()), ddof=1))
+    feasible = [result for result in observed if result[0] <= -margin]
     if not feasible:
         return Recommendation("none feasible", None, None, math.nan, seconds)
     _, _, beta_kl, heat = min(feasible, key=lambda result: result[1])

@@ -3,9 +3,10 @@
     python -m tests.benchmarks.trials_needed [--runs 60] [--noises 0.01 0.02] [--failing trials --rate 0.05]
 
 Each peer is simulated on the same drawn surfaces with 20 to 320 trials in all, as many of them baselines as ours would
-run. What it needs is the least of these numbers at which its mean loss is not above ours; between two of them the
-logarithm of the number is interpolated. A peer that takes the observed feasible trial of least drift is drawn to a
-trial that noise made feasible, the more so the more trials it has, so with noise it may never get there.
+run. It takes the observed feasible trial of least drift, which is the more often one that noise alone made feasible the
+more trials there are; so each is tried with a margin too, by which a trial must keep the limit: two standard deviations
+of its baselines' reroute loss. What it needs is the least number of trials at which its mean loss is not above ours;
+between two of them the logarithm of the number is interpolated.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import math
 import os
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from typing import get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
@@ -26,23 +28,30 @@ from tests.benchmarks.search_methods import NUM_SAMPLES, PEERS, Job, simulate
 from tests.benchmarks.surfaces import Failing
 
 TRIALS = (20, 40, 80, 160, 320)
-OURS, STOCK, BEST = "plan", "TPE", "best peer"
-"""`STOCK` is what OptunaSearch does unasked; `BEST` is at each number of trials the peer whose loss is then least."""
+MARGINS = {"": 0.0, ", margin": 2.0}
+OURS, STOCK, STOCK_WITH_MARGIN, BEST = "plan", "TPE", "TPE, margin", "best peer"
+"""`STOCK` is what OptunaSearch does unasked; `BEST` is the peer that turns out to lose least, at each number."""
 
 
 def losses(
     runs: int, noises: list[float], failing: tuple[Failing, float] = ("none", 0.0), processes: int | None = None
 ) -> pd.DataFrame:
     """A row a simulated sweep: `noise`, `method`, `num_samples`, `loss`, and what else `simulate` tells."""
-    each = [(OURS, NUM_SAMPLES), *itertools.product(PEERS, reversed(TRIALS))]
-    jobs = [
-        Job(method, noise, CORRELATIONS[run % len(CORRELATIONS)], run, 0, "softplus", "reachable", *failing, number)
-        for method, number in each
-        for noise in noises
-        for run in range(runs)
-    ]
+    jobs = [job for noise in noises for run in range(runs) for job in _of_run(run, noise, failing)]
     with ProcessPoolExecutor(processes, initializer=_quiet) as pool:
-        return pd.DataFrame(pool.map(simulate, jobs, chunksize=10))
+        return pd.DataFrame(pool.map(_simulated, jobs, chunksize=10))
+
+
+def _of_run(run: int, noise: float, failing: tuple[Failing, float]) -> list[Job]:
+    """Ours at `NUM_SAMPLES` and every peer at every number of trials, on one surface."""
+    ours = Job(OURS, noise, CORRELATIONS[run % len(CORRELATIONS)], run, 0, "softplus", "reachable", *failing)
+    peers = itertools.product(PEERS, TRIALS, MARGINS.values())
+    return [ours, *(replace(ours, method=name, num_samples=number, margin=each) for name, number, each in peers)]
+
+
+def _simulated(job: Job) -> dict[str, Any]:
+    (name,) = (name for name, margin in MARGINS.items() if margin == job.margin)
+    return simulate(job) | {"method": job.method + name}
 
 
 def _quiet() -> None:
@@ -51,11 +60,12 @@ def _quiet() -> None:
 
 
 def needed(found: pd.DataFrame, noise: float) -> dict[str, float]:
-    """By `STOCK` and `BEST`, the trials for our mean loss at this noise; infinite where `TRIALS` ends before."""
+    """By peer, the trials for our mean loss at this noise; infinite where `TRIALS` ends before."""
     of_noise = found[found["noise"] == noise]
     ours = float(of_noise.loc[of_noise["method"] == OURS, "loss"].mean())
     table = of_noise[of_noise["method"] != OURS].pivot_table(index="num_samples", columns="method", values="loss")
-    return {STOCK: _crossing(table[STOCK], ours), BEST: _crossing(table.min(axis=1), ours)}
+    curves = {name: table[name] for name in (STOCK, STOCK_WITH_MARGIN)} | {BEST: table.min(axis=1)}
+    return {name: _crossing(curve, ours) for name, curve in curves.items()}
 
 
 def _crossing(curve: "pd.Series[float]", level: float) -> float:
