@@ -114,10 +114,7 @@ def _new(settings: SweepSettings, argv: Sequence[str]) -> Job:
         raise InputError("--run-dir: name a directory")
     default = Path("" if settings.storage_path else "runs") / time.strftime("kl_ablation-%Y%m%d-%H%M%S")
     run = RunDirectory(run_path(settings.storage_path, settings.run_dir or default))
-    if settings.run_dir is None:
-        run.refuse_if_unwritable()
-    else:
-        run.refuse_if_taken()
+    run.refuse_if_taken() if settings.run_dir else run.refuse_if_unwritable()
     run.record = {"preset": settings.preset, "config_overrides": overrides, "flags": flags_to_keep(settings)}
     return Job(run, settings, plan)
 
@@ -167,9 +164,7 @@ def _run(job: Job) -> int:
         lines += resumed_lines(job.run, job.found, config, job.settings.workers_per_trial, budget.total)
     if job.settings.dry_run:
         needed = predicted_memory(config, data, job.settings.workers_per_trial, job.settings.gpus_per_worker)
-        lines += wrapped(f"memory    {needed}")
-    if job.settings.dry_run:
-        SCREEN.conclude(*lines)
+        SCREEN.conclude(*lines, *wrapped(f"memory    {needed}"))
         return 0
     SCREEN.say(*lines)
     status = _start(job, config, cache)

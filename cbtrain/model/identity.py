@@ -23,9 +23,10 @@ def identities(config: CircuitBreakerConfig) -> dict[str, str]:
     and a second's work for any of them. A model of the hub is told by its revision.
     """
     files = {file: known_checksum(Path(file)) for file in (*config.harmful, *config.benign) if Path(file).exists()}
+    code = ("*.py",) if config.trust_remote_code else ()
     for name in filter(None, (config.model, config.tokenizer)):
         if Path(name).is_dir():
-            found = {file for pattern in (*WEIGHTS, *TOKENIZER) for file in Path(name).glob(pattern)}
+            found = {file for pattern in (*WEIGHTS, *TOKENIZER, *code) for file in Path(name).glob(pattern)}
             files |= {str(file): sampled_checksum(file) for file in sorted(found)}
         else:
             files[name] = _revision(name)

@@ -16,9 +16,9 @@ MANIFEST = "manifest.json"
 """Names the newest checkpoint."""
 BEFORE = "manifest_before.json"
 """Names the one before."""
-SAME_MATHEMATICS = ("retain_norms", "micro_batch_size", "gradient_accumulation")
-"""Fields in which a run that goes on may differ: norms follow from the others, and a smaller micro-batch with as many
-more micro-steps gives the same updates but for rounding."""
+SAME_MATHEMATICS = ("retain_norms", "micro_batch_size", "gradient_accumulation", "trust_remote_code")
+"""Fields in which a run that goes on may differ: norms follow from the others, a smaller micro-batch with as many more
+micro-steps gives the same updates but for rounding, and whether a model's code may run is said anew."""
 
 
 class CheckpointError(InputError):
