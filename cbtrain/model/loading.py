@@ -72,13 +72,13 @@ def told_as_input_errors(field: str, name: str) -> Iterator[None]:
     place = Path(name)
     if place.is_file() or (name.startswith((".", "/", "~")) and not place.expanduser().is_dir()):
         raise InputError(f"--{field} {name}: no such directory; give one that save_pretrained wrote, or a hub id")
-    if field == "model" and place.is_dir() and not (place / "config.json").exists():
-        raise InputError(f"--model {name}: {_without_config(place)}")
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # whatever a broken file makes the libraries raise
+        if field == "model" and place.is_dir() and not (place / "config.json").exists():
+            raise InputError(f"--model {name}: {_without_config(place)}") from error
         if "trust_remote_code" in str(error):
             mend = "read it, then give --trust-remote-code, or give a model that transformers knows"
             raise InputError(f"--{field} {name}: needs Python code of its own, which would run here; {mend}") from error
