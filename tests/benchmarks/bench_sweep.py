@@ -19,6 +19,7 @@ a trial    seconds of wall time from the command's start to its end by the numbe
 CPU        seconds of all processes of a command, a trial
 peak       memory of all its processes together (PSS)
 first      seconds from the start to the first trial's adapter
+others     CPU seconds of what else ran on the machine; a round with many is no measurement
 to answer  trials that a method needs for the loss of ours at twenty (`trials_needed`) × its seconds a trial
 """
 
@@ -29,7 +30,7 @@ import os
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ OURS, PEER = "ours", "public sweep"
 EVALUATIONS = {"tiny": 5, "smollm2": 3}
 """A trial, whatever its steps: those of the presets."""
 RELATIVE, ABSOLUTE = {"float32": 1e-3, "bfloat16": 0.02}, {"float32": 1e-5, "bfloat16": 0.05}
+HEADS = (
+    *(("wall s", 9), ("a trial", 9), ("CPU s", 9), ("CPU a trial", 13)),
+    *(("peak MB", 9), ("first s", 9), ("others s", 10)),
+)
 TARGETS = {"a trial": 2.5, "to the answer": 6.0}
 
 
@@ -116,15 +121,21 @@ def smollm2(options: argparse.Namespace) -> Setting:
 
 def measured(setting: Setting, options: argparse.Namespace) -> dict[str, list[Cost]]:
     """What each side's sweeps cost, in rounds of both, with a table; their first baselines agree."""
-    print(f"\n{setting}\n")
+    print(f"\n{setting}\n\n{' ' * 14}" + "".join(f"{head:>{width}}" for head, width in HEADS), flush=True)
     costs: dict[str, list[Cost]] = {OURS: [], PEER: []}
+    differences = []
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(options.rounds):
             directory = Path(scratch) / str(number)
-            costs[OURS].append(run_ours(setting, directory))
-            costs[PEER].append(run_peer(setting, directory))
-            agree(directory)
-    show(setting, costs)
+            for name, run in ((OURS, run_ours), (PEER, run_peer)):
+                cost = run(setting, directory)
+                costs[name].append(cost)
+                print(line(name, cost, setting.num_samples), flush=True)
+            differences.append(agree(directory))
+    print(*differences, sep="\n")
+    parts = [f"{field} × {ratio(costs, field):.2f}" for field in ("wall_s", "cpu_s", "peak_mb", "first_s")]
+    print("the peer's by ours:", ", ".join(parts))
+    print(f"a trial: goal × {TARGETS['a trial']}, reached × {ratio(costs, 'wall_s'):.2f}", flush=True)
     return costs
 
 
@@ -154,8 +165,8 @@ def run_peer(setting: Setting, directory: Path) -> Cost:
     return cost
 
 
-def agree(directory: Path) -> None:
-    """See that the first baseline has the same metrics on both sides at each evaluation; print how far it is off."""
+def agree(directory: Path) -> str:
+    """See that the first baseline has the same metrics on both sides at each evaluation; how far it is off."""
     record = json.loads((directory / OURS / "sweep.json").read_text())["config"]
     made = [json.loads(path.read_text()) for path in directory.glob("peer/trials/*/metrics.json")]
     first = {"beta_kl": 0.0, "kl_temperature": 1.0, "seed": record["seed"]}
@@ -171,25 +182,19 @@ def agree(directory: Path) -> None:
             assert abs(our[name] - their[name]) <= allowed, wrong
     worst = max(off, key=lambda name: off[name])
     last = f"reroute {ours[-1]['eval_loss_reroute']:.6g} and {theirs[-1]['eval_loss_reroute']:.6g}"
-    print(f"first baseline, {len(ours)} evaluations: {worst} is off by {off[worst]:.1e}, the most; at the end {last}")
+    return f"first baseline, {len(ours)} evaluations: {worst} is off by {off[worst]:.1e}, the most; at the end {last}"
 
 
 def _held_out(line: dict[str, Any]) -> list[str]:
     return [name for name in line if name.startswith(("eval_", "base_")) and name != "eval_s"]
 
 
-def show(setting: Setting, costs: dict[str, list[Cost]]) -> None:
-    """A line a side and round, then the ratios of the medians."""
-    heads = (("wall s", 9), ("a trial", 9), ("CPU s", 9), ("CPU a trial", 13), ("peak MB", 9), ("first s", 9))
-    print(" " * 16 + "".join(f"{head:>{width}}" for head, width in heads))
-    for name, runs in costs.items():
-        for cost in runs:
-            each = f"{cost.wall_s:9.1f}{cost.wall_s / setting.num_samples:9.2f}{cost.cpu_s:9.1f}"
-            each += f"{cost.cpu_s / setting.num_samples:13.2f}{cost.peak_mb:9.0f}{cost.first_s:9.1f}"
-            print(f"{name:16}{each}")
-    parts = [f"{field.name} × {ratio(costs, field.name):.2f}" for field in fields(Cost)]
-    print("the peer's by ours:", ", ".join(parts))
-    print(f"a trial: goal × {TARGETS['a trial']}, reached × {ratio(costs, 'wall_s'):.2f}", flush=True)
+def line(name: str, cost: Cost, trials: int) -> str:
+    """A round of one side, under `HEADS`."""
+    seconds = (cost.wall_s, cost.wall_s / trials, cost.cpu_s, cost.cpu_s / trials, cost.peak_mb, cost.first_s)
+    formats = ("9.1f", "9.2f", "9.1f", "13.2f", "9.0f", "9.1f")
+    cells = "".join(f"{value:{form}}" for value, form in zip(seconds, formats, strict=True))
+    return f"{name:14}{cells}{cost.other_s:10.1f}"
 
 
 def ratio(costs: dict[str, list[Cost]], field: str) -> float:
