@@ -24,7 +24,7 @@ to answer  trials that a method needs for the loss of ours at twenty (`trials_ne
 
 Two x86-64 cores, avx512_bf16, no AMX, 2026-11-27, embedded default, 12 trials (4 baselines) of 80 steps, 5 evaluations,
 two at a time, one thread each. Other work could not be kept off the machine, as the last column tells: Ray runs trials
-at a low priority, so seconds of wall time suffer from it, those of CPU hardly.
+at a low priority, so seconds of wall time suffer from it; those of CPU less, by some 10 %.
 
              wall s  a trial    CPU s  CPU a trial  peak MB  first s  others s
     ours       87.7     7.31    127.8        10.65     2297     34.2      17.0
