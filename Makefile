@@ -19,7 +19,7 @@ check: setup  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/ready-bench  ## measurements, as tables, some 50 minutes
+bench: .venv/ready-bench  ## measurements, as tables, over an hour
 	$(BIN)/python -m tests.benchmarks.bench_kl
 	$(BIN)/python -m tests.benchmarks.bench_step
 	$(BIN)/python -m tests.benchmarks.bench_memory
@@ -28,6 +28,7 @@ bench: .venv/ready-bench  ## measurements, as tables, some 50 minutes
 	$(BIN)/python -m tests.benchmarks.bench_choice
 	$(BIN)/python -m tests.benchmarks.bench_stopping
 	$(BIN)/python -m tests.benchmarks.bench_plan
+	$(BIN)/python -m tests.benchmarks.bench_sweep
 
 audit: .venv-audit/ready  ## known vulnerabilities of the pinned versions, asked of the Python Packaging Advisory Database
 	@.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off \

@@ -26,6 +26,8 @@ class Cost:
     """The most that all of them held at a time; a page that several share counts once (PSS)."""
     first_s: float
     """From its start until `done` was first true."""
+    other_s: float
+    """CPU seconds of the machine meanwhile that were not its processes': high where something disturbed it."""
 
 
 class Tree:
@@ -80,7 +82,7 @@ def cost_of(command: Sequence[str], environment: Mapping[str, str], log: Path, d
     tree, first_s, peak_mb, measured_at = Tree(mark), float("nan"), 0.0, 0.0
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
-        started = time.monotonic()
+        started, machine_s = time.monotonic(), _machine_s()
         process = subprocess.Popen(
             command, env={**os.environ, **environment, MARK: mark}, stdout=file, stderr=subprocess.STDOUT
         )
@@ -98,4 +100,11 @@ def cost_of(command: Sequence[str], environment: Mapping[str, str], log: Path, d
         wall_s = time.monotonic() - started
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
-    return Cost(wall_s, tree.cpu_s(), peak_mb, first_s)
+    cpu_s = tree.cpu_s()
+    return Cost(wall_s, cpu_s, peak_mb, first_s, _machine_s() - machine_s - cpu_s)
+
+
+def _machine_s() -> float:
+    """Seconds that all cores have worked."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system)

@@ -7,6 +7,18 @@ run. It takes the observed feasible trial of least drift, which is the more ofte
 more trials there are; so each is tried with a margin too, by which a trial must keep the limit: two standard deviations
 of its baselines' reroute loss. What it needs is the least number of trials at which its mean loss is not above ours;
 between two of them the logarithm of the number is interpolated.
+
+Mean loss without a margin, noise 1 %, none failing, 60 sweeps a cell (95 % interval), 2026-11-27; ours at 20 trials has
+0.053 [0.036, 0.073], with none of its recommendations infeasible. The peers' loss grows with their trials, and at 320
+45 to 88 % of their recommendations are infeasible, at 20 7 to 10 %:
+
+                          20     40     80    160                   320
+    random             0.248  0.337  0.431  0.531  0.669 [0.546, 0.780]
+    grid               0.248  0.296  0.491  0.712  0.852 [0.760, 0.932]
+    Sobol              0.203  0.229  0.391  0.452  0.552 [0.426, 0.676]
+    TPE                0.257  0.349  0.455  0.518  0.505 [0.392, 0.618]
+    constrained TPE    0.241  0.278  0.514  0.719  0.883 [0.800, 0.950]
+    NSGA-II            0.289  0.357  0.491  0.573  0.715 [0.601, 0.821]
 """
 
 import argparse
