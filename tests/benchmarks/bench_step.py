@@ -16,25 +16,26 @@ and attention (as if it were not causal), "of peak" is their rate against the fa
 the rounds, "other" is the share of a step's time outside both: on CPU the self time of mm, addmm, bmm, baddbmm and the
 fused attention and their backward count as inside, on CUDA that of their kernels.
 
-SmolLM2-135M-Instruct, its preset, 4 rows a side of at most 80 tokens, bfloat16 (AVX-512 bf16, no AMX), one core of a
-shared x86-64 machine, processor time (torch 2.13, one thread), 2026-11-27, medians of 3 rounds, all in one run; plain
-products at best 214 GFLOP/s:
+SmolLM2-135M-Instruct, its preset, 4 rows a side of at most 80 tokens, bfloat16 (AVX-512 bf16, no AMX), two x86-64 cores
+with nothing beside (torch 2.13, 2 threads), 2026-11-27, medians of 3 rounds, all in one run; plain products at best 414
+GFLOP/s:
 
                           seconds    GFLOP  GFLOP/s  of peak  other  plain/it  in FLOP   goal
-    public pattern          4.308    501.8      116      54%    24%      1.00     1.00
-    live, padded alike      3.370    401.2      119      56%    25%      1.28     1.25    1.6
-    cached, padded alike    2.308    285.0      124      58%    25%      1.87     1.76    2.4
-    live                    3.273    401.2      123      57%    25%      1.32     1.25
-    cached                  2.276    285.0      125      59%    26%      1.89     1.76    3.0
+    public pattern          2.645    501.8      190      46%    27%      1.00     1.00
+    live, padded alike      2.034    401.2      197      48%    29%      1.30     1.25    1.6
+    cached, padded alike    1.457    285.0      196      47%    29%      1.82     1.76    2.4
+    live                    2.042    401.2      197      47%    30%      1.30     1.25
+    cached                  1.458    285.0      196      47%    30%      1.81     1.76    3.0
 
 No goal is reached, nor the 15 % outside products. A third of the blocks lies above the highest target, and LoRA starts
-at block 0: the arithmetic that is left out comes to 1.25 and 1.76. Nearly all rows are cut to 80 tokens, so rows of
-like length gain nothing over padded ones. Losses differ by 7 % at most, gradients by 12 % as a whole; a single
-parameter's can be all rounding and is asserted in float32 only. Against float32, first round: the public pattern's
-gradient is 12 % off and its KL 4.3 %, ours 14 % and 0.2 %; ours in float32 6e-6, the worst parameter 4e-5. Two threads
-were not measured: the machine was never free.
+at block 0: the arithmetic that is left out comes to 1.25 and 1.76, so that 1.6 and 2.4 would need products nearer to
+their peak than the public pattern's. Nearly all rows are cut to 80 tokens, so rows of like length gain nothing over
+padded ones. Losses differ by 7 % at most, gradients by 12 % as a whole; a single parameter's can be all rounding and is
+asserted in float32 only. Against float32, one batch: the public pattern's gradient is 12 % off and its KL 4.3 %, ours
+14 % and 0.2 %; ours in float32 6e-6, the worst parameter 4e-5. On one core of that machine under load, by its processor
+time: 1.28, 1.87, 1.32 and 1.89.
 
-What was cut, of a cached step, the same day and way, in another run, seconds: with the library's attention and dropout
+What was cut, of a cached step, the same day, by one core's processor time, seconds: with the library's attention and dropout
 at the preset's 0.05 4.05, with attention in float32 (`model/attention.py`) 3.69, with its own dropout too
 (`model/dropout.py`) 3.25; without dropout 3.79 before and 3.04 after.
 

@@ -33,6 +33,15 @@ at a low priority, so seconds of wall time suffer from it; those of CPU less, by
     peer      136.4    11.37    183.1        15.26     1755     21.9      76.2
     peer by ours 1.51 in wall and in CPU (goal 2.5), 0.78 in memory, 0.79 in seconds to the first result
 
+The same with 8 trials, one round, and nothing beside:
+
+    ours       53.0     6.63     82.1        10.26     2276     28.7
+    peer       66.4     8.30    113.9        14.23     1746     21.2
+    peer by ours 1.25 in wall, 1.39 in CPU, 0.77 in memory, 0.74 in seconds to the first result
+
+Of our 53 s some 20 come before the first step: imports of the command, of Ray and of the kept processes. Of a short
+sweep of so small a model they are two fifths, so that the ratio grows with the number of trials and with the model.
+
 The first baseline's metrics differ by at most 3.6e-7 (relative) at five evaluations; reroute ends at 0.01448 on both
 sides. At a noise of 1 % neither TPE nor the best peer, as people use them, comes to our loss within 320 trials
 (`trials_needed`): to the answer more than 16 × the trials, so more than 24 × the time of ours (goal 6). How much of
