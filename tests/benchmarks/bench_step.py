@@ -35,8 +35,8 @@ asserted in float32 only. Against float32, one batch: the public pattern's gradi
 14 % and 0.2 %; ours in float32 6e-6, the worst parameter 4e-5. On one core of that machine under load, by its processor
 time: 1.28, 1.87, 1.32 and 1.89.
 
-What was cut, of a cached step, the same day, by one core's processor time, seconds: with the library's attention and dropout
-at the preset's 0.05 4.05, with attention in float32 (`model/attention.py`) 3.69, with its own dropout too
+What was cut, of a cached step, the same day, seconds of one core: with the library's attention and dropout at the
+preset's 0.05 4.05, with attention in float32 (`model/attention.py`) 3.69, with its own dropout too
 (`model/dropout.py`) 3.25; without dropout 3.79 before and 3.04 after.
 
 Random, two cores of a shared x86-64 machine (torch 2.13, CPU, 2 threads), 2026-11-22, medians of 7 rounds:
