@@ -67,13 +67,15 @@ class RunDirectory:
                 raise InputError(f"{self.shown}: its sweep is still running ({holder}); wait, or end it") from None
             except OSError as error:
                 raise InputError(f"--run-dir {self.shown}: cannot be made ({reason(error)})") from error
+            refused = False
             try:
                 yield
             except InputError:
-                _remove_empty(made)
+                refused = True
                 raise
             finally:
-                if not (self.path / "sweep.json").exists():
+                # Once: what lies there a moment later may be another sweep's, which has taken the name.
+                if refused or not (self.path / "sweep.json").exists():
                     _remove_empty(made)
 
     def _make_the_next(self) -> Path:
