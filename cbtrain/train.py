@@ -10,6 +10,7 @@ import dataclasses
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,6 +120,7 @@ def _train(settings: TrainSettings, teacher_cache: Path | None) -> int:
     from cbtrain.training.metrics import Metrics
     from cbtrain.training.non_finite import NonFiniteLossError
     from cbtrain.utils.profile import OFF, Profile
+    from cbtrain.utils.stopping import Interrupted
 
     config, output_dir = settings.config, settings.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -134,22 +136,33 @@ def _train(settings: TrainSettings, teacher_cache: Path | None) -> int:
     )
     for earlier in read_metrics(output_dir / "metrics.jsonl", skip_damaged=True):  # what W&B has of them it keeps
         tracker.log(earlier, int(earlier["step"]))
+    asked = threading.Event()
     with tracker, TrainingConsole(config.steps, shown=_first()) as console:
+
+        def ask() -> None:
+            asked.set()
+            console.say(cli.WILL_STOP)
 
         def report(metrics: Metrics) -> None:
             console.report(metrics)
             tracker.log(metrics, int(metrics["step"]))
 
         try:
-            metrics = train(
-                config,
-                output_dir,
-                report,
-                resume=settings.resume,
-                teacher_cache=teacher_cache,
-                progress=console.advance,
-                profile=Profile() if settings.profile else OFF,
-            )
+            with cli.asked_first(ask):
+                metrics = train(
+                    config,
+                    output_dir,
+                    report,
+                    resume=settings.resume,
+                    teacher_cache=teacher_cache,
+                    progress=console.advance,
+                    profile=Profile() if settings.profile else OFF,
+                    stop=asked.is_set,
+                )
+        except Interrupted as stop:
+            if _first():
+                console.say(f"{stop}: the same command with --resume goes on from there")
+            raise KeyboardInterrupt from None
         except NonFiniteLossError as error:
             print(f"error: {error}", file=sys.stderr)
             tracker.close(1)

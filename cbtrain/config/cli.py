@@ -8,7 +8,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -113,21 +115,65 @@ def refuse_unknown(unknown: Sequence[str], *flagged: Any) -> None:
 _stopped: list[int] = []
 """Exit statuses of the signals that came. Libraries that wait in C raise a `KeyboardInterrupt` of their own for any of
 them, and some that are just being imported make another error of it."""
+_asking: list[Callable[[], None]] = []
+"""What the first signal calls, in place of stopping the program at once."""
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that stop a program: SLURM sends SIGUSR1 a while before the time limit, where it is asked to."""
+GRACE_S = 15.0
+"""How long a program that was asked to stop goes on at most: SLURM, for one, kills what is there after 30 s."""
+WILL_STOP = f"stopping  at a checkpoint, within {GRACE_S:.0f} s (a second signal: at once)"
+_ONE_PRESS_S = 0.3
+"""A terminal that closes sends its signal twice, and `timeout` sends it to the program and to its group."""
 
 
 def catch_signals() -> None:
-    """Have SIGTERM and SIGHUP stop the program as Ctrl-C does, and note which came; Ray puts handlers of its own there.
+    """Have the other signals stop the program as Ctrl-C does, and note which came; Ray puts handlers of its own there.
 
     Some libraries would catch a `SystemExit`.
     """
+    came = -_ONE_PRESS_S
 
     def stop(number: int, _frame: object) -> None:
+        nonlocal came
+        first, again = not _stopped, time.monotonic() - came < _ONE_PRESS_S
+        came = time.monotonic()
         _stopped.append(130 if number == signal.SIGINT else 143)
-        raise KeyboardInterrupt
+        if not _asking:
+            raise KeyboardInterrupt
+        if first:
+            _asking[-1]()
+        elif not again:
+            raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup asks for that
             signal.signal(number, stop)
+
+
+@contextlib.contextmanager
+def asked_first(ask: Callable[[], None]) -> Iterator[None]:
+    """For the body the first signal only calls `ask`, that the body may end well, within `GRACE_S` seconds; a second
+    one stops the program at once.
+
+    Args:
+        ask: called in a thread, since a signal may come in the midst of whatever it uses.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        ask()
+        if not ended.wait(GRACE_S):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def asked() -> None:
+        threading.Thread(target=watch, daemon=True).start()
+
+    _asking.append(asked)
+    try:
+        yield
+    finally:
+        _asking.remove(asked)
+        ended.set()
 
 
 def run(main: Callable[[], int]) -> int:

@@ -4,7 +4,7 @@ Every metric is a mean over all scored positions of the held-out rows, summed in
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
@@ -69,9 +69,15 @@ class Means:
 
 @torch.no_grad()
 def evaluate(
-    decoder: Decoder, batches: HeldOut, config: CircuitBreakerConfig, cache: TeacherCache | None = None
+    decoder: Decoder,
+    batches: HeldOut,
+    config: CircuitBreakerConfig,
+    cache: TeacherCache | None = None,
+    before_each: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Metrics on held-out rows, by name.
+
+    `before_each` is called before each batch, as often on every rank, and may raise.
 
     `eval_loss_reroute`, and per target layer `eval_cosine_layer_K` (mean cosine) and `eval_cosine_positive_layer_K`
     (share of tokens with a cosine above 0); `eval_loss_retain` (units of the hidden state) and
@@ -85,12 +91,14 @@ def evaluate(
     means = Means()
     targets, retained = config.target_layers, retained_layers(config, decoder.layers)
     for batch, weight in _share(batches.harmful):
+        before_each()
         student, teacher = decoder.states(with_teacher_states(batch, targets, True, cache), targets, final=True)
         _add_cosines(student, teacher, targets, means, weight)
         for logits, difference, following in _predictions(decoder, batch, student, teacher):
             means.add("eval_harmful_nll", nll(logits + difference, following), weight)
             means.add("base_harmful_nll", nll(logits, following), weight)
     for batch, weight in _share(batches.benign):
+        before_each()
         student, teacher = decoder.states(with_teacher_states(batch, retained, True, cache), retained, final=True)
         _add_distances(student, teacher, retained, means, weight)
         for logits, difference, following in _predictions(decoder, batch, student, teacher):

@@ -12,7 +12,6 @@ import functools
 import json
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -102,14 +101,9 @@ class Checkpoints:
         self._keep_only_named()
         return manifest
 
-    def save(self, engine, step: int, retain_norms: tuple[float, ...] | None, seconds: Mapping[str, float]) -> None:
-        """Write the adapter, the optimizer's state and each rank's random state after `step` updates.
-
-        Args:
-            retain_norms: what the retain loss measures distances by.
-            seconds: what the updates took, by kind of work.
-        """
-        tag = f"step-{step}"
+    def save(self, engine, progress: Progress) -> None:
+        """Write the adapter, the optimizer's state and each rank's random state after so many updates."""
+        tag = f"step-{progress.step}"
         aside = self._directory / f"{tag}.tmp"
         if distributed.rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -123,13 +117,14 @@ class Checkpoints:
         if distributed.rank() == 0:
             manifest = Manifest(
                 tag=tag,
-                step=step,
-                seconds=dict(seconds),
+                step=progress.step,
+                seconds=dict(progress.seconds),
                 settings=settings(self._config),
                 inputs=self._inputs,
                 rows=self._data.fingerprint,
                 workers=distributed.world_size(),
-                retain_norms=retain_norms,
+                retain_norms=progress.retain_norms,
+                unmeasured=dict(progress.unmeasured) if progress.unmeasured else None,
                 files={file.name: checksum(file) for file in sorted(aside.iterdir())},
             )
             flush(aside)

@@ -37,11 +37,13 @@ from cbtrain.training.engine import (
     unclipped_grad_norm,
 )
 from cbtrain.training.gradient_norms import GradientNorms
+from cbtrain.training.manifest import Progress
 from cbtrain.training.metrics import Clock, Metrics, MetricsLog, Report, Update, Updates
 from cbtrain.training.model_card import write_card
 from cbtrain.training.non_finite import micro_step
 from cbtrain.utils import distributed
 from cbtrain.utils.profile import OFF, Profile
+from cbtrain.utils.stopping import Asked, Interrupted, never
 
 
 def train(
@@ -54,6 +56,7 @@ def train(
     progress: Callable[[int], None] = lambda _step: None,
     reroute_tolerance: float = STILL_FALLING,
     profile: Profile = OFF,
+    stop: Asked = never,
 ) -> Metrics:
     """Train one adapter; every rank calls it.
 
@@ -66,6 +69,7 @@ def train(
         progress: called on every rank after each update with the number done.
         reroute_tolerance: share of its rerouting that a run which `converged` gains at most over its last fifth.
         profile: where its time goes, written to `profile.json` by rank 0.
+        stop: once it holds on a rank, the run writes a checkpoint and ends: behind the update, or within an evaluation.
 
     Returns:
         The last line of metrics, with the held-out ones, whether it `converged`, and `train_s` and `eval_s` (seconds).
@@ -77,6 +81,7 @@ def train(
         CheckpointError: there is nothing to resume from.
         NonFiniteLossError: a loss or gradient was not finite. Nothing of that update is saved but its rows
             (`non_finite.json`).
+        Interrupted: it was stopped. Going on from its checkpoint gives what it would have given.
     """
     # Longer than fifty lines so that the whole loop reads top to bottom: update, evaluate, log, save.
     data, pad = prepare(config)
@@ -93,32 +98,55 @@ def train(
         log, updates = MetricsLog(output_dir, config, first), Updates(config, clock, output_dir)
         batches, loader = held_out(data, config, pad), StepLoader(data, config, pad, decoder.layers, cache)
         gradients = GradientNorms(data, config, pad)
-        metrics: Metrics = {}
         curve = log.kept
+
+        def save(done: int, unmeasured: Metrics | None = None) -> None:
+            with profile.span("checkpoint"):
+                checkpoints.save(engine, Progress(done, clock.seconds, config.retain_norms, unmeasured))
+
+        def evaluated(metrics: Metrics) -> Metrics:
+            done = int(metrics["step"])
+
+            def heed() -> None:
+                if distributed.any_rank(stop()):
+                    if done > first:  # else it is in the checkpoint that the run goes on from
+                        save(done, unmeasured=metrics)
+                    raise Interrupted(done)
+
+            with profile.span("evaluation"):
+                found = evaluate(decoder, batches, config, cache, heed) | gradients.measure(engine.module, done)
+            clock.lap("eval")
+            return metrics | found
+
+        def logged(metrics: Metrics) -> Metrics:
+            metrics |= {"eval_s": clock.seconds["eval"]}
+            curve.append(metrics)
+            if metrics["step"] == config.steps:
+                metrics |= convergence_metrics(curve, config.target_layers, reroute_tolerance)
+            with profile.span("report"):
+                log.write(metrics)
+                report(metrics)
+            return metrics
+
+        metrics = logged(evaluated(dict(before.unmeasured))) if before.unmeasured else {}
         for done, given in enumerate(profile.each("data", loader.steps(first)), first + 1):
             updates.add(train_step(engine, given, done))
             progress(done)
             evaluating = done == config.steps or (config.eval_every > 0 and done % config.eval_every == 0)
             logging = evaluating or done == 1 or done % config.log_every == 0
-            saving = config.checkpoint_every > 0 and done % config.checkpoint_every == 0 and done < config.steps
-            if logging or saving:
+            stopping = not evaluating and distributed.any_rank(stop())
+            checkpointing = config.checkpoint_every > 0 and done % config.checkpoint_every == 0 and done < config.steps
+            if logging or checkpointing or stopping:
                 metrics = updates.read()
             if evaluating:
-                with profile.span("evaluation"):
-                    metrics |= evaluate(decoder, batches, config, cache) | gradients.measure(engine.module, done)
-                clock.lap("eval")
+                metrics = evaluated(metrics)
             if logging:
-                metrics |= {"eval_s": clock.seconds["eval"]}
-                curve.append(metrics)
-                if done == config.steps:
-                    metrics |= convergence_metrics(curve, config.target_layers, reroute_tolerance)
-                with profile.span("report"):
-                    log.write(metrics)
-                    report(metrics)
-            if saving:
-                with profile.span("checkpoint"):
-                    checkpoints.save(engine, done, config.retain_norms, clock.seconds)
-            clock.lap("other" if logging or saving else "train")
+                metrics = logged(metrics)
+            if checkpointing or stopping:
+                save(done)
+            if stopping:
+                raise Interrupted(done)
+            clock.lap("other" if logging or checkpointing else "train")
         with profile.span("checkpoint"):
             save_adapter(model, output_dir / "adapter", config)
         if distributed.rank() == 0:

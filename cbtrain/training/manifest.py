@@ -38,6 +38,8 @@ class Progress(NamedTuple):
     """What they had taken, by kind of work."""
     retain_norms: tuple[float, ...] | None = None
     """What the retain loss measured distances by."""
+    unmeasured: Mapping[str, int | float] | None = None
+    """Metrics of the last update, where it was to be evaluated and the run was stopped before that."""
 
 
 NOTHING = Progress(0, {})
@@ -61,10 +63,12 @@ class Manifest:
     retain_norms: tuple[float, ...] | None
     files: dict[str, str]
     """Checksums of the checkpoint's files."""
+    unmeasured: dict[str, int | float] | None = None
+    """As in `Progress`."""
 
     @property
     def progress(self) -> Progress:
-        return Progress(self.step, self.seconds, self.retain_norms)
+        return Progress(self.step, self.seconds, self.retain_norms, self.unmeasured)
 
 
 def settings(config: CircuitBreakerConfig) -> dict[str, Any]:

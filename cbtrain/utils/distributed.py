@@ -40,6 +40,8 @@ def reduce_sum(tensor: Tensor) -> Tensor:
 
 def any_rank(failed: bool) -> bool:
     """Whether something holds on any rank; every rank calls it, so that none goes on alone into a collective."""
+    if world_size() == 1:
+        return failed  # without waiting for the device
     return bool(reduce_sum(torch.tensor([float(failed)], device=device())).item())
 
 

@@ -17,9 +17,8 @@ from analysis.behaviour.measured import Behaviour
 from analysis.decision import Decision
 from analysis.formatting import percent
 from cbtrain.config import CircuitBreakerConfig
-from cbtrain.utils.environment import quiet_libraries
 from sweeps.execution.context import TrialContext
-from sweeps.execution.processes import Processes, call, root_cause
+from sweeps.execution.processes import Processes, call, nothing, root_cause
 from sweeps.plan.journal import TrialSpec, trial_config
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ class Meter:
         what_all_know = (self._context, self._prompts, self._judge)
 
         def one(process: ActorHandle, share: tuple) -> Any:
-            return call(process, self._context.run_dir, LOG, _with_threads, work, (*what_all_know, *share))
+            return call(process, self._context.run_dir, LOG, work, *what_all_know, *share)
 
         with ThreadPoolExecutor(len(shares)) as pool:
             try:
@@ -144,14 +143,6 @@ def behaviour_sentences(measured: Sequence[Behaviour], decision: Decision) -> li
     return sentences
 
 
-def _with_threads(work: Callable, arguments: tuple, _report: Callable) -> Any:
-    import torch
-
-    quiet_libraries()
-    torch.set_num_threads(arguments[0].workers.cpus)
-    return work(*arguments)
-
-
 def _expected_seconds(
     context: TrialContext,
     prompts: int,
@@ -159,6 +150,7 @@ def _expected_seconds(
     specs: Sequence[TrialSpec],
     known: set[tuple[int, ...]],
     processes: int,
+    _report: Callable,
 ) -> float:
     from cbtrain.evaluation.behaviour import expected_seconds
 
@@ -173,6 +165,7 @@ def _ask_teacher(
     spec: TrialSpec,
     known: set[tuple[int, ...]],
     part: tuple[int, int],
+    _report: Callable,
 ) -> dict[tuple[int, ...], "Known"]:
     from cbtrain.evaluation.behaviour import teacher_answers
 
@@ -187,6 +180,7 @@ def _measure(
     judge: str,
     specs: Sequence[TrialSpec],
     teacher_said: dict[tuple[int, ...], "Known"],
+    _report: Callable = nothing,
 ) -> None:
     from cbtrain.evaluation.behaviour import measure
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from analysis.constraint import REROUTE_TOLERANCE
 from cbtrain.config import CircuitBreakerConfig
+from sweeps.execution.interruption import StopFile
 from sweeps.execution.placement import Workers
 
 
@@ -30,3 +31,8 @@ class TrialContext:
     def ray_directory(self) -> Path:
         """Where Ray keeps its own files."""
         return self.run_dir / "ray" / f"session-{self.session}"
+
+    @property
+    def stop_file(self) -> StopFile:
+        """What asks this session's trials to stop."""
+        return StopFile(self.ray_directory / "stop")

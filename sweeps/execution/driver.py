@@ -19,6 +19,7 @@ from analysis.behaviour.measured import load_behaviour
 from analysis.decide import decide
 from analysis.decision import Decision
 from analysis.report.commands import commands_after
+from cbtrain.config import cli
 from cbtrain.teacher_cache.plan import CachePlan
 from cbtrain.training.calibration import Calibration, steps_allowed
 from cbtrain.utils.environment import log_to
@@ -48,6 +49,13 @@ from sweeps.storage.run_directory import RunDirectory
 LOG = "driver"
 """Of `logs/`, without its suffix: what libraries print in the driver's process."""
 EXIT_STATUS = {"baseline_never_rerouted": 3, "baseline_failed": 3, "no_setting_behaves": 3}
+
+
+class _OwnSignals(tune.Callback):
+    """Takes back SIGUSR1, at which Tune would end its run in a way of its own."""
+
+    def setup(self, **_info: object) -> None:
+        cli.catch_signals()
 
 
 @dataclass
@@ -270,10 +278,21 @@ class SweepDriver:
                 max_concurrent_trials=self.concurrency,
                 reuse_actors=True,
             ),
-            run_config=tune.RunConfig(name="tune", storage_path=str(context.ray_directory), verbose=0),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=str(context.ray_directory), verbose=0, callbacks=[_OwnSignals()]
+            ),
         )
-        with trials.shown():
+
+        def ask() -> None:
+            searcher.interrupted = True
+            context.stop_file.ask()
+            SCREEN.say(cli.WILL_STOP)
+
+        context.stop_file.begin()
+        with trials.shown(), cli.asked_first(ask):
             tuner.fit()
+        if searcher.interrupted:
+            raise KeyboardInterrupt
         if searcher.failure is not None:
             raise searcher.failure
 

@@ -13,19 +13,23 @@ from pathlib import Path
 
 from analysis.constraint import baseline_rerouted
 from cbtrain.utils.metrics_file import read_metrics
+from cbtrain.utils.stopping import Asked, never
+from sweeps.execution.interruption import INTERRUPTED
 from sweeps.plan.plan import LEADERS
 
 POLL_S = 0.1
 NOT_BEGUN = "not begun: no baseline that went ahead rerouted"
 
 
-def wait_for_first_baseline(run_dir: Path, trial_id: str) -> str:
+def wait_for_first_baseline(run_dir: Path, trial_id: str, stop: Asked = never) -> str:
     """Return when a baseline before this trial has rerouted, or those that go ahead have ended.
 
     Returns:
         Why the trial shall not begin; empty where it shall.
     """
     while True:
+        if stop():
+            return INTERRUPTED
         leaders = list(_leaders(run_dir / "trials.csv"))
         before = [(name, status) for name, status in leaders if name < trial_id]
         # What they logged is read after the statuses: of a trial that has ended it is all.

@@ -4,9 +4,7 @@ Ray Tune's own processes come and go: of several that are free it keeps one, and
 transformers and DeepSpeed for seconds and load the model again. So Tune's are small, and hand the work to these.
 """
 
-import os
 import queue
-import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +25,8 @@ Answer = tuple[bool, Any]
 """Whether it is what the work returned, which comes last, and what it reported or returned."""
 
 
-def nothing(_report: Any) -> None:
-    """For work whose reports are of no use."""
+def nothing(*_told: object) -> None:
+    """The hook of a caller that has none."""
 
 
 class Processes:
@@ -36,7 +34,7 @@ class Processes:
 
     def __init__(self, workers: Workers, count: int) -> None:
         actor = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=-1)(_Process)
-        self.handles: list[ActorHandle] = [actor.remote() for _ in range(count)]
+        self.handles: list[ActorHandle] = [actor.remote(workers.cpus) for _ in range(count)]
         self._free = list(range(count))
         self._starting: dict[int, ray.ObjectRef] = {}
 
@@ -123,16 +121,11 @@ def root_cause(error: BaseException) -> str:
     return named([*causes(error)][-1])
 
 
-def name_of_this() -> str:
-    """Host and process id: what trials.csv says of where a trial ran."""
-
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
 class _Process:
-    """One of them."""
+    """One of them. What it runs has so many threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
         from cbtrain.utils.environment import quiet_libraries
 
         quiet_libraries()
@@ -145,6 +138,9 @@ class _Process:
         said: queue.SimpleQueue[tuple[bool, Any, BaseException | None]] = queue.SimpleQueue()
 
         def worked() -> None:
+            import torch
+
+            torch.set_num_threads(self._threads)  # a thread has a number of its own
             try:
                 said.put((True, work(*arguments, lambda value: said.put((False, value, None))), None))
             except BaseException as error:

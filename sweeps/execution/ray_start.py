@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -94,7 +95,7 @@ def _start(address: str | None, options: Mapping[str, Any]) -> None:
     for attempt in range(1, STARTS + 1):
         running = set(psutil.Process().children(recursive=True))
         try:
-            with _unsaid() if address else contextlib.nullcontext():
+            with _unsaid() if address else contextlib.nullcontext(), _signals_kept_from_children():
                 ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
             return
         except Exception as error:  # Ray has no type for a start that takes too long
@@ -102,6 +103,17 @@ def _start(address: str | None, options: Mapping[str, Any]) -> None:
             _end(set(psutil.Process().children(recursive=True)) - running)
             if address or attempt == STARTS or isinstance(error, OSError | ValueError):
                 raise InputError(_why_not(error, address)) from error
+
+
+@contextlib.contextmanager
+def _signals_kept_from_children() -> Iterator[None]:
+    """Processes that are started in the body do not end by what a closed terminal, or SLURM before its time limit,
+    sends to all of a job; they are needed for the checkpoints. Ray sees to Ctrl-C itself."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_EXPERIMENT_INFO_KEYS, DEFA
 from ray.tune.search.searcher import Searcher
 
 from analysis.columns import PLAN_COLUMNS
-from sweeps.execution.processes import LOST, Processes
+from sweeps.execution.interruption import INTERRUPTED
+from sweeps.execution.processes import LOST, Processes, nothing
 from sweeps.plan.early_stopping import StopRule
 from sweeps.plan.journal import Status, TrialOutcome, TrialSpec
 from sweeps.plan.outcomes import REQUIRED_METRICS
@@ -23,16 +24,8 @@ RAY_KEYS = {*AUTO_RESULT_KEYS, *DEFAULT_EXPERIMENT_INFO_KEYS, *DEFAULT_RESULT_KE
 """What Ray adds to a result; the rest is the trial's own. Nested ones arrive as `config/seed`."""
 
 
-def _nothing() -> None:
-    """The hook of a caller that has none."""
-
-
 def _never(_spec: TrialSpec) -> None:
     """The rule of a caller that stops no trial early."""
-
-
-def _told_nobody(_trial_id: str, _why: str) -> None:
-    """The hook of a caller that shows none."""
 
 
 class PlanSearcher(Searcher):
@@ -40,16 +33,17 @@ class PlanSearcher(Searcher):
     `process`, the index of the kept process that it runs in.
 
     A trial function ends by reporting `status` ("completed", "stopped" or "failed"), `error` and the metric columns.
+    One that reports `INTERRUPTED` has no outcome: the sweep that is resumed asks for it first.
     """
 
     def __init__(
         self,
         plan: SweepPlan,
-        on_change: Callable[[], None] = _nothing,
+        on_change: Callable[[], None] = nothing,
         rule_for: Callable[[TrialSpec], StopRule | None] = _never,
         processes: Processes | None = None,
         max_failures: int = 0,
-        on_retry: Callable[[str, str], None] = _told_nobody,
+        on_retry: Callable[[str, str], None] = nothing,
     ) -> None:
         """
         Args:
@@ -63,6 +57,8 @@ class PlanSearcher(Searcher):
         super().__init__()
         self.plan = plan
         self.failure: Exception | None = None
+        self.interrupted = False
+        """Set by the driver: no further trials are given."""
         self._on_change = on_change
         self._rule_for = rule_for
         self._trial_ids: dict[str, str] = {}
@@ -80,7 +76,7 @@ class PlanSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, object] | str | None:
         """The config of the Tune trial `trial_id`; None when nothing can start now, FINISHED when nothing more will."""
-        if self.failure is not None or self.plan.done:
+        if self.failure is not None or self.interrupted or self.plan.done:
             return Searcher.FINISHED
         try:
             process = self._processes.take() if self._processes else None
@@ -107,6 +103,10 @@ class PlanSearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: Mapping[str, object] | None = None, error: bool = False) -> None:
         """Tell the plan how the Tune trial `trial_id` ended, by the last result that it reported."""
         try:
+            if (result or {}).get("status") == INTERRUPTED:
+                if self._processes is not None:
+                    self._processes.give_back(self._taken.pop(trial_id))
+                return
             outcome, kind = outcome_of(result, crashed=error), "lost" if error else (result or {}).get("failure")
             if self._processes is not None:
                 process, lost = self._taken.pop(trial_id), kind == "lost" and not error

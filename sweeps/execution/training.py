@@ -17,8 +17,10 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.utils.environment import quiet_libraries
+from cbtrain.utils.stopping import Asked, Interrupted, never
 from sweeps.execution.context import TrialContext
 from sweeps.execution.first_baseline import wait_for_first_baseline
+from sweeps.execution.interruption import INTERRUPTED
 from sweeps.execution.output import output_to
 from sweeps.execution.processes import Processes, call, nothing
 from sweeps.plan.early_stopping import StoppedEarly, StopRule, held_out_curve, judge
@@ -30,9 +32,8 @@ def train_here(
     spec: TrialSpec, context: TrialContext, rule: StopRule | None, report: Callable
 ) -> tuple[dict[str, float], str]:
     """What `train_loop` returns in this process; `report` takes every evaluation."""
-    return (
-        _trainer(functools.partial(train_loop, spec, context, rule, report), context, spec.trial_id).fit().return_value
-    )
+    work = functools.partial(train_loop, spec, context, rule, report)
+    return _trainer(work, context, spec.trial_id).fit().return_value
 
 
 def train_on_workers(spec: TrialSpec, context: TrialContext, rule: StopRule | None) -> tuple[dict[str, float], str]:
@@ -56,21 +57,17 @@ def run_once(
         name: of its log.
     """
     if processes is not None:
-        return call(processes.handles[0], context.run_dir, name, _with_threads, work, context, on_report=on_report)
+        return call(processes.handles[0], context.run_dir, name, work, on_report=on_report)
     return _trainer(functools.partial(_on_worker, work, context, name), context, name).fit().return_value
 
 
-def _with_threads(work: Callable, context: TrialContext, report: Callable) -> Any:
+def _on_worker(work: Callable, context: TrialContext, name: str) -> Any:
+    quiet_libraries()
     import torch
 
-    quiet_libraries()
     torch.set_num_threads(context.workers.cpus)
-    return work(report)
-
-
-def _on_worker(work: Callable, context: TrialContext, name: str) -> Any:
     with output_to(context.run_dir, f"{name}-rank{ray.train.get_context().get_world_rank()}"):
-        return _with_threads(work, context, nothing)
+        return work(nothing)
 
 
 def _trainer(work: Callable, context: TrialContext, name: str, callbacks: Sequence = ()) -> TorchTrainer:
@@ -93,13 +90,15 @@ def train_loop(
     """What each worker runs; `report` takes every evaluation, where it is not Train that does.
 
     Returns:
-        The loop's last metrics, and why `rule` stopped it there or it never began; empty where it was completed.
-        No exception says so, since Ray would take the worker that raises it for lost.
+        The loop's last metrics, and why `rule` stopped it there or it never began; empty where it was completed,
+        `INTERRUPTED` where the driver asked for it. No exception says so, since Ray would take the worker that raises
+        it for lost.
     """
     quiet_libraries()
     import torch
 
     from cbtrain.training.metrics import console_line
+    from cbtrain.utils import distributed
 
     torch.set_num_threads(context.workers.cpus)
     config = trial_config(context.config, spec)
@@ -123,17 +122,24 @@ def train_loop(
             stack.enter_context(held(directory / "lock", wait_s=LEFT_RUNNING_S))
         from cbtrain.training import loop  # noqa: F401  while the first baseline trains
 
-        if reason := wait_for_first_baseline(context.run_dir, spec.trial_id):
+        stop = context.stop_file
+        reason = wait_for_first_baseline(context.run_dir, spec.trial_id, stop.asked)
+        if distributed.any_rank(reason == INTERRUPTED):
+            return {}, INTERRUPTED
+        if reason:
             return {}, reason
         try:
-            return _begin_or_go_on(config, directory, report_evaluations, context), ""
+            return _begin_or_go_on(config, directory, report_evaluations, context, stop.asked), ""
+        except Interrupted as error:
+            print(error, flush=True)
+            return {}, INTERRUPTED
         except StoppedEarly as stop:
             print(f"stopped: {stop}", flush=True)
             return stop.metrics, str(stop)
 
 
 def _begin_or_go_on(
-    config: CircuitBreakerConfig, directory: Path, report: Callable, context: TrialContext
+    config: CircuitBreakerConfig, directory: Path, report: Callable, context: TrialContext, stop: Asked = never
 ) -> dict[str, float]:
     """Train from the checkpoint of an earlier session, where it left one that fits, else from the start."""
     from cbtrain.training import loop
@@ -148,6 +154,7 @@ def _begin_or_go_on(
         teacher_cache=context.teacher_cache,
         reroute_tolerance=context.reroute_tolerance,
         profile=Profile() if context.profile else OFF,
+        stop=stop,
     )
     if (directory / "metrics.jsonl").exists():
         earlier = _checkpointed(directory, config, context.workers.count)

@@ -19,10 +19,12 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from sweeps.execution.context import TrialContext
+from sweeps.execution.interruption import INTERRUPTED
 from sweeps.execution.output import output_to
-from sweeps.execution.processes import LOST, call, causes, name_of_this, root_cause
+from sweeps.execution.processes import LOST, call, causes, root_cause
 from sweeps.plan.early_stopping import StopRule
 from sweeps.plan.journal import TrialSpec
+from sweeps.storage.lock import this_process
 
 Failure = Literal["non_finite", "out_of_memory", "lost", "raised"]
 MEMORY_SIGNS = ("OutOfMemoryError", "can't allocate memory", "out of memory", "Out of memory", "(OOM)")
@@ -36,22 +38,21 @@ def run_trial(given: dict, context: TrialContext, processes: Sequence[ActorHandl
     """The Tune trainable: have one setting trained and report its outcome.
 
     An exception becomes an outcome with status `failed` and its text; the traceback is in the trial's log. A trial
-    that was interrupted counts in `wall_s` what its checkpoint had taken.
+    that was interrupted counts in `wall_s` what its checkpoint had taken. Of a failure its kind is reported as well:
+    `failure` is `non_finite`, `out_of_memory`, `lost` (the process) or `raised`.
 
     Args:
-        given: the fields of its `TrialSpec`, and `stop_rule` and `process` (an index) where it has them.
+        given: the fields of its `TrialSpec`, and where it has them `stop_rule`, `process` (an index) and `halvings` of
+            its micro-batch.
         context: the sweep's.
         processes: the kept ones.
-
-    What it reports of a failure is its `failure` as well: `non_finite`, `out_of_memory`, `lost` (the process) or
-    `raised`.
     """
     started, earlier_s = time.perf_counter(), 0.0
     fields = dict(given)
     rule, process = fields.pop("stop_rule", None), fields.pop("process", None)
     context = _with_micro_batches(context, fields.pop("halvings", 0))
     spec = TrialSpec(**fields)
-    ran_in = name_of_this()
+    ran_in = this_process()
     handle = None if process is None else processes[process]
     stalled = threading.Event()
     try:
@@ -60,7 +61,8 @@ def run_trial(given: dict, context: TrialContext, processes: Sequence[ActorHandl
                 metrics, reason = _on_its_own_workers(spec, context, rule)
             else:
                 metrics, reason, ran_in = _in_kept_process(handle, spec, context, rule)
-        outcome = {"status": "stopped" if reason else "completed", "error": reason, **_columns(metrics)}
+        status = reason if reason == INTERRUPTED else "stopped" if reason else "completed"
+        outcome = {"status": status, "error": reason, **_columns(metrics)}
         earlier_s = metrics.get("earlier_s", 0.0)
     except Exception as error:
         failure, why = kind_of(error), root_cause(error)
@@ -144,7 +146,7 @@ def _train_here(
 ) -> tuple[dict[str, float], str, str]:
     from sweeps.execution.training import train_here
 
-    return *train_here(spec, context, rule, report), name_of_this()
+    return *train_here(spec, context, rule, report), this_process()
 
 
 def _on_its_own_workers(spec: TrialSpec, context: TrialContext, rule: StopRule | None) -> tuple[dict[str, float], str]:

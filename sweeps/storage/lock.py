@@ -13,6 +13,11 @@ LEFT_RUNNING_S = 120
 _POLL_S = 0.2
 
 
+def this_process() -> str:
+    """What names it to others, in a lock and in trials.csv: `host:pid`."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
 class HeldError(RuntimeError):
     """Another process holds the lock; the text names it, as `host:pid`."""
 
@@ -37,7 +42,7 @@ def held(path: Path, wait_s: float = 0.0) -> Iterator[None]:
                 raise HeldError(file.read().strip() or "another process")
             time.sleep(_POLL_S)
         file.truncate(0)
-        file.write(f"{socket.gethostname()}:{os.getpid()}")
+        file.write(this_process())
         file.flush()
         yield
 

@@ -19,6 +19,7 @@ from cbtrain.training.metrics import Metrics, Report
 from cbtrain.training.non_finite import NonFiniteLossError
 from cbtrain.utils import distributed
 from cbtrain.utils.environment import quiet_libraries
+from cbtrain.utils.stopping import Interrupted, never
 
 STEPS = 2
 
@@ -77,8 +78,9 @@ def main() -> None:
                 output.write_text(json.dumps(updates))
             continue
         cache = job["cache"] and Path(job["cache"])
-        with contextlib.suppress(StopError, NonFiniteLossError):
-            loop.train(config, output, stop_at(job["stop_at"]), resume=job["resume"], teacher_cache=cache)
+        report, stop = stop_at(job["stop_at"]), (lambda: distributed.rank() == 1) if job["asked"] else never
+        with contextlib.suppress(StopError, NonFiniteLossError, Interrupted):
+            loop.train(config, output, report, resume=job["resume"], teacher_cache=cache, stop=stop)
     dist.destroy_process_group()
 
 

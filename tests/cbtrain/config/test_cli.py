@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -44,6 +45,46 @@ def ends(error: BaseException | None, sent: signal.Signals | None = None) -> int
 def test_a_command_ends_with_one_line_and_its_status(capsys, error, sent, status):
     assert ends(error, sent) == status
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "ended_well"),
+    [([], True), ([0.0], True), ([0.0, 0.01], True), ([0.0, 0.5], False)],
+    ids=["none", "one", "one that came twice", "a second"],
+)
+def test_the_first_signal_asks_and_the_second_ends_at_once(sent, ended_well):
+    """Each is sent so many seconds after the body has begun."""
+    asked, reached = [], []
+
+    def main() -> int:
+        with cli.asked_first(lambda: asked.append(True)):
+            before = 0.0
+            for at in sent:
+                time.sleep(at - before)
+                os.kill(os.getpid(), signal.SIGTERM)
+                before = at
+            time.sleep(0.2)
+            reached.append(True)
+        return 0
+
+    status = cli.run(main)
+    assert (status == 0, bool(reached)) == (ended_well, ended_well)
+    assert len(asked) == bool(sent)
+    assert ended_well or status == 143
+
+
+def test_a_program_that_does_not_heed_the_first_signal_is_ended_after_a_while(monkeypatch):
+    monkeypatch.setattr(cli, "GRACE_S", 0.3)
+
+    def main() -> int:
+        with cli.asked_first(lambda: None):
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(30)
+        return 0
+
+    began = time.monotonic()
+    assert cli.run(main) == 143
+    assert time.monotonic() - began < 10
 
 
 def test_an_error_of_the_program_itself_is_raised():

@@ -17,10 +17,11 @@ from cbtrain.model.checks import prepare
 from cbtrain.training.checkpoint import Checkpoints
 from cbtrain.training.engine import adapted_model, deepspeed_engine
 from cbtrain.training.loop import train
-from cbtrain.training.manifest import MANIFEST, NOTHING, CheckpointError, progress_of
+from cbtrain.training.manifest import MANIFEST, NOTHING, CheckpointError, Progress, progress_of
 from cbtrain.training.metrics import Metrics
 from cbtrain.utils import distributed
 from cbtrain.utils.profile import Profile
+from cbtrain.utils.stopping import Interrupted
 
 
 class StopError(Exception):
@@ -111,6 +112,36 @@ def test_a_run_stopped_twice_is_bit_for_bit_one_that_never_stopped(config, tmp_p
     assert same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def asked_from(nth: int) -> Callable[[], bool]:
+    """Holds from the nth time on that a run asks whether it shall stop."""
+    left = iter(range(nth))
+    return lambda: next(left, None) is None
+
+
+def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_there_and_goes_on_bit_for_bit(config, tmp_path):
+    """At every place at which it asks, without checkpoints of its own: behind updates and within evaluations."""
+    config = replace(config, checkpoint_every=0, steps=3, eval_every=2, log_every=3)
+    whole = train(config, tmp_path / "whole", ignored)
+    stopped_behind = []
+    for nth in range(100):
+        run = tmp_path / f"cut-{nth}"
+        try:
+            train(config, run, ignored, stop=asked_from(nth))
+        except Interrupted as stop:
+            stopped_behind.append(stop.step)
+        else:
+            break
+        assert progress_of(run / "checkpoint", config, 1).step == stopped_behind[-1]
+        with pytest.raises(Interrupted):  # at the first place at which the resumed run asks, which may be the same
+            train(config, run, ignored, resume=True, stop=asked_from(0))
+        final = train(config, run, ignored, resume=True)
+        assert same_run(tmp_path / "whole", run), nth
+        assert [type(value) for value in final.values()][:1] == [int]
+        assert final["converged"] == whole["converged"]
+    within = [step for step in set(stopped_behind) if stopped_behind.count(step) > 1]
+    assert (set(stopped_behind), within) == ({1, 2, 3}, [2, 3]), stopped_behind
+
+
 def steps_kept(directory: Path) -> list[str]:
     """The directories in it."""
     return sorted(path.name for path in directory.iterdir() if path.is_dir())
@@ -172,7 +203,7 @@ def test_a_run_ended_at_any_moment_of_a_save_has_a_whole_checkpoint(small_config
     with distributed.process_group(), adapted_model(config) as model, deepspeed_engine(model, config) as engine:
 
         def save(kept: Checkpoints, step: int) -> None:
-            kept.save(engine, step, None, {"train": 1.0})
+            kept.save(engine, Progress(step, {"train": 1.0}))
 
         calls = [(os, "fsync"), (os, "replace"), (Path, "rename"), (shutil, "rmtree"), (torch, "save")]
         for place, name in calls:

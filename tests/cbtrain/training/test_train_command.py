@@ -1,6 +1,8 @@
 """The command that trains one model, as a process: the lines that it prints, bad arguments, an interrupt."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 from children import heed_interrupts
 from commands import TINY
+
+from cbtrain.config import cli
 
 ROOT = Path(__file__).parents[3]
 
@@ -57,33 +61,33 @@ def test_bad_arguments_are_one_line_and_status_2(arguments, message):
     assert message in done.stderr
 
 
-def test_interrupting_the_command_ends_with_status_130(small_config, tmp_path):
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGUSR1, 143)])
+def test_a_signal_ends_the_command_at_a_checkpoint_which_it_goes_on_from(small_config, tmp_path, sent, status):
     data = ["--model", small_config.model, "--harmful", *small_config.harmful, "--benign", *small_config.benign]
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "cbtrain.train",
-            *data,
-            *TINY,
-            "--steps",
-            "100000",
-            "--output-dir",
-            str(tmp_path / "out"),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,
-    )
-    try:
-        for line in process.stdout:
-            if line.startswith("Step"):
-                break
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
+    train = [sys.executable, "-m", "cbtrain.train", *data, *TINY, "--steps", "100000", "--output-dir", str(tmp_path)]
+    stopped_behind = []
+    for more in ([], ["--resume"]):
+        process = subprocess.Popen(
+            [*train, *more],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heed_interrupts,
+        )
+        try:
+            for line in process.stdout:
+                if line.startswith("Step"):
+                    break
+            process.send_signal(sent)
+            output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert (process.returncode, errors) == (status, "interrupted\n")
+        said = re.search(r"^stopped behind step (\d+): the same command with --resume goes on", output, flags=re.M)
+        assert said, output
+        assert cli.WILL_STOP in output
+        stopped_behind.append(int(said[1]))
+    assert 0 < stopped_behind[0] < stopped_behind[1]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(1, len(steps) + 1)]

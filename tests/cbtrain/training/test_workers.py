@@ -33,6 +33,7 @@ STOPPED: dict[str, tuple[dict[str, object], bool]] = {
     "stopped, ZeRO 1": ({"zero_stage": 1}, False),
     "stopped, ZeRO 3, teacher cache": ({"zero_stage": 3}, True),
 }
+"""Of runs that end behind the checkpoint of step 2 and go on."""
 LLAMA_4 = "ZeRO 3, Llama 4 against one worker that holds all weights"
 EXPERTS = {"intermediate_size_mlp": 48, "num_local_experts": 4, "head_dim": 8, "attention_chunk_size": 8}
 UNSCORED = [2, 3]
@@ -85,18 +86,20 @@ def by_two(config, llama4, tmp_path_factory) -> Path:
 
 
 def job(config: CircuitBreakerConfig, output: Path, *, cache: Path | None = None, **how: object) -> dict:
-    what = {"unscored": False, "stop_at": None, "resume": False} | how
+    what = {"unscored": False, "stop_at": None, "asked": False, "resume": False} | how
     return {"config": dataclasses.asdict(config), "output": str(output), "cache": cache and str(cache), **what}
 
 
 def stopped_jobs(config: CircuitBreakerConfig, directory: Path) -> list[dict]:
-    """For each of `STOPPED` a run that never stops, and one that stops behind a checkpoint and goes on."""
+    """For each of `STOPPED` a run that never stops, and one that ends behind a checkpoint, goes on, is asked to stop on
+    its second worker alone at step 3, and goes on."""
     jobs = []
     for name, (fields, cached) in STOPPED.items():
         run = replace(config, checkpoint_every=2, eval_every=2, lora_dropout=0.1, **fields)
         cache = directory / f"{name} cache" if cached else None
         jobs.append(job(run, directory / f"{name}, whole", cache=cache))
         jobs.append(job(run, directory / f"{name}, cut", cache=cache, stop_at=3))
+        jobs.append(job(run, directory / f"{name}, cut", cache=cache, asked=True, resume=True))
         jobs.append(job(run, directory / f"{name}, cut", cache=cache, resume=True))
     return jobs
 
@@ -158,7 +161,7 @@ def test_both_workers_fill_the_teacher_cache(by_two):
 @pytest.mark.parametrize("name", STOPPED)
 def test_two_workers_that_go_on_are_bit_for_bit_two_that_never_stopped(by_two, name):
     cut, whole = by_two / f"{name}, cut", by_two / f"{name}, whole"
-    kept = sorted(path.name for path in (cut / "checkpoint" / "step-2").iterdir())
+    kept = sorted(path.name for path in (cut / "checkpoint" / "step-3").iterdir())
     assert {"random_state_0.pt", "random_state_1.pt"} <= set(kept)
     numbers = [
         [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines_of(directory)]

@@ -78,12 +78,16 @@ def wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def test_an_interrupted_sweep_leaves_no_process_and_a_readable_directory(small_world, tmp_path):
+def test_an_interrupted_sweep_leaves_a_checkpoint_of_what_was_done_and_no_process(small_world, tmp_path):
     sweep = endless(small_world, tmp_path)
-    for line in sweep.process.stdout:
-        if "started" in line:
-            break
-    assert set(check_interrupted(sweep, tmp_path, signal.SIGINT, 130).status) == {"running"}
+    wait_for_a_step(tmp_path, "t000")
+    sent = time.time()
+    assert set(check_interrupted(sweep, tmp_path, signal.SIGUSR1, 143).status) == {"running"}
+    trial = tmp_path / "run" / "trials" / "t000"
+    manifest = trial / "checkpoint" / "manifest.json"
+    done = [json.loads(line)["step"] for line in (trial / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < done[-1] <= json.loads(manifest.read_text())["step"] <= done[-1] + 10, "the last logged step, or later"
+    assert manifest.stat().st_mtime - sent < 15
 
 
 def endless(small_world: Path, tmp_path: Path, *more: str) -> Sweep:

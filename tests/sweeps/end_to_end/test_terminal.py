@@ -113,7 +113,8 @@ def test_a_table_stays_in_place_through_a_resize_and_a_summary_takes_its_place(t
     assert not re.search(r"Warning|\(raylet|\(pid=|INFO|deprecat", done), done
 
 
-def test_ctrl_c_leaves_a_sane_terminal_and_the_command_that_goes_on(terminal):
+def test_ctrl_c_leaves_a_sane_terminal_a_checkpoint_and_the_command_that_goes_on(terminal, tmp_path):
+    """It reaches every process of the terminal, those that train too."""
     terminal.type(command("--steps", "100000", "--run-dir", "run", environment="NO_COLOR=1"))
     terminal.wait_for(lambda screen: re.search(r" \d+/100000 ", screen))
     check_table(terminal.shown(), 80)
@@ -121,6 +122,8 @@ def test_ctrl_c_leaves_a_sane_terminal_and_the_command_that_goes_on(terminal):
     assert not re.search(r"\x1b\[(\d+;)*(3[0-7]|9[0-7]|38)[;m]", coloured), "NO_COLOR is heeded"
     terminal("send-keys", "-t", "t", "C-c")
     screen = terminal.wait_for(lambda screen: screen.rstrip().endswith("interrupted\n$"), 60)
+    assert cli.WILL_STOP in screen
+    assert (tmp_path / "run" / "trials" / "t000" / "checkpoint" / "manifest.json").is_file()
     assert "stopped   0 of 2 trials ended: run/trials.csv" in screen
     assert "next      python sweeps/kl_ablation.py --resume run" in screen
     assert "best so far" not in screen
