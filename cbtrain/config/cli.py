@@ -19,7 +19,7 @@ from cbtrain.config.help import ASKED, Help, page
 from cbtrain.config.presets import PRESETS, canonical, get_config
 from cbtrain.config.schema import CircuitBreakerConfig
 from cbtrain.config.validation import flag, nearest
-from cbtrain.utils.errors import InputError, reason
+from cbtrain.utils.errors import FailedError, InputError, reason
 
 Settings = TypeVar("Settings", bound=Any)
 PLAIN = Help()
@@ -177,7 +177,8 @@ def asked_first(ask: Callable[[], None]) -> Iterator[None]:
 
 
 def run(main: Callable[[], int]) -> int:
-    """The exit status of a command: 2 for bad input and 1 for a full disk, in one line; 130 or 143 when stopped."""
+    """The exit status of a command: 2 for bad input and 1 for a full disk or another failure, in one line;
+    130 or 143 when stopped."""
     _stopped.clear()
     catch_signals()
     for stream in (sys.stdout, sys.stderr):
@@ -201,6 +202,9 @@ def _ended_by(error: Exception) -> int:
     if isinstance(error, InputError):
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if isinstance(error, FailedError):
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

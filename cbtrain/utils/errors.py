@@ -5,6 +5,10 @@ class InputError(ValueError):
     """Something the user gave is wrong. Its text is one line: where, what, and the mend."""
 
 
+class FailedError(RuntimeError):
+    """A command cannot go on, by no fault in what it was given. Its text is one line: why, and how to go on."""
+
+
 def first_line(error: BaseException | str) -> str:
     """The first line of an error's text that says something; its type's name where it has none."""
     lines = (line.strip() for line in str(error).splitlines())

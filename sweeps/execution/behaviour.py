@@ -18,7 +18,8 @@ from analysis.decision import Decision
 from analysis.formatting import percent
 from cbtrain.config import CircuitBreakerConfig
 from sweeps.execution.context import TrialContext
-from sweeps.execution.processes import Processes, call, nothing, root_cause
+from sweeps.execution.failures import root_cause
+from sweeps.execution.processes import Processes, call, nothing
 from sweeps.plan.journal import TrialSpec, trial_config
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from analysis.formatting import count
 from cbtrain.config import InputError
 from sweeps.execution.context import TrialContext
-from sweeps.execution.processes import Processes, root_cause
+from sweeps.execution.failures import root_cause
+from sweeps.execution.processes import Processes
 from sweeps.execution.training import run_once
 from sweeps.reporting.console import wrapped
 from sweeps.reporting.screen import SCREEN

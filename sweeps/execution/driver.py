@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -26,6 +27,7 @@ from cbtrain.utils.environment import log_to
 from sweeps.execution.behaviour import BehaviourError, Meter, behaviour_sentences, file_of, subjects
 from sweeps.execution.calibration import calibrate_before, spent, summary, told, with_recipe
 from sweeps.execution.context import TrialContext
+from sweeps.execution.failures import told_in_a_line
 from sweeps.execution.output import output_to
 from sweeps.execution.placement import TUNE_RESOURCES
 from sweeps.execution.processes import Processes
@@ -44,6 +46,7 @@ from sweeps.reporting.shares import shares
 from sweeps.reporting.shares import told as told_shares
 from sweeps.reporting.summary import stopped_lines, summary_lines
 from sweeps.storage.journal_file import open_journal
+from sweeps.storage.room import NoRoomError, TrialFiles, require_room
 from sweeps.storage.run_directory import RunDirectory
 
 LOG = "driver"
@@ -100,9 +103,14 @@ class SweepDriver:
         log_to(self.run.path / "logs" / f"{LOG}.log")
         if context.workers.in_process:
             self._kept = Processes(context.workers, self.concurrency)
+        log = Path("logs", f"{LOG}.log")
         try:
             # What libraries print, those written in C included, would tear what stays in place.
-            with SCREEN.kept_apart(), output_to(self.run.path, LOG):
+            with (
+                SCREEN.kept_apart(),
+                output_to(self.run.path, LOG),
+                told_in_a_line(self.run.path, self.run.shown, log),
+            ):
                 return self._run(context, cache)
         except BaseException as stop:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
@@ -267,7 +275,25 @@ class SweepDriver:
                 return None
             return rule_for(spec, self._plan, self.run.path / "trials", context.config.steps)
 
-        searcher = PlanSearcher(self._plan, on_change, rule, self._kept, self.max_failures, self._tell_again)
+        def no_room(why: str) -> None:
+            raise NoRoomError(self.run.shown, why)
+
+        files = TrialFiles.of(context.config)
+
+        def require_room_for(trials: int = 1, at_a_time: int = 1) -> None:
+            require_room(self.run.path, self.run.shown, files, trials, at_a_time)
+
+        require_room_for(self._plan.budget.total - len(ended), self.concurrency)
+        searcher = PlanSearcher(
+            self._plan,
+            on_change,
+            rule,
+            self._kept,
+            self.max_failures,
+            on_retry=self._tell_again,
+            on_no_room=no_room,
+            before_each=require_room_for,
+        )
         handles = self._kept.handles if self._kept else []
         trainable = tune.with_parameters(run_trial, context=context, processes=handles)
         tuner = tune.Tuner(

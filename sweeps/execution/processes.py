@@ -15,12 +15,9 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from cbtrain.utils.errors import named
 from sweeps.execution.output import output_to
 from sweeps.execution.placement import Workers
 
-LOST = "its process was lost (killed, or out of memory)"
-"""Why a trial failed of which nothing else is known."""
 Answer = tuple[bool, Any]
 """Whether it is what the work returned, which comes last, and what it reported or returned."""
 
@@ -103,22 +100,6 @@ def call(
     except RayTaskError as error:
         raise error.cause from None  # its trace is in the log
     raise RuntimeError("a kept process ended its work without an answer")
-
-
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and what lies below it in Ray's wrappings, to the bottom."""
-    seen: set[int] = set()
-    while id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        failures = getattr(error, "worker_failures", None)
-        below = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
-        error = below or error
-
-
-def root_cause(error: BaseException) -> str:
-    """One line for what went wrong at the bottom of Ray's wrappings."""
-    return named([*causes(error)][-1])
 
 
 class _Process:

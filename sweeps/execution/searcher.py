@@ -13,8 +13,9 @@ from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_EXPERIMENT_INFO_KEYS, DEFA
 from ray.tune.search.searcher import Searcher
 
 from analysis.columns import PLAN_COLUMNS
+from sweeps.execution.failures import LOST
 from sweeps.execution.interruption import INTERRUPTED
-from sweeps.execution.processes import LOST, Processes, nothing
+from sweeps.execution.processes import Processes, nothing
 from sweeps.plan.early_stopping import StopRule
 from sweeps.plan.journal import Status, TrialOutcome, TrialSpec
 from sweeps.plan.outcomes import REQUIRED_METRICS
@@ -44,6 +45,8 @@ class PlanSearcher(Searcher):
         processes: Processes | None = None,
         max_failures: int = 0,
         on_retry: Callable[[str, str], None] = nothing,
+        on_no_room: Callable[[str], None] = nothing,
+        before_each: Callable[[], None] = nothing,
     ) -> None:
         """
         Args:
@@ -53,6 +56,8 @@ class PlanSearcher(Searcher):
             processes: the kept ones, of which each trial that runs has one.
             max_failures: how often a trial that fails is given again; one whose loss was not finite is not.
             on_retry: called with the plan's trial and why it is given again, in a line.
+            on_no_room: called with why a trial could not write its files, and raises; the trial has no outcome then.
+            before_each: called before a trial is given; raises where none shall be.
         """
         super().__init__()
         self.plan = plan
@@ -66,6 +71,8 @@ class PlanSearcher(Searcher):
         self._taken: dict[str, int] = {}
         self._max_failures = max_failures
         self._on_retry = on_retry
+        self._on_no_room = on_no_room
+        self._before_each = before_each
         self._failures: Counter[str] = Counter()
         self._halvings: Counter[str] = Counter()
 
@@ -82,6 +89,7 @@ class PlanSearcher(Searcher):
             process = self._processes.take() if self._processes else None
             if self._processes and process is None:
                 return None
+            self._before_each()
             spec = self.plan.ask()
             if spec is None:
                 if self._processes and process is not None:
@@ -115,6 +123,8 @@ class PlanSearcher(Searcher):
                 else:
                     self._processes.give_back(process, lost=lost)
             name = self._trial_ids[trial_id]
+            if kind == "no_room":
+                self._on_no_room(f"{name}: {outcome.error}")
             again = self._again(name, outcome, kind) if outcome.status == "failed" else ""
             if again:
                 self.plan.give_again(name)

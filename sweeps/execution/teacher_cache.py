@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from cbtrain.config import CircuitBreakerConfig, InputError
 from sweeps.execution.context import TrialContext
-from sweeps.execution.processes import Processes, root_cause
+from sweeps.execution.failures import root_cause
+from sweeps.execution.processes import Processes
 from sweeps.reporting.console import wrapped
 from sweeps.reporting.screen import SCREEN
 from sweeps.storage.run_directory import RunDirectory

@@ -11,24 +11,20 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 import ray
 import ray.tune
 from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
 
 from sweeps.execution.context import TrialContext
+from sweeps.execution.failures import LOST, kind_of, root_cause
 from sweeps.execution.interruption import INTERRUPTED
 from sweeps.execution.output import output_to
-from sweeps.execution.processes import LOST, call, causes, root_cause
+from sweeps.execution.processes import call
 from sweeps.plan.early_stopping import StopRule
 from sweeps.plan.journal import TrialSpec
 from sweeps.storage.lock import this_process
 
-Failure = Literal["non_finite", "out_of_memory", "lost", "raised"]
-MEMORY_SIGNS = ("OutOfMemoryError", "can't allocate memory", "out of memory", "Out of memory", "(OOM)")
-"""In the name or text of what PyTorch and Ray raise when memory runs out."""
 REPORTED = ("loss_reroute", "loss_retain", "loss_kl", "grad_norm_total", "tokens_per_s", "train_s")
 PREFIXES = ("eval_", "base_", "resumed_", "grad_", "collapse_step_", "converged")
 """Metrics of the loop that a trial's outcome carries: by name, and all that begin so."""
@@ -39,7 +35,7 @@ def run_trial(given: dict, context: TrialContext, processes: Sequence[ActorHandl
 
     An exception becomes an outcome with status `failed` and its text; the traceback is in the trial's log. A trial
     that was interrupted counts in `wall_s` what its checkpoint had taken. Of a failure its kind is reported as well:
-    `failure` is `non_finite`, `out_of_memory`, `lost` (the process) or `raised`.
+    `failure`, as `kind_of` gives it.
 
     Args:
         given: the fields of its `TrialSpec`, and where it has them `stop_rule`, `process` (an index) and `halvings` of
@@ -108,18 +104,6 @@ def _written(spec: TrialSpec, context: TrialContext) -> list[int]:
     directory = context.run_dir / "trials" / spec.trial_id
     files = [directory / "metrics.jsonl", directory / "lock"]
     return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
-
-
-def kind_of(error: BaseException) -> Failure:
-    """What kind of failure an exception is, by all that caused it."""
-    chain = [*causes(error)]
-    told = " ".join(f"{type(each).__name__}: {each}" for each in chain)
-    if any(type(each).__name__ == "NonFiniteLossError" for each in chain):
-        return "non_finite"
-    if any(isinstance(each, MemoryError) for each in chain) or any(sign in told for sign in MEMORY_SIGNS):
-        return "out_of_memory"
-    lost = any(isinstance(each, RayError) and not isinstance(each, RayTaskError) for each in chain)
-    return "lost" if lost else "raised"
 
 
 def _with_micro_batches(context: TrialContext, halvings: int) -> TrialContext:

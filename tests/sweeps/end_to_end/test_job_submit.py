@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 from commands import ROOT
 
@@ -41,19 +42,31 @@ class Cluster:
             subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         )
 
-    def submit(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def begin(self, *command: str, **environment: str) -> subprocess.Popen[str]:
         """`ray job submit` from the repository's root."""
         address = f"http://127.0.0.1:{self.dashboard}"
         submit = [str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", *command]
-        return subprocess.run(
+        return subprocess.Popen(
             submit,
             cwd=ROOT,
             env=self.environment | environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=JOB_S,
-            check=False,
         )
+
+    def submit(self, *command: str, **environment: str) -> tuple[int, str]:
+        """Exit status and output of `ray job submit`."""
+        job = self.begin(*command, **environment)
+        output, _ = job.communicate(timeout=JOB_S)
+        return job.returncode, output
+
+    def lose(self, node: int) -> None:
+        """Kill a node, which ends with whatever runs on it."""
+        started = psutil.Process(self.nodes[node].pid)
+        for process in (*started.children(recursive=True), started):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def wait_for(self, nodes: int) -> None:
         """Return when so many nodes are there."""
@@ -114,30 +127,42 @@ def cluster() -> Iterator[Cluster]:
                 node.wait(60)
 
 
-def test_a_submitted_job_sweeps_on_two_nodes_of_a_cluster_that_wants_a_token(tmp_path, cluster):
+def test_a_submitted_job_sweeps_on_two_nodes_of_a_cluster_that_wants_a_token_and_survives_the_loss_of_one(
+    tmp_path, cluster
+):
     tiny.build()
-    settings = ["--num-samples", "6", "--steps", "20", "--eval-every", "0", "--behaviour-prompts", "0"]
+    settings = ["--num-samples", "6", "--steps", "40", "--eval-every", "0", "--behaviour-prompts", "0"]
     settings += ["--retain-scale", "0.3", "--lora-init-std", "0.05", "--lr", "0.01"]
     sweep = ["python", "sweeps/kl_ablation.py", *settings]
-    stranger = cluster.submit(*sweep, RAY_AUTH_TOKEN=secrets.token_hex(16))
-    assert stranger.returncode != 0
-    assert "uthentication" in stranger.stdout + stranger.stderr
+    status, said = cluster.submit(*sweep, RAY_AUTH_TOKEN=secrets.token_hex(16))
+    assert status != 0
+    assert "uthentication" in said
 
     # Also the job at which each node unpacks the files. Here both have one place for them, and whoever comes second
     # removes what it finds there, under the feet of a job that runs already.
-    vanishing = cluster.submit(*sweep)
-    assert vanishing.returncode != 0
-    assert "error: --storage-path: needed in a job on 2 nodes" in vanishing.stdout, vanishing
+    status, said = cluster.submit(*sweep)
+    assert status != 0
+    assert "error: --storage-path: needed in a job on 2 nodes" in said
 
     (tmp_path / "shared").mkdir()
     kept = ["--storage-path", str(tmp_path / "shared"), "--run-dir", "a", "--copy-to", f"file://{tmp_path}/out"]
-    done = cluster.submit(*sweep, *kept)
-    assert "2 at a time, a trial on 1 CPU" in done.stdout, (done.stdout, done.stderr)
+    job = cluster.begin(*sweep, *kept)
+    second, deadline = tmp_path / "shared" / "a" / "trials" / "t001" / "metrics.jsonl", time.monotonic() + JOB_S
+    while not second.is_file():  # two trials run, on a node each
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    cluster.lose(1)
+    said, _ = job.communicate(timeout=JOB_S)
+    assert "2 at a time, a trial on 1 CPU" in said
     record = json.loads((tmp_path / "shared" / "a" / "sweep.json").read_text())
-    assert record["status"] == "finished", done.stdout[-3000:] + done.stderr[-3000:]
+    assert record["status"] == "finished", said[-6000:]
     trials = pd.read_csv(tmp_path / "out" / "a" / "trials.csv")
     assert trials.status.tolist() == ["completed"] * 6, trials.error
-    assert done.returncode == 0, done.stdout
+    assert trials.failures.fillna(0).sum() == 1, "one trial was on the node that was lost"
+    assert "again     t00" in said
+    assert job.returncode == 0, said
     for trial_id in trials.trial_id:
         assert (tmp_path / "out" / "a" / "trials" / trial_id / "adapter" / "adapter_model.safetensors").is_file()
-        assert len((tmp_path / "out" / "a" / "trials" / trial_id / "metrics.jsonl").read_text().splitlines()) == 20
+        lines = (tmp_path / "out" / "a" / "trials" / trial_id / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [*range(1, 41)]

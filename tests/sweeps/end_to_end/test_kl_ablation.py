@@ -35,7 +35,7 @@ COLUMNS = {
 }
 
 
-def test_a_sweep_from_command_to_report_by_packages_that_were_installed_elsewhere(tmp_path):
+def test_a_sweep_from_command_to_report_by_packages_that_were_installed_elsewhere(tmp_path, monkeypatch, capsys):
     tiny.build()  # which says so on stderr where it is the first time
     installed = install(tmp_path)
     planted = Planted(tmp_path / "home")
@@ -95,11 +95,13 @@ def test_a_sweep_from_command_to_report_by_packages_that_were_installed_elsewher
     assert planted.below([run_dir]) == []
     assert open_to_others(run_dir) == []
 
-    again = Sweep(tmp_path, "--num-samples", "15", "--run-dir", "elsewhere/a")
-    status, _, errors = again.wait()
-    assert (status, errors.count("\n")) == (2, 1), errors
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kl_ablation.py", "--num-samples", "15", "--run-dir", "elsewhere/a"])
+    capsys.readouterr()
+    assert cli.run(kl_ablation.main) == 2
     mend = "--resume elsewhere/a to continue it, or another --run-dir"
-    assert f"elsewhere/a already holds a sweep (15 of 15 trials ended): {mend}" in errors
+    said = f"error: elsewhere/a already holds a sweep (15 of 15 trials ended): {mend}\n"
+    assert capsys.readouterr().err == said
     assert not list(run_dir.glob("trials/*/checkpoint")), "a trial that has ended needs none"
 
 

@@ -21,6 +21,7 @@ from sweeps.reporting.screen import SCREEN
 
 SHORT = (
     *("--num-samples", "2", "--baseline-seeds", "1", "--warmup-steps", "5", "--eval-every", "10"),
+    *("--max-concurrent", "1"),  # the second process would be paid for in vain
     *("--retain-scale", "0.3", "--lora-init-std", "0.05", "--lr", "0.01", "--behaviour-prompts", "0"),
 )
 FIRST_S = 15.0

@@ -34,7 +34,7 @@ def test_a_trials_workers_on_two_nodes_run_the_loop_that_one_process_runs(small_
     # An adapter that starts far from 0 has rerouted at once, so that the sweep goes on after its baseline.
     arguments = ["--num-samples", "2", "--baseline-seeds", "1", "--steps", "3", "--lora-init-std", "0.3", *QUICK]
     arguments += ["--run-dir", "run"]
-    arguments += ["--zero-stage", "2", "--workers-per-trial", "2", "--checkpoint-every", "0"]
+    arguments += ["--zero-stage", "2", "--workers-per-trial", "2", "--checkpoint-every", "0", "--teacher-cache", "off"]
     sweep = subprocess.Popen(
         [sys.executable, str(ROOT / "sweeps" / "kl_ablation.py"), *world(small_world, tmp_path), *arguments],
         cwd=tmp_path,
@@ -49,7 +49,6 @@ def test_a_trials_workers_on_two_nodes_run_the_loop_that_one_process_runs(small_
     record = json.loads((tmp_path / "run" / "sweep.json").read_text())
     assert record["workers"] == {"count": 2, "cpus": 1, "gpus": 0.0}
     assert record["concurrency"] == 1
-    assert record["teacher_cache"]["rows_computed"] == 64
     trials = pd.read_csv(tmp_path / "run" / "trials.csv")
     assert list(trials.status) == ["completed"] * 2, (trials.error.tolist(), output)
     for row in trials.itertuples():

@@ -1,5 +1,6 @@
 """The Ray Tune adapter: what it gives and takes, that failures are heard of, and one real run."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from ray.tune.search.searcher import Searcher
 from simulated import failed, plan_of, use_quick_models, world
 
 from cbtrain.training.non_finite import NonFiniteLossError
+from sweeps.execution.failures import kind_of
 from sweeps.execution.searcher import PlanSearcher, outcome_of
-from sweeps.execution.trial import kind_of
 from sweeps.plan.journal import TrialOutcome, TrialSpec
 
 FINAL = {"status": "completed", "error": "", "eval_benign_kl": 0.5, "eval_loss_reroute": 0.02, "eval_harmful_nll": 8.0}
@@ -181,6 +182,10 @@ def test_a_trial_that_fails_once_and_completes_says_so() -> None:
         (ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory."), "out_of_memory"),
         (ray.exceptions.ActorDiedError(), "lost"),
         (NonFiniteLossError("loss nan at step 3"), "non_finite"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.pt"), "no_room"),
+        (OSError(errno.EFBIG, "File too large", "a.pt"), "no_room"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "no_room"),
+        (OSError(errno.EACCES, "Permission denied", "a.pt"), "raised"),
         (ValueError("memory of an elephant"), "raised"),
     ],
 )

@@ -27,7 +27,7 @@ def test_a_sweep_killed_with_all_its_processes_goes_on_where_it_was(tmp_path, mo
         tmp_path,
         *("--num-samples", "4", "--baseline-seeds", "2", "--run-dir", "run", "--behaviour-prompts", "0"),
         *("--steps", "30", "--warmup-steps", "5", "--eval-every", "0", "--checkpoint-every", "3"),
-        *("--retain-scale", "0.3", "--lora-init-std", "0.05", "--lr", "0.01"),
+        *("--retain-scale", "0.3", "--lora-init-std", "0.05", "--lr", "0.01", "--max-concurrent", "1"),
     )
     run = tmp_path / "run"
     wait_for_a_checkpoint_after(run, ended=0)
