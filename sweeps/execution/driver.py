@@ -27,7 +27,7 @@ from cbtrain.utils.environment import log_to
 from sweeps.execution.behaviour import BehaviourError, Meter, behaviour_sentences, file_of, subjects
 from sweeps.execution.calibration import calibrate_before, spent, summary, told, with_recipe
 from sweeps.execution.context import TrialContext
-from sweeps.execution.failures import told_in_a_line
+from sweeps.execution.failures import last_words, told_in_a_line
 from sweeps.execution.output import output_to
 from sweeps.execution.placement import TUNE_RESOURCES
 from sweeps.execution.processes import Processes
@@ -107,6 +107,7 @@ class SweepDriver:
         try:
             # What libraries print, those written in C included, would tear what stays in place.
             with (
+                last_words(self._killed()),
                 SCREEN.kept_apart(),
                 output_to(self.run.path, LOG),
                 told_in_a_line(self.run.path, self.run.shown, log),
@@ -121,6 +122,14 @@ class SweepDriver:
                 ended = sum(row["status"] != "running" for row in self._plan.rows())
                 print("\n".join(stopped_lines(ended, self._plan.budget.total, self.run.shown)), file=sys.stderr)
             raise
+
+    def _killed(self) -> str:
+        """What there is to say where this process ends without a word."""
+        why = "the sweep's process was killed, or Ray's on this machine"
+        return (
+            f"error: {why} (logs in {self.run.shown}/logs); all that had ended is kept, and "
+            f"python sweeps/kl_ablation.py --resume {self.run.shown} goes on"
+        )
 
     def _run(self, context: TrialContext, cache: CachePlan) -> int:
         if not self._plan.done:
