@@ -1,11 +1,15 @@
 """Small models of random weights, and configurations on the small world of `conftest.py`."""
 
+import json
+import random
+from itertools import product
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from cbtrain.config import CircuitBreakerConfig, get_config
+from cbtrain.model import tiny
 
 SMALL = {
     **{"steps": 4, "batch_size": 8, "lr": 1.5e-3, "lr_schedule": "linear"},
@@ -32,3 +36,17 @@ def save_llama(directory: Path, tokenizer: PreTrainedTokenizerBase, **shape: obj
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **heads, **shape)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def build_small_world(directory: Path) -> None:
+    """A random model of three blocks, its tokenizer, and 32 rows a side, in a directory that is there."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "initializer_range": 0.2}
+    save_llama(directory, tiny.make_tokenizer(), tie_word_embeddings=True, **shape)
+    rng = random.Random(0)
+    for name, verbs, objects in (
+        ("harmful", tiny.DUAL_USE_VERBS, tiny.GUARDED_OBJECTS),
+        ("benign", tiny.PLAIN_VERBS, tiny.PLAIN_OBJECTS),
+    ):
+        pairs = list(product(verbs, objects))[:32]
+        rows = [json.dumps(tiny.chat(pair, rng)) for pair in pairs]
+        (directory / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
