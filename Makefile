@@ -19,7 +19,7 @@ check: setup  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/ready-bench  ## measurements, as tables, over an hour
+bench: .venv/ready-bench  ## measurements, as tables, several hours
 	$(BIN)/python -m tests.benchmarks.bench_kl
 	$(BIN)/python -m tests.benchmarks.bench_step
 	$(BIN)/python -m tests.benchmarks.bench_memory
@@ -29,6 +29,8 @@ bench: .venv/ready-bench  ## measurements, as tables, over an hour
 	$(BIN)/python -m tests.benchmarks.bench_stopping
 	$(BIN)/python -m tests.benchmarks.bench_plan
 	$(BIN)/python -m tests.benchmarks.bench_sweep
+	$(BIN)/python -m tests.benchmarks.bench_faults
+	$(BIN)/python -m tests.benchmarks.bench_soak
 
 audit: .venv-audit/ready  ## known vulnerabilities of the pinned versions, asked of the Python Packaging Advisory Database
 	@.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off \

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from ray import tune
 
 from analysis.behaviour.judge import DEFAULT_LIMITS, BehaviourLimits
 from analysis.behaviour.measured import load_behaviour
@@ -29,11 +28,10 @@ from sweeps.execution.calibration import calibrate_before, spent, summary, told,
 from sweeps.execution.context import TrialContext
 from sweeps.execution.failures import last_words, told_in_a_line
 from sweeps.execution.output import output_to
-from sweeps.execution.placement import TUNE_RESOURCES
 from sweeps.execution.processes import Processes
 from sweeps.execution.searcher import PlanSearcher
 from sweeps.execution.teacher_cache import with_teacher
-from sweeps.execution.trial import run_trial
+from sweeps.execution.tuning import run_trials
 from sweeps.plan.budget import PlanSettings
 from sweeps.plan.early_stopping import StopRule, rule_for
 from sweeps.plan.journal import TrialSpec
@@ -52,13 +50,6 @@ from sweeps.storage.run_directory import RunDirectory
 LOG = "driver"
 """Of `logs/`, without its suffix: what libraries print in the driver's process."""
 EXIT_STATUS = {"baseline_never_rerouted": 3, "baseline_failed": 3, "no_setting_behaves": 3}
-
-
-class _OwnSignals(tune.Callback):
-    """Takes back SIGUSR1, at which Tune would end its run in a way of its own."""
-
-    def setup(self, **_info: object) -> None:
-        cli.catch_signals()
 
 
 @dataclass
@@ -303,20 +294,6 @@ class SweepDriver:
             on_no_room=no_room,
             before_each=require_room_for,
         )
-        handles = self._kept.handles if self._kept else []
-        trainable = tune.with_parameters(run_trial, context=context, processes=handles)
-        tuner = tune.Tuner(
-            tune.with_resources(trainable, TUNE_RESOURCES),
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                num_samples=-1,  # an attempt is a trial to Tune; the searcher says when all have ended
-                max_concurrent_trials=self.concurrency,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="tune", storage_path=str(context.ray_directory), verbose=0, callbacks=[_OwnSignals()]
-            ),
-        )
 
         def ask() -> None:
             searcher.interrupted = True
@@ -325,7 +302,7 @@ class SweepDriver:
 
         context.stop_file.begin()
         with trials.shown(), cli.asked_first(ask):
-            tuner.fit()
+            run_trials(searcher, context, self._kept, self.concurrency)
         if searcher.interrupted:
             raise KeyboardInterrupt
         if searcher.failure is not None:

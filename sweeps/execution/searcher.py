@@ -135,6 +135,16 @@ class PlanSearcher(Searcher):
         except Exception as failure:
             self.failure = self.failure or failure
 
+    def begin_again(self, why: str) -> None:
+        """Tune has ended in the midst, and another one will ask: what ran is given again, on processes started anew."""
+        for process in self._taken.values():
+            assert self._processes is not None
+            self._processes.restart(process)
+        self._taken.clear()
+        for name in self.plan.give_running_again():
+            self._failures[name] += 1
+            self._on_retry(name, f"{why}; it goes on from its checkpoint, if it has one")
+
     def _again(self, name: str, outcome: TrialOutcome, kind: object) -> str:
         """Why and how a trial that failed is given again, in a line; empty where it is not."""
         if kind == "non_finite" or self._failures[name] >= self._max_failures:

@@ -63,7 +63,8 @@ class SweepPlan:
         self.settings = _as_begun(settings, self._journal)
         self.budget = allocate(self.settings)
         self._entries = self._journal.entries
-        self._interrupted = [entry.spec for entry in self._entries.values() if entry.outcome is None]
+        self._interrupted: list[TrialSpec] = []
+        self.give_running_again()
         self._settle()
 
     def ask(self) -> TrialSpec | None:
@@ -115,6 +116,11 @@ class SweepPlan:
             raise ValueError(f"{trial_id}: has ended as {entry.outcome.status}")
         self._interrupted.insert(0, entry.spec)
 
+    def give_running_again(self) -> list[str]:
+        """Have all trials without an outcome asked for again, before any other; their ids."""
+        self._interrupted = [entry.spec for entry in self._entries.values() if entry.outcome is None]
+        return [spec.trial_id for spec in self._interrupted]
+
     def retry_failed(self) -> None:
         """Have every trial that failed asked for again, under its own id; not one whose loss was not finite."""
         ended = [(entry, entry.outcome) for entry in self._entries.values() if entry.outcome is not None]
@@ -127,6 +133,11 @@ class SweepPlan:
         """Whether every trial asked for has ended and no more will be given."""
         finished = len(self._entries) >= self.budget.total or self.stopped_because != ""
         return finished and self._running() == 0
+
+    @property
+    def ended(self) -> int:
+        """Trials that have an outcome."""
+        return len(self._entries) - self._running()
 
     @property
     def tolerance(self) -> float | None:

@@ -13,16 +13,16 @@ left       processes and files in shared memory that are there when the last com
 other      completed trials whose held-out metrics are not those of the undisturbed sweep, bit for bit
 wordless   commands that did not end as documented: a traceback, or an exit status but 0, 1, 3, 143 and −9
 
-Faults in the code of a trial (raise, NaN, clock) are put there by a `sitecustomize` of this benchmark. The clock is set
-back by an hour for Python's `time.time` in every process; `faketime`, which would do so for C as well, is no package of
-Python's. Memory is really taken, and Ray's monitor really kills: its threshold lies a little above what is used.
+Faults in the code of a trial (raise, NaN, hang, clock) are put there by a `sitecustomize` of this benchmark. The clock
+is set back by an hour for Python's `time.time` in every process; `faketime`, which would do so for C as well, is no
+package of Python's. Memory is really taken, and Ray's monitor really kills: its threshold lies a little above what
+is used.
 """
 
 import argparse
 import contextlib
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -45,6 +45,8 @@ FLAGS = (
     *("--batch-size", "8", "--warmup-steps", "2", "--eval-every", "10", "--behaviour-prompts", "0"),
     *("--lora-init-std", "0.3", "--max-concurrent", "1", "--no-calibrate", "--run-dir", "run"),
 )
+HANGS_S = 20
+"""A trial without progress for so long is ended, where one hangs; its first imports take less."""
 OWN_WORKERS = ("--workers-per-trial", "2", "--zero-stage", "2")
 PATIENCE_S = 240.0
 RESUMES = 4
@@ -204,6 +206,16 @@ def _cut(victims: Callable[[Disturbed], list[Path]]) -> Callable[[Disturbed], No
     return fault
 
 
+def files_limited(at: Disturbed) -> None:
+    """From now on driver and training processes write no file beyond a size; Ray's own store would not start with it."""
+    at.wait_for_a_step()
+    at.note()
+    limit = at.rng.randrange(5_000, 300_000)  # a checkpoint has files of up to 270 kB
+    for process in (psutil.Process(at.sweep.process.pid), *at.children("ray::")):
+        with contextlib.suppress(psutil.Error):
+            process.rlimit(psutil.RLIMIT_FSIZE, (limit, limit))
+
+
 def disk_filled(at: Disturbed) -> None:
     at.wait_for_a_step()
     at.note()
@@ -227,11 +239,12 @@ FAULTS: dict[str, Callable[[Disturbed], None]] = {
     "SIGUSR1": _signalled("SIGUSR1"),
     "raise": by_itself,
     "NaN": by_itself,
+    "hang": by_itself,
     "checkpoint cut": _cut(
         lambda at: [file for file in at.run.glob("trials/*/checkpoint/**/*") if file.is_file()],
     ),
     "journal cut": _cut(lambda at: [at.run / "study.log"]),
-    "file size": by_itself,
+    "file size": files_limited,
     "disk full": disk_filled,
     "clock back": by_itself,
 }
@@ -244,7 +257,7 @@ def environment_for(name: str, rng: random.Random, place: Path) -> dict[str, str
         memory = psutil.virtual_memory()
         share = (memory.total - memory.available) / memory.total + MEMORY_MARGIN
         given |= {"RAY_memory_usage_threshold": f"{share:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
-    if name in ("raise", "NaN", "clock back"):
+    if name in ("raise", "NaN", "hang", "clock back"):
         given["PYTHONPATH"] = str(SITECUSTOMIZE)
         given["FAULT"] = f"{name} {rng.randrange(1, STEPS)} {place / 'happened'}"
     return given
@@ -309,13 +322,9 @@ def disturb(
     """One sweep and its fault, resumed until it has ended."""
     rng = random.Random(f"{name} {seed}")
     with place_for(name) as place:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if name == "file size":  # of every process; the largest file is a checkpoint's
-            resource.setrlimit(resource.RLIMIT_FSIZE, (rng.randrange(20_000, 400_000), before[1]))
-        try:
-            sweep = Sweep(place, *model, *FLAGS, *more, environment=environment_for(name, rng, place))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        if name == "hang":
+            more = (*more, "--trial-timeout", str(HANGS_S))
+        sweep = Sweep(place, *model, *FLAGS, *more, environment=environment_for(name, rng, place))
         at, met = Disturbed(place, sweep, rng), True
         try:
             FAULTS[name](at)

@@ -44,9 +44,18 @@ class Sweep:
     """The command as a process, and what of it is left when it has ended."""
 
     def __init__(
-        self, cwd: Path, *arguments: str, installed: Path | None = None, environment: Mapping[str, str] | None = None
+        self,
+        cwd: Path,
+        *arguments: str,
+        installed: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        output: Path | None = None,
     ) -> None:
-        """Start it from the repository, or as the module of packages that were `installed` elsewhere."""
+        """Start it from the repository, or as the module of packages that were `installed` elsewhere.
+
+        Args:
+            output: a file for what it prints, where nobody waits for it; else `wait` gives it.
+        """
         self.mark = uuid.uuid4().hex
         self._shared_memory = set(os.listdir("/dev/shm"))
         given = {**os.environ, "OMP_NUM_THREADS": "1", "SWEEP_TEST_MARK": self.mark, **(environment or {})}
@@ -54,15 +63,17 @@ class Sweep:
         command = [str(ROOT / "sweeps" / "kl_ablation.py")]
         if installed:
             given["PYTHONPATH"], command = str(installed), ["-m", "sweeps.kl_ablation"]
-        self.process = subprocess.Popen(
-            [sys.executable, *command, *arguments],
-            cwd=cwd,
-            env=given,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=heed_interrupts,
-        )
+        with contextlib.ExitStack() as stack:
+            place = stack.enter_context(output.open("w")) if output else subprocess.PIPE
+            self.process = subprocess.Popen(
+                [sys.executable, *command, *arguments],
+                cwd=cwd,
+                env=given,
+                stdout=place,
+                stderr=place,
+                text=True,
+                preexec_fn=heed_interrupts,
+            )
 
     def wait(self) -> tuple[int, str, str]:
         """Exit status, output and errors; whatever hangs is killed by its own handle."""

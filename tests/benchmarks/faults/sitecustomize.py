@@ -26,6 +26,8 @@ def disturb(loop) -> None:
             raise RuntimeError("a fault at a random step")
         if KIND == "NaN":
             return update._replace(parts=update.parts * float("nan"))
+        if KIND == "hang":
+            time.sleep(3600)
         return update
 
     loop.train_step = disturbed
@@ -48,7 +50,7 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if KIND in ("raise", "NaN"):
+if KIND in ("raise", "NaN", "hang"):
     sys.meta_path.insert(0, Finder())
 if KIND == "clock back":
     began, true_time = time.time(), time.time
