@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,9 +24,16 @@ def output_to(run_dir: Path, name: str) -> Iterator[None]:
             os.dup2(file.fileno(), 2)
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a full disk must not hide what happened
+            sys.stdout.flush()
+            sys.stderr.flush()
         os.dup2(kept[0], 1)
         os.dup2(kept[1], 2)
         for descriptor in kept:
             os.close(descriptor)
+
+
+def print_trace() -> None:
+    """Print the trace of the exception that is handled; a full disk must not hide what happened."""
+    with contextlib.suppress(OSError):
+        traceback.print_exc()

@@ -6,7 +6,6 @@ transformers and DeepSpeed for seconds and load the model again. So Tune's are s
 
 import queue
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from sweeps.execution.output import output_to
+from sweeps.execution.output import output_to, print_trace
 from sweeps.execution.placement import Workers
 
 Answer = tuple[bool, Any]
@@ -125,7 +124,7 @@ class _Process:
             try:
                 said.put((True, work(*arguments, lambda value: said.put((False, value, None))), None))
             except BaseException as error:
-                traceback.print_exc()  # Ray tells the caller, and the log's reader nothing
+                print_trace()  # Ray tells the caller, and the log's reader nothing
                 said.put((True, None, error))
 
         with output_to(run_dir, log):

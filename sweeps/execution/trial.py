@@ -9,7 +9,6 @@ import dataclasses
 import os
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 import ray
@@ -19,7 +18,7 @@ from ray.actor import ActorHandle
 from sweeps.execution.context import TrialContext
 from sweeps.execution.failures import LOST, kind_of, root_cause
 from sweeps.execution.interruption import INTERRUPTED
-from sweeps.execution.output import output_to
+from sweeps.execution.output import output_to, print_trace
 from sweeps.execution.processes import call
 from sweeps.plan.early_stopping import StopRule
 from sweeps.plan.journal import TrialSpec
@@ -142,7 +141,7 @@ def _on_its_own_workers(spec: TrialSpec, context: TrialContext, rule: StopRule |
                 return train_here(spec, context, rule, ray.tune.report)
             return train_on_workers(spec, context, rule)
         except Exception:
-            traceback.print_exc()
+            print_trace()
             raise
 
 

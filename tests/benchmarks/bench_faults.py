@@ -207,7 +207,7 @@ def _cut(victims: Callable[[Disturbed], list[Path]]) -> Callable[[Disturbed], No
 
 
 def files_limited(at: Disturbed) -> None:
-    """From now on driver and training processes write no file beyond a size; Ray's own store would not start with it."""
+    """From now on driver and training processes write no file beyond a size; with it Ray's store would not start."""
     at.wait_for_a_step()
     at.note()
     limit = at.rng.randrange(5_000, 300_000)  # a checkpoint has files of up to 270 kB
