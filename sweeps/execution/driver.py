@@ -44,7 +44,7 @@ from sweeps.reporting.shares import shares
 from sweeps.reporting.shares import told as told_shares
 from sweeps.reporting.summary import stopped_lines, summary_lines
 from sweeps.storage.journal_file import open_journal
-from sweeps.storage.room import NoRoomError, TrialFiles, require_room
+from sweeps.storage.room import Room, TrialFiles
 from sweeps.storage.run_directory import RunDirectory
 
 LOG = "driver"
@@ -94,33 +94,23 @@ class SweepDriver:
         log_to(self.run.path / "logs" / f"{LOG}.log")
         if context.workers.in_process:
             self._kept = Processes(context.workers, self.concurrency)
-        log = Path("logs", f"{LOG}.log")
         try:
             # What libraries print, those written in C included, would tear what stays in place.
             with (
-                last_words(self._killed()),
+                last_words(self.run.shown),
                 SCREEN.kept_apart(),
                 output_to(self.run.path, LOG),
-                told_in_a_line(self.run.path, self.run.shown, log),
+                told_in_a_line(self.run.path, self.run.shown, Path("logs", f"{LOG}.log")),
             ):
                 return self._run(context, cache)
         except BaseException as stop:
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
-                self.run.update(
-                    status="failed" if isinstance(stop, Exception) else "interrupted", wall_s=self._wall_s()
-                )
+                status = "failed" if isinstance(stop, Exception) else "interrupted"
+                self.run.update(status=status, wall_s=self._wall_s())
             if isinstance(stop, KeyboardInterrupt):
                 ended = sum(row["status"] != "running" for row in self._plan.rows())
                 print("\n".join(stopped_lines(ended, self._plan.budget.total, self.run.shown)), file=sys.stderr)
             raise
-
-    def _killed(self) -> str:
-        """What there is to say where this process ends without a word."""
-        why = "the sweep's process was killed, or Ray's on this machine"
-        return (
-            f"error: {why} (logs in {self.run.shown}/logs); all that had ended is kept, and "
-            f"python sweeps/kl_ablation.py --resume {self.run.shown} goes on"
-        )
 
     def _run(self, context: TrialContext, cache: CachePlan) -> int:
         if not self._plan.done:
@@ -198,12 +188,9 @@ class SweepDriver:
         """Whether nothing is left to run or to measure."""
         return self._plan.done and not self._unmeasured()
 
-    def _decide(self) -> Decision:
-        """Of a plan that is done, by the behaviour measured so far."""
-        return self._decide_on(self._plan.rows())
-
-    def _decide_on(self, rows: Sequence[Row]) -> Decision:
-        table = pd.DataFrame(list(rows))
+    def _decide(self, rows: Sequence[Row] | None = None) -> Decision:
+        """Of these rows, or all of the plan's, by the behaviour measured so far."""
+        table = pd.DataFrame(list(self._plan.rows() if rows is None else rows))
         return decide(
             table,
             reroute_tolerance=self.settings.reroute_tolerance,
@@ -262,7 +249,7 @@ class SweepDriver:
         """Run the plan's trials on Ray Tune."""
         self._tell_noise()
         ended = [row for row in self._plan.rows() if row["status"] != "running"]
-        trials = Trials(self._plan, context.config.steps, self.run.path / "trials", self._decide_on, ended)
+        trials = Trials(self._plan, context.config.steps, self.run.path / "trials", self._decide, ended)
 
         def on_change() -> None:
             rows = self._plan.rows()
@@ -275,15 +262,8 @@ class SweepDriver:
                 return None
             return rule_for(spec, self._plan, self.run.path / "trials", context.config.steps)
 
-        def no_room(why: str) -> None:
-            raise NoRoomError(self.run.shown, why)
-
-        files = TrialFiles.of(context.config)
-
-        def require_room_for(trials: int = 1, at_a_time: int = 1) -> None:
-            require_room(self.run.path, self.run.shown, files, trials, at_a_time)
-
-        require_room_for(self._plan.budget.total - len(ended), self.concurrency)
+        room = Room(self.run.path, self.run.shown, TrialFiles.of(context.config))
+        room.require(self._plan.budget.total - len(ended), self.concurrency)
         searcher = PlanSearcher(
             self._plan,
             on_change,
@@ -291,8 +271,8 @@ class SweepDriver:
             self._kept,
             self.max_failures,
             on_retry=self._tell_again,
-            on_no_room=no_room,
-            before_each=require_room_for,
+            on_no_room=room.ran_out,
+            before_each=room.require,
         )
 
         def ask() -> None:

@@ -11,14 +11,20 @@ from ray.exceptions import RayError, RayTaskError
 
 from cbtrain.config import InputError
 from cbtrain.utils.errors import FailedError, named
-from sweeps.storage.room import NO_ROOM
+from sweeps.storage.room import NO_ROOM, NoRoomError
 
 LOST = "its process was lost (killed, or out of memory)"
 """Why a trial failed of which nothing else is known."""
 Failure = Literal["non_finite", "out_of_memory", "no_room", "lost", "raised"]
 MEMORY_SIGNS = ("OutOfMemoryError", "can't allocate memory", "out of memory", "Out of memory", "(OOM)")
 """In the name or text of what PyTorch and Ray raise when memory runs out."""
-ROOM_SIGNS = ("No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed")
+ROOM_SIGNS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+)
 """In the text of what PyTorch and safetensors raise when a file cannot be written."""
 
 
@@ -54,10 +60,20 @@ def kind_of(error: BaseException) -> Failure:
     return "lost" if lost else "raised"
 
 
+def _goes_on(shown: Path) -> str:
+    return f"all that had ended is kept, and python sweeps/kl_ablation.py --resume {shown} goes on"
+
+
 @contextlib.contextmanager
-def last_words(line: str) -> Iterator[None]:
+def last_words(shown: Path) -> Iterator[None]:
     """Have a line printed where this process ends within the body without a word: killed, or by Ray, whose C++ ends the
-    process when the node's own process is gone. A shell waits for it at the end of a pipe."""
+    process when the node's own process is gone. A shell waits for it at the end of a pipe.
+
+    Args:
+        shown: the run directory's path as the user knows it.
+    """
+    why = f"the sweep's process was killed, or Ray's on this machine (logs in {shown}/logs)"
+    line = f"error: {why}; {_goes_on(shown)}"
     command = ["sh", "-c", 'read -r ended || printf "%s\\n" "$0" >&2', line]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as shell:
         try:
@@ -82,9 +98,10 @@ def told_in_a_line(run: Path, shown: Path, log: Path) -> Iterator[None]:
     except (InputError, FailedError):
         raise
     except Exception as error:
+        if kind_of(error) == "no_room" and not isinstance(error, NoRoomError):
+            raise NoRoomError(shown, root_cause(error)) from error
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise  # a file's, which says which
         with contextlib.suppress(OSError), (run / log).open("a") as file:
             traceback.print_exc(file=file)
-        mend = f"all that had ended is kept, and python sweeps/kl_ablation.py --resume {shown} goes on"
-        raise FailedError(f"{root_cause(error)} (trace in {shown / log}); {mend}") from error
+        raise FailedError(f"{root_cause(error)} (trace in {shown / log}); {_goes_on(shown)}") from error

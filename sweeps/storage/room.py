@@ -4,6 +4,7 @@ import errno
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from rich.filesize import decimal
 
@@ -56,17 +57,26 @@ class TrialFiles:
         return RESERVE + trials * self.adapter + at_a_time * CHECKPOINTS * self.checkpoint
 
 
-def require_room(run: Path, shown: Path, files: TrialFiles, trials: int, at_a_time: int) -> None:
-    """See that there is room for so many trials.
+@dataclass(frozen=True)
+class Room:
+    """On the disk of one run directory, there or not."""
 
-    Args:
-        run: a run directory, there or not.
-        shown: its path as the user knows it.
+    run: Path
+    shown: Path
+    """The run directory's path as the user knows it."""
+    files: TrialFiles
 
-    Raises:
-        NoRoomError: there is not.
-    """
-    free, needed = shutil.disk_usage(nearest_existing(run)).free, files.needed(trials, at_a_time)
-    if free < needed:
-        what = "the next trial writes" if trials == 1 else f"{trials} trials write"
-        raise NoRoomError(shown, f"{decimal(free)} are free, and {what} up to {decimal(needed)}")
+    def require(self, trials: int = 1, at_a_time: int = 1) -> None:
+        """See that there is room for so many trials.
+
+        Raises:
+            NoRoomError: there is not.
+        """
+        free, needed = shutil.disk_usage(nearest_existing(self.run)).free, self.files.needed(trials, at_a_time)
+        if free < needed:
+            what = "the next trial writes" if trials == 1 else f"{trials} trials write"
+            raise NoRoomError(self.shown, f"{decimal(free)} are free, and {what} up to {decimal(needed)}")
+
+    def ran_out(self, why: str) -> NoReturn:
+        """Raise what says that something could not be written."""
+        raise NoRoomError(self.shown, why)

@@ -52,6 +52,3 @@ class Finder(importlib.abc.MetaPathFinder):
 
 if KIND in ("raise", "NaN", "hang"):
     sys.meta_path.insert(0, Finder())
-if KIND == "clock back":
-    began, true_time = time.time(), time.time
-    time.time = lambda: true_time() - 3600 * (true_time() > began + STEP)

@@ -11,7 +11,7 @@ from simulated import plan_of
 from cbtrain.config import get_config
 from sweeps.execution.failures import told_in_a_line
 from sweeps.execution.searcher import PlanSearcher
-from sweeps.storage.room import RESERVE, NoRoomError, TrialFiles, require_room
+from sweeps.storage.room import RESERVE, NoRoomError, Room, TrialFiles
 
 
 @pytest.fixture
@@ -38,23 +38,20 @@ def test_what_a_trial_writes_is_told_by_the_models_structure(small_config, tmp_p
 
 
 def test_too_little_room_is_one_line_with_both_numbers_and_the_command_that_goes_on(small_disk):
-    files, shown = TrialFiles(adapter=100_000, checkpoint=200_000), Path("runs/a")
-    require_room(small_disk / "not" / "there", shown, files, trials=1, at_a_time=1)
+    room = Room(small_disk / "not" / "there", Path("runs/a"), TrialFiles(adapter=100_000, checkpoint=200_000))
+    room.require()
     said = r"5\.2 MB are free, and 20 trials write up to 7\.4 MB; make room, then .*kl_ablation.py --resume runs/a "
     with pytest.raises(NoRoomError, match=said) as raised:
-        require_room(small_disk, shown, files, trials=20, at_a_time=2)
+        room.require(trials=20, at_a_time=2)
     assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, "runs/a")
     (small_disk / "full").write_bytes(bytes(5 * 2**20 - RESERVE))
     with pytest.raises(NoRoomError, match="the next trial writes up to"):
-        require_room(small_disk, shown, files, trials=1, at_a_time=1)
+        room.require()
 
 
 def test_a_trial_that_could_not_write_has_no_outcome_and_no_other_is_given():
-    def no_room(why: str) -> None:
-        raise NoRoomError(Path("runs/a"), why)
-
-    plan = plan_of(8)
-    searcher = PlanSearcher(plan, max_failures=1, on_no_room=no_room)
+    plan, room = plan_of(8), Room(Path("a"), Path("runs/a"), TrialFiles())
+    searcher = PlanSearcher(plan, max_failures=1, on_no_room=room.ran_out)
     searcher.suggest("first")
     searcher.on_trial_complete("first", {"status": "failed", "failure": "no_room", "error": "OSError: No space left"})
     assert isinstance(searcher.failure, NoRoomError)
@@ -77,3 +74,18 @@ def test_what_a_library_raises_is_one_line_and_its_trace_is_in_the_log(tmp_path)
     assert "Traceback" in (tmp_path / "logs" / "driver.log").read_text()
     with pytest.raises(PermissionError), told_in_a_line(tmp_path, Path("runs/a"), Path("logs/driver.log")):
         raise PermissionError(errno.EACCES, "Permission denied", "trials.csv")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.ENOSPC, "No space left on device", "trials.csv"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0"),
+    ],
+)
+def test_a_full_disk_is_told_with_the_run_directory_and_the_mend_whoever_met_it(error, tmp_path):
+    with pytest.raises(NoRoomError) as raised, told_in_a_line(tmp_path, Path("runs/a"), Path("logs/driver.log")):
+        raise error
+    assert str(error) in str(raised.value)
+    assert "make room, then python sweeps/kl_ablation.py --resume runs/a goes on" in str(raised.value)
