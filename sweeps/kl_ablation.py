@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.filesize import decimal
-
 ROOT = Path(__file__).resolve().parent.parent
 if not __package__:
     sys.path[0] = str(ROOT)  # started as a script, which puts sweeps/ there
@@ -34,7 +32,7 @@ from cbtrain.config.presets import UNMEASURED
 from cbtrain.config.saved import RECIPE, with_calibration
 from cbtrain.evaluation.judge.judge import load_classifier
 from cbtrain.model.auto import derived
-from cbtrain.utils.errors import first_line
+from cbtrain.utils.environment import importing
 from sweeps.settings import HELP, SweepSettings, check_counts, overrides_of_preset, refuse_searched
 
 if TYPE_CHECKING:
@@ -168,7 +166,7 @@ def _run(job: Job) -> int:
         return 0
     SCREEN.say(*lines)
     status = _start(job, config, cache)
-    return _copied(job.run, destination, status) if destination else status
+    return destination.deliver(job.run, status) if destination else status
 
 
 def _checked_outlets(job: Job) -> "Destination | None":
@@ -186,19 +184,6 @@ def _checked_outlets(job: Job) -> "Destination | None":
     if not settings.dry_run:
         destination.check(new=job.found is None)
     return destination
-
-
-def _copied(run: "RunDirectory", destination: "Destination", status: int) -> int:
-    """Copy the results out; the exit status, 1 where a sweep that ended well could not be copied."""
-    try:
-        with SCREEN.phase("copying", f"to {destination.uri}"):
-            files, size = destination.copy(run.path)
-    except OSError as error:
-        reason = first_line(error)
-        print(f"error: --copy-to {destination.uri}: {reason}; copy {run.shown} by hand", file=sys.stderr)
-        return status or 1
-    SCREEN.conclude(f"copied    {files} files, {decimal(size)}, to {destination.uri}")
-    return status
 
 
 def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
@@ -224,14 +209,15 @@ def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
 
 def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
     """Start Ray and run what is left of the sweep; the exit status. The caller holds the run directory's lock."""
-    from sweeps.execution.context import TrialContext
-    from sweeps.execution.placement import place, placement_line
-    from sweeps.execution.ray_start import started_ray
-    from sweeps.reporting.console import wrapped
-    from sweeps.storage.shared_path import require_shared
-
     run, settings = job.run, job.settings
     SCREEN.begin("starting", "Ray")
+    with importing():
+        from sweeps.execution.context import TrialContext
+        from sweeps.execution.placement import place, placement_line
+        from sweeps.execution.ray_start import started_ray
+        from sweeps.reporting.console import wrapped
+        from sweeps.storage.shared_path import require_shared
+
     with started_ray() as nodes:
         cli.catch_signals()
         workers, concurrency = place(

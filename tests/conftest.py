@@ -3,11 +3,16 @@
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
-from worlds import build_small_world, config_on
 
 from cbtrain.config import CircuitBreakerConfig
+from cbtrain.utils.environment import importing
+
+with importing():
+    import torch
+    from worlds import build_small_world, config_on
+
+    import cbtrain.training.loop  # noqa: F401  what most tests import
 
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # how long an example takes says something of the machine alone

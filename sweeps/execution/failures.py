@@ -65,22 +65,31 @@ def _goes_on(shown: Path) -> str:
 
 
 @contextlib.contextmanager
-def last_words(shown: Path) -> Iterator[None]:
-    """Have a line printed where this process ends within the body without a word: killed, or by Ray, whose C++ ends the
-    process when the node's own process is gone. A shell waits for it at the end of a pipe.
+def afterwards(script: str, *words: str) -> Iterator[None]:
+    """Have a shell run a script at the end of the body, or of this process, however it ends: killed, or by Ray, whose
+    C++ ends the process when the node's own process is gone. The shell waits at the end of a pipe.
 
     Args:
-        shown: the run directory's path as the user knows it.
+        script: `$ended` in it is empty where it was the process that ended.
+        words: `$1` and so on.
     """
-    why = f"the sweep's process was killed, or Ray's on this machine (logs in {shown}/logs)"
-    line = f"error: {why}; {_goes_on(shown)}"
-    command = ["sh", "-c", 'read -r ended || printf "%s\\n" "$0" >&2', line]
+    command = ["sh", "-c", f"read -r ended; {script}", "sh", *words]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as shell:
         try:
             yield
         finally:
             with contextlib.suppress(OSError):  # killed by whoever kills all
                 shell.communicate(b"ended\n")
+
+
+def last_words(shown: Path) -> contextlib.AbstractContextManager[None]:
+    """Have a line printed where this process ends within the body without a word.
+
+    Args:
+        shown: the run directory's path as the user knows it.
+    """
+    why = f"the sweep's process was killed, or Ray's on this machine (logs in {shown}/logs)"
+    return afterwards('test "$ended" || printf "%s\\n" "$1" >&2', f"error: {why}; {_goes_on(shown)}")
 
 
 @contextlib.contextmanager

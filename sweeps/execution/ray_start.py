@@ -26,6 +26,7 @@ from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
 from cbtrain.config import InputError
 from cbtrain.utils.hardware import usable_cpus
+from sweeps.execution.failures import afterwards
 from sweeps.execution.placement import Node
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +43,10 @@ HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0
 HTTP2_SETTINGS = b"\x04"
 """The kind of the frame with which a server answers it."""
 STARTS = 4
+MARK = "KL_ABLATION_RAY"
+"""Environment variable of the processes that one sweep's own Ray has started."""
+KILL_MARKED = 'grep -lsaF -- "$1" /proc/[0-9]*/environ | cut -d/ -f3 | xargs -r kill -9 2>/dev/null'
+"""Where there is no /proc it kills nothing."""
 SAID = 240
 """Characters of an error of Ray's that are shown."""
 DRIVER_ENVIRONMENT = {
@@ -80,7 +85,7 @@ def started_ray() -> Iterator[list[Node]]:
         own = stack.enter_context(_alone()) if address is None else {}
         runtime = {"env_vars": {"PYTHONPATH": python_path, **WORKER_ENVIRONMENT}}
         # Workers import from the directory in which Ray is started before they look into PYTHONPATH.
-        with contextlib.chdir(ROOT):
+        with contextlib.chdir(ROOT), contextlib.nullcontext() if address else stack.enter_context(_none_left()):
             _start(address, {"runtime_env": runtime, **own})
         stack.callback(ray.shutdown)
         # Ray's own handler writes on the screen; the root's, where there is one, is enough.
@@ -103,6 +108,28 @@ def _start(address: str | None, options: Mapping[str, Any]) -> None:
             _end(set(psutil.Process().children(recursive=True)) - running)
             if address or attempt == STARTS or isinstance(error, OSError | ValueError):
                 raise InputError(_why_not(error, address)) from error
+
+
+@contextlib.contextmanager
+def _none_left() -> Iterator[contextlib.AbstractContextManager[None]]:
+    """Kill what is there of Ray's processes at the body's end, or when this process is killed: some outlive the one
+    that started them by minutes, or hang for good.
+
+    Yields:
+        A context in which Ray is to be started. Its processes, and theirs, are known by their environment.
+    """
+    mark = secrets.token_hex(16)
+
+    @contextlib.contextmanager
+    def marked() -> Iterator[None]:
+        os.environ[MARK] = mark
+        try:
+            yield
+        finally:
+            del os.environ[MARK]
+
+    with afterwards(KILL_MARKED, f"{MARK}={mark}"):
+        yield marked()
 
 
 @contextlib.contextmanager

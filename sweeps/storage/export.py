@@ -2,14 +2,18 @@
 
 import os
 import re
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from pyarrow import ArrowException, fs
+from rich.filesize import decimal
 
 from cbtrain.config import InputError
 from cbtrain.utils.errors import first_line
+from sweeps.reporting.screen import SCREEN
+from sweeps.storage.run_directory import RunDirectory
 
 LEFT_OUT = ("teacher_cache", "ray")
 """Of a run directory: what is large and can be made again, and what nobody reads."""
@@ -74,6 +78,18 @@ class Destination:
             fs.copy_files(str(run_dir / file), destination, source_filesystem=here, destination_filesystem=self._files)
             size += (run_dir / file).stat().st_size
         return len(files), size
+
+    def deliver(self, run: RunDirectory, status: int) -> int:
+        """Copy a sweep that has ended, and say so; its exit status, 1 where one that ended well could not be copied."""
+        try:
+            with SCREEN.phase("copying", f"to {self.uri}"):
+                files, size = self.copy(run.path)
+        except OSError as error:
+            reason = first_line(error)
+            print(f"error: --copy-to {self.uri}: {reason}; copy {run.shown} by hand", file=sys.stderr)
+            return status or 1
+        SCREEN.conclude(f"copied    {files} files, {decimal(size)}, to {self.uri}")
+        return status
 
 
 def _results(run_dir: Path) -> Iterator[Path]:

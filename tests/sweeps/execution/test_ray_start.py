@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
 import threading
 
+import psutil
 import pytest
 from commands import ROOT
 
@@ -124,3 +126,39 @@ def test_ray_of_ones_own_is_on_loopback_with_a_token_whatever_home_temporary_dir
     assert len(token) == 64
     assert not any(token in word for words in told["arguments"] for word in words)
     assert (tmp_path / "home").read_bytes() == b""
+
+
+LEAVES_ONE = """
+import subprocess, sys, ray
+from sweeps.execution.ray_start import started_ray
+with started_ray():
+    command = ["sleep", "600"]
+    process = ray.get(ray.remote(lambda: subprocess.Popen(command, start_new_session=True).pid).remote())
+    print(process, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_no_process_below_rays_outlives_the_sweep_which_ends_or_is_killed(killed):
+    with subprocess.Popen(
+        [sys.executable, "-c", LEAVES_ONE],
+        cwd=ROOT,
+        env={**os.environ, "LEFT_BY": (mark := secrets.token_hex(8))},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as sweep:
+        left = psutil.Process(int(sweep.stdout.readline()))
+        below = [process for process in psutil.process_iter() if mark in _environment(process)]
+        assert len(below) >= 5, "two of Ray's servers, two agents, a worker and what it started"
+        sweep.kill() if killed else sweep.communicate("\n")
+        _, alive = psutil.wait_procs([left, *below], timeout=5)
+    assert not alive
+
+
+def _environment(process: psutil.Process) -> str:
+    try:
+        return str(process.environ())
+    except psutil.Error:
+        return ""
