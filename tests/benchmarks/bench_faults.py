@@ -47,8 +47,12 @@ FLAGS = (
 )
 HANGS_S = 20
 """A trial without progress for so long is ended, where one hangs; its first imports take less."""
-OWN_WORKERS = ("--workers-per-trial", "2", "--zero-stage", "2")
-PATIENCE_S = 240.0
+WAYS: dict[str, tuple[str, ...]] = {
+    "kept process": (),
+    "own workers": ("--workers-per-trial", "2", "--zero-stage", "2"),
+}
+"""Of running a trial."""
+PATIENCE_S = 600.0
 RESUMES = 4
 """A sweep that has not ended after so many has lost its way."""
 DOCUMENTED = {0, 1, 3, 143, -9}
@@ -184,8 +188,8 @@ def _signalled(name: str) -> Callable[[Disturbed], None]:
 
 
 def by_itself(at: Disturbed) -> None:
-    """A fault that is in the sweep from its start."""
-    at.wait_for_a_step()
+    """A fault that is in the sweep from its start; it waits for one that has happened."""
+    at.wait_for(lambda: any(at.place.glob("happened*")))
     at.note()
 
 
@@ -323,7 +327,7 @@ def metrics_of(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
 def undisturbed(model: list[str], more: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """The metrics of a sweep that nothing disturbs."""
     with place_for("") as place:
-        status, output, errors = Sweep(place, *model, *FLAGS, *more).wait()
+        status, output, errors = Sweep(place, *model, *FLAGS, *more).wait(timeout=PATIENCE_S)
         assert status in (0, 3), output + errors
         found = metrics_of(pd.read_csv(place / "run" / "trials.csv"))
     assert len(found) == TRIALS, found
@@ -346,7 +350,7 @@ def disturb(
             met = False
         sweeps, statuses, wordless = [sweep], [], []
         for resumes in range(RESUMES + 1):  # noqa: B007  how many it took is part of the result
-            status, output, errors = sweeps[-1].wait()
+            status, output, errors = sweeps[-1].wait(timeout=PATIENCE_S)
             statuses.append(status)
             if status not in DOCUMENTED or "Traceback" in output + errors:
                 wordless.append(f"{status}: {(errors or output)[-300:]}")
@@ -389,6 +393,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--faults", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--way", choices=WAYS, help="of running a trial; without it each round has the next")
     parser.add_argument("--only", default="", help="kinds whose name holds this")
     options = parser.parse_args()
     kinds = [name for name in FAULTS if options.only in name]
@@ -399,17 +404,17 @@ def main() -> None:
         model = random_model(Path(directory))
         for index in range(options.faults):
             name, seed = kinds[index % len(kinds)], options.seed + index // len(kinds)
-            more = OWN_WORKERS if (index // len(kinds)) % 2 else ()
+            way = options.way or [*WAYS][(index // len(kinds)) % len(WAYS)]
+            more = WAYS[way]
             if more not in references:
                 references[more] = undisturbed(model, more)
             began = time.monotonic()
             result = disturb(name, model, more, references[more], seed)
             results[name].append(result)
-            how = "own workers" if more else "kept process"
             said = "good" if result.good else f"BAD {result}"
             missed = "" if result.met else ", met no running sweep"
             took = time.monotonic() - began
-            print(f"{name:26} seed {seed} {how:12} {result.resumes} resumed {took:4.0f} s  {said}{missed}", flush=True)
+            print(f"{name:26} seed {seed} {way:12} {result.resumes} resumed {took:4.0f} s  {said}{missed}", flush=True)
     print(f"\n{'fault':26} sweeps  met  total  lost  twice  left  other  wordless")
     for name, each in results.items():
         met, total = sum(result.met for result in each), sum(result.total for result in each)

@@ -75,10 +75,10 @@ class Sweep:
                 preexec_fn=heed_interrupts,
             )
 
-    def wait(self) -> tuple[int, str, str]:
+    def wait(self, timeout: float = 300) -> tuple[int, str, str]:
         """Exit status, output and errors; whatever hangs is killed by its own handle."""
         try:
-            output, errors = self.process.communicate(timeout=300)
+            output, errors = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
