@@ -196,11 +196,12 @@ def _start(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
         if found is not None and not found.done:
             wait_for_leftovers(run, [spec.trial_id for spec in found.interrupted])
         stack.enter_context(followed(run.path, run.shown, settings.wandb_project, settings.wandb_mode))
-        if found is not None and found.done:
-            driver = _driver(job, run.record.get("concurrency", 1))
-            if driver.done:
+        refused = not run.record.get("calibration", {"converged": True})["converged"]
+        if found is not None and (found.done or refused):
+            status = _driver(job, run.record.get("concurrency", 1)).concluded()
+            if status is not None:
                 run.update(flags=flags_to_keep(settings))
-                return driver.conclude()
+                return status
         status = _on_ray(job, config, cache)
         if settings.wandb_project is not None:
             SCREEN.begin("wandb", "logs what is left")

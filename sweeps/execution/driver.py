@@ -114,11 +114,8 @@ class SweepDriver:
 
     def _run(self, context: TrialContext, cache: CachePlan) -> int:
         if not self._plan.done:
-            calibrated = self.run.record.get("calibration")
-            if calibrated and not calibrated["converged"]:
-                return self._not_calibrated(calibrated["reason"])
             context = with_teacher(context, cache, self._kept, self.run)
-            if self.calibrate and not calibrated:
+            if self.calibrate and not self.run.record.get("calibration"):
                 found = self._calibrate(context)
                 if not found.converged:
                     return self._not_calibrated(found.reason)
@@ -183,10 +180,12 @@ class SweepDriver:
         SCREEN.conclude(*lines, *(spent(calibration) if calibration else []))
         return EXIT_STATUS.get(decision.verdict, 0)
 
-    @property
-    def done(self) -> bool:
-        """Whether nothing is left to run or to measure."""
-        return self._plan.done and not self._unmeasured()
+    def concluded(self) -> int | None:
+        """The exit status of a sweep that is over, with what came of it said again; None where anything is left."""
+        calibrated = self.run.record.get("calibration")
+        if calibrated and not calibrated["converged"]:
+            return self._not_calibrated(calibrated["reason"])
+        return None if not self._plan.done or self._unmeasured() else self.conclude()
 
     def _decide(self, rows: Sequence[Row] | None = None) -> Decision:
         """Of these rows, or all of the plan's, by the behaviour measured so far."""

@@ -430,4 +430,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for each other take all of a busy machine
     main()

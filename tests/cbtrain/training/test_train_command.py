@@ -61,12 +61,11 @@ def test_bad_arguments_are_one_line_and_status_2(arguments, message):
     assert message in done.stderr
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGUSR1, 143)])
-def test_a_signal_ends_the_command_at_a_checkpoint_which_it_goes_on_from(small_config, tmp_path, sent, status):
+def test_a_signal_ends_the_command_at_a_checkpoint_which_it_goes_on_from(small_config, tmp_path):
     data = ["--model", small_config.model, "--harmful", *small_config.harmful, "--benign", *small_config.benign]
     train = [sys.executable, "-m", "cbtrain.train", *data, *TINY, "--steps", "100000", "--output-dir", str(tmp_path)]
     stopped_behind = []
-    for more in ([], ["--resume"]):
+    for more, sent, status in (([], signal.SIGINT, 130), (["--resume"], signal.SIGUSR1, 143)):
         process = subprocess.Popen(
             [*train, *more],
             cwd=ROOT,

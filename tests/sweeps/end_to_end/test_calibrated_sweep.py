@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+import ray
 from commands import TINY, Sweep
 
 from analysis.pick_beta import write_report
@@ -39,7 +40,7 @@ def test_a_sweep_trains_by_what_its_calibration_found_and_resumes_with_it(tmp_pa
     assert "calibrate" not in capsys.readouterr().out
 
 
-def test_rows_alike_on_both_sides_end_before_the_first_trial_and_again_when_resumed(tmp_path):
+def test_rows_alike_on_both_sides_end_before_the_first_trial_and_again_when_resumed(tmp_path, monkeypatch, capsys):
     world = tiny.build()
     shutil.copy(world / "harmful.jsonl", tmp_path / "harmful.jsonl")
     shutil.copy(world / "harmful.jsonl", tmp_path / "benign.jsonl")
@@ -51,7 +52,8 @@ def test_rows_alike_on_both_sides_end_before_the_first_trial_and_again_when_resu
     assert not (tmp_path / "run" / "trials.csv").exists()
     with pytest.raises(InputError, match="its calibration ended the sweep before a trial: No recipe converged in"):
         write_report(tmp_path / "run")
-    status, again, errors = Sweep(tmp_path, "--resume", "run").wait()
-    assert (status, errors) == (3, ""), again
-    assert "No trial was run: No recipe converged in" in again
-    assert "started" not in again
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kl_ablation.py", "--resume", "run"])
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray is started for nothing"))
+    assert cli.run(kl_ablation.main) == 3
+    assert "No trial was run: No recipe converged in" in capsys.readouterr().out
