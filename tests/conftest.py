@@ -1,5 +1,6 @@
 """A small random-weight Llama on the embedded world's words, saved as a model directory with its data."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import settings
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.utils.environment import importing
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of every process here; two share the cores at least
 with importing():
     import torch
     from worlds import build_small_world, config_on

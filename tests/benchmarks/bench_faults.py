@@ -45,8 +45,8 @@ FLAGS = (
     *("--batch-size", "8", "--warmup-steps", "2", "--eval-every", "10", "--behaviour-prompts", "0"),
     *("--lora-init-std", "0.3", "--max-concurrent", "1", "--no-calibrate", "--run-dir", "run"),
 )
-HANGS_S = 20
-"""A trial without progress for so long is ended, where one hangs; its first imports take less."""
+HANGS_S = 60
+"""A trial without progress for so long is ended, where one hangs; first imports on a busy machine take less."""
 WAYS: dict[str, tuple[str, ...]] = {
     "kept process": (),
     "own workers": ("--workers-per-trial", "2", "--zero-stage", "2"),
