@@ -45,13 +45,13 @@ FLAGS = (
     *("--batch-size", "8", "--warmup-steps", "2", "--eval-every", "10", "--behaviour-prompts", "0"),
     *("--lora-init-std", "0.3", "--max-concurrent", "1", "--no-calibrate", "--run-dir", "run"),
 )
-HANGS_S = 60
-"""A trial without progress for so long is ended, where one hangs; first imports on a busy machine take less."""
 WAYS: dict[str, tuple[str, ...]] = {
     "kept process": (),
     "own workers": ("--workers-per-trial", "2", "--zero-stage", "2"),
 }
 """Of running a trial."""
+HANGS_S = {False: 20, True: 60}
+"""A trial without progress for so long is ended, where one hangs; with workers of its own each begins with imports."""
 PATIENCE_S = 600.0
 RESUMES = 4
 """A sweep that has not ended after so many has lost its way."""
@@ -341,7 +341,7 @@ def disturb(
     rng = random.Random(f"{name} {seed}")
     with place_for(name) as place:
         if name == "hang":
-            more = (*more, "--trial-timeout", str(HANGS_S))
+            more = (*more, "--trial-timeout", str(HANGS_S[bool(more)]))
         sweep = Sweep(place, *model, *FLAGS, *more, environment=environment_for(name, rng, place))
         at, met = Disturbed(place, sweep, rng), True
         try:
