@@ -5,6 +5,7 @@ workers and in a plain process.
 """
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -91,6 +92,8 @@ def process_group() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
+    # A former run's engine refers to itself, and holds its group's sockets and threads until it is found.
+    gc.collect()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         if torch.cuda.is_available():

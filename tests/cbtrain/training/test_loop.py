@@ -220,3 +220,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(small_config, tmp_pat
     assert not (tmp_path / "adapter").exists()
     monkeypatch.undo()
     assert [line["step"] for line in run(small_config, tmp_path)] == [1, 2, 3, 4]
+
+
+def test_many_runs_in_one_process_hold_no_more_files_and_threads_than_the_last(small_config, tmp_path):
+    held = []
+    for run in range(4):
+        train(replace(small_config, steps=1, warmup_steps=0, eval_every=0), tmp_path / str(run), lambda _metrics: None)
+        held.append([len(list(Path(f"/proc/self/{what}").iterdir())) for what in ("fd", "task")])
+    assert held[1:] == [held[1]] * 3, "open files and threads by run"
