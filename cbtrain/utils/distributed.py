@@ -89,11 +89,11 @@ def process_group() -> Iterator[None]:
 
     # DeepSpeed would compile a shared-memory collective on first use (about a minute); gloo serves here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # A former run's engine refers to itself, and holds its group's sockets and threads until it is found.
+    gc.collect()
     if dist.is_initialized():
         yield
         return
-    # A former run's engine refers to itself, and holds its group's sockets and threads until it is found.
-    gc.collect()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         if torch.cuda.is_available():
