@@ -22,6 +22,7 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
+@functools.cache  # once: at a second time what a run has left would be passed over for good
 @importing()
 def quiet_libraries() -> None:
     """Import the heavy libraries and keep their banners, warnings and progress bars off the screen; their errors still

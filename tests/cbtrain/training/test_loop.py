@@ -19,6 +19,7 @@ from cbtrain.training import loop
 from cbtrain.training.loop import train
 from cbtrain.training.non_finite import NonFiniteLossError
 from cbtrain.training.step import CircuitBreakerStep
+from cbtrain.utils.environment import quiet_libraries
 
 REQUIRED = {
     *("step", "loss", "loss_reroute", "loss_retain", "loss_kl", "cs", "cr", "alpha", "beta_kl", "kl_temperature"),
@@ -225,6 +226,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(small_config, tmp_pat
 def test_many_runs_in_one_process_hold_no_more_files_and_threads_than_the_last(small_config, tmp_path):
     held = []
     for run in range(4):
+        quiet_libraries()  # as each trial does
         train(replace(small_config, steps=1, warmup_steps=0, eval_every=0), tmp_path / str(run), lambda _metrics: None)
         held.append([len(list(Path(f"/proc/self/{what}").iterdir())) for what in ("fd", "task")])
     assert held[1:] == [held[1]] * 3, "open files and threads by run"
