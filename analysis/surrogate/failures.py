@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.surrogate.kernel import JITTER, Array, Flags
+from analysis.surrogate.kernel import JITTER, Array, Flags, inverse_factors
 
 FAILURE_RATE = 0.05
 """Of runs, before anything is known of them."""
@@ -54,10 +54,9 @@ def explained(observed: Array, y: Array, failures: Failures) -> tuple[Array, Fla
         `[D]` log likelihoods with those failures, and which failed, `[D, n]`.
     """
     n, every = len(y), np.arange(len(observed))
-    factor = np.linalg.cholesky(observed)
-    half_log_determinant = np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(axis=1)
     # By its factor, not by `inv(observed)`: two baselines with next to no noise make rows all but equal.
-    whitening = np.linalg.inv(factor)
+    whitening = inverse_factors(observed)
+    half_log_determinant = -np.log(np.diagonal(whitening, axis1=1, axis2=2)).sum(axis=1)
     precision = whitening.transpose(0, 2, 1) @ whitening
     alpha = precision @ y
     lost_to_rounding = JITTER * np.diagonal(precision, axis1=1, axis2=2)

@@ -25,7 +25,17 @@ from scipy.special import ndtr, ndtri
 
 from analysis.surrogate.failures import FAILURE_RATE, Failures, explained
 from analysis.surrogate.hyper_parameters import hyper_parameters
-from analysis.surrogate.kernel import JITTER, Array, Flags, Prior, Seeds, covariance, observed_covariance, variance
+from analysis.surrogate.kernel import (
+    JITTER,
+    Array,
+    Flags,
+    Prior,
+    Seeds,
+    covariance,
+    inverse_factors,
+    observed_covariance,
+    variance,
+)
 
 _MAX_LEARNT_FROM = 80
 _MAX_DRAWS_OF_MANY = 64
@@ -205,8 +215,7 @@ def _whitening(observed: Array, failed: Flags) -> Array:
     counts = ~failed
     # What failed gets a variance of 1 and no covariance, so that factor and inverse leave the others as they are.
     others = observed * (counts[:, :, None] & counts[:, None, :]) + np.eye(observed.shape[1]) * failed[:, :, None]
-    factors = np.linalg.inv(np.linalg.cholesky(others))
-    return np.asarray(factors * counts[:, :, None], dtype=np.float64)
+    return inverse_factors(others) * counts[:, :, None]
 
 
 def _weighted_median(values: Array, weights: Array) -> float:

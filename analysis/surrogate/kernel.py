@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.linalg.lapack import dtrtri
 
 from analysis.surrogate.search_space import BETA_KL_RANGE, DEFAULT_SPACE, KL_TEMPERATURE_RANGE, SearchSpace
 
@@ -87,9 +88,17 @@ def covariance(a: Array, b: Array, theta: Array) -> Array:
     """
     gaps = np.square(a[:, None, :] - b[None, :, :])
     scales = np.exp(-2 * theta[:, :2])
-    distance = np.sqrt(5 * np.tensordot(scales, gaps, axes=(1, 2)))
-    matern = (1 + distance + np.square(distance) / 3) * np.exp(-distance)
-    covariances: Array = np.exp(2 * theta[:, 2])[:, None, None] * (matern + _TREND**2 * a[:, 0, None] * b[:, 0])
+    distance = np.tensordot(5 * scales, gaps, axes=(1, 2))
+    np.sqrt(distance, out=distance)
+    # In place from here on: arrays of this size cost more to write than to compute.
+    covariances: Array = distance / 3
+    covariances += 1
+    covariances *= distance
+    covariances += 1
+    np.negative(distance, out=distance)
+    covariances *= np.exp(distance, out=distance)
+    covariances += _TREND**2 * a[:, 0, None] * b[:, 0]
+    covariances *= np.exp(2 * theta[:, 2])[:, None, None]
     return covariances
 
 
@@ -105,6 +114,23 @@ def observed_covariance(x: Array, seed: Seeds, theta: Array, level: float) -> Ar
     same_seed = (seed[:, None] == seed[None, :]).astype(float)
     # Baselines stand at one point: where the noise is drawn small, their rows are all but equal.
     jitter = JITTER * (np.exp(2 * theta[:, 2])[:, None, None] + level**2)
-    of_f = covariance(x, x, theta) + level**2  # the level is one unknown that all observations share
-    observed: Array = of_f + seed_variance * same_seed + (noise_variance + jitter) * np.eye(len(x))
-    return observed
+    of_f = covariance(x, x, theta)
+    of_f += level**2  # the level is one unknown that all observations share
+    of_f += seed_variance * same_seed
+    of_f += (noise_variance + jitter) * np.eye(len(x))
+    return of_f
+
+
+def inverse_factors(covariances: Array) -> Array:
+    """`[D, n, n]` inverses L⁻¹ of the lower Cholesky factors of `[D, n, n]` covariances.
+
+    Raises:
+        numpy.linalg.LinAlgError: one of them is not positive definite.
+    """
+    factors = np.linalg.cholesky(covariances)
+    for number, factor in enumerate(factors):
+        # LAPACK's own for triangular matrices: `np.linalg.inv` takes three times as long. It stores by columns, in
+        # which a lower factor by rows is an upper one.
+        factors[number] = dtrtri(factor.T)[0].T
+    inverses: Array = factors
+    return inverses

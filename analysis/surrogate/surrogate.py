@@ -66,6 +66,7 @@ class Surrogate:
         reroute_tolerance: float,
         draws: int | None = None,
         space: SearchSpace = DEFAULT_SPACE,
+        most: int = MAX_MODELLED,
     ) -> "Surrogate":
         """The model of a sweep's trials, of which at least one at `beta_kl = 0` completed.
 
@@ -74,10 +75,11 @@ class Surrogate:
                 count.
             draws: hyper-parameter draws to average over at most; None is all that carry weight.
             space: what is searched; `coordinates` of the same space belong to the model.
+            most: trials that it rests on, and as many stopped ones.
         """
         usable, _ = finite_trials(trials)
-        usable = modelled(usable)
-        stopped = trials[(trials["status"] == "stopped") & (trials["beta_kl"] > 0)].tail(MAX_MODELLED)
+        usable = modelled(usable, most)
+        stopped = trials[(trials["status"] == "stopped") & (trials["beta_kl"] > 0)].tail(most)
         # A fraction of what the baseline achieved has the same scale in every sweep, and the priors rest on that scale.
         # The observed mean only sets origin and unit. It is not taken for the truth: the baseline's own value stays
         # uncertain in the model, and `lost` is the difference to it.
@@ -158,13 +160,15 @@ class Surrogate:
         return replace(self, drift=self.drift.believing(points, seed))
 
 
-def modelled(usable: pd.DataFrame) -> pd.DataFrame:
-    """The trials that the model rests on: all up to `MAX_MODELLED`; of more, the baselines, those of settings that
-    ran more than once, and the others at even distances in the order in which they ran."""
-    if len(usable) <= MAX_MODELLED:
+def modelled(usable: pd.DataFrame, most: int = MAX_MODELLED) -> pd.DataFrame:
+    """The trials that the model rests on: all up to `most`; of more, the baselines, those of settings that ran more
+    than once, and the others, of each at even distances in the order in which they ran as many as there is room for."""
+    if len(usable) <= most:
         return usable
-    replicated = usable.duplicated(["beta_kl", "kl_temperature"], keep=False)
-    kept = usable.index[(usable["beta_kl"] == 0) | replicated][:MAX_MODELLED]
-    others = usable.index.difference(kept)
-    spread = others[np.linspace(0, len(others) - 1, MAX_MODELLED - len(kept)).astype(int)]
-    return usable.loc[kept.union(spread)]
+    baseline = usable["beta_kl"] == 0
+    replicated = usable.duplicated(["beta_kl", "kl_temperature"], keep=False) & ~baseline
+    kept = usable.index[:0]
+    for part in (usable.index[baseline], usable.index[replicated], usable.index[~baseline & ~replicated]):
+        room = min(most - len(kept), len(part))
+        kept = kept.union(part[np.linspace(0, len(part) - 1, room).astype(int)])
+    return usable.loc[kept]

@@ -39,11 +39,11 @@ WORTH_A_TRIAL = 0.01
 chosen has run on one seed only."""
 SIGNIFICANT_DIGITS = 4
 
-DRAWS_OF_MANY = 16
-"""Hyper-parameter draws where trials are many, and tell much of them."""
-
-_DRAWS, _MANY = 64, 80
-"""Hyper-parameter draws, and the number of the sweep's trials up to which there are so many."""
+MANY, DRAWS_OF_MANY = 40, 16
+"""Trials of a sweep from which on they tell much of the hyper-parameters, and the draws of these that then serve."""
+_DRAWS, _MOST = 64, 120
+"""Hyper-parameter draws of few trials, and trials that a suggestion rests on at most: it shall not take longer, the more
+a sweep has run."""
 _WEIGHTS, _TEMPERATURES = 64, 7
 
 
@@ -76,9 +76,10 @@ def suggest(
         sampler = TPESampler(seed=draw, multivariate=True, constant_liar=True, n_startup_trials=MIN_MODELLED_TRIALS)
     else:
         sampler = PosteriorSampler(trials(), settings, seed, draw)
-    # Optuna's samplers go through all they see at every trial, and write into the study: they get a copy of the newest.
+    # TPE goes through all it sees at every trial, and writes into the study: it gets a copy of the newest.
     newest = optuna.create_study(sampler=sampler)
-    newest.add_trials(asked[-MAX_MODELLED:])
+    if isinstance(sampler, TPESampler):
+        newest.add_trials(asked[-MAX_MODELLED:])
     params = newest.ask(search_space(settings)).params
     return (
         _rounded(params[BETA_KL], settings.beta_kl_range),
@@ -125,8 +126,8 @@ class PosteriorSampler(BaseSampler):
 def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw: int) -> tuple[float, float]:
     """The point of the highest value on a grid that `draw` shifts, or a setting that ran and deserves a second seed."""
     # 1. The model; drift that is still being measured counts as known, see `PosteriorSampler`.
-    space, draws = settings.searched, _DRAWS if len(trials) <= _MANY else DRAWS_OF_MANY
-    model = Surrogate.of(trials, settings.reroute_tolerance, draws, space)
+    space, draws = settings.searched, _DRAWS if len(trials) <= MANY else DRAWS_OF_MANY
+    model = Surrogate.of(trials, settings.reroute_tolerance, draws, space, _MOST)
     asked = trials[trials["beta_kl"] > 0]
     running = asked[asked["status"] == "running"]
     if len(running):
