@@ -68,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from cbtrain.utils.environment import quiet_libraries
 
     quiet_libraries()
+    from cbtrain.calibration.ladder import calibrate
+    from cbtrain.calibration.outcome import steps_allowed
     from cbtrain.model.checks import prepare
     from cbtrain.model.loading import resolve
-    from cbtrain.training.calibration import steps_allowed
-    from cbtrain.training.ladder import calibrate
 
     config = resolve(settings.config)
     data, _ = prepare(config)

@@ -214,9 +214,9 @@ def _on_ray(job: Job, config: CircuitBreakerConfig, cache: "CachePlan") -> int:
     SCREEN.begin("starting", "Ray")
     with importing():
         from sweeps.execution.context import TrialContext
-        from sweeps.execution.placement import place, placement_line
-        from sweeps.execution.ray_start import started_ray
         from sweeps.reporting.console import wrapped
+        from sweeps.runtime.placement import place, placement_line
+        from sweeps.runtime.ray_start import started_ray
         from sweeps.storage.shared_path import require_shared
 
     with started_ray() as nodes:

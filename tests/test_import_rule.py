@@ -21,7 +21,9 @@ ROOMS = (
     "cbtrain.model",  #          base model, adapter, the part of the forward that is needed
     "cbtrain.teacher_cache",  #  the frozen teacher's states on disk
     "cbtrain.evaluation",  #     held-out metrics, and what is generated
-    "cbtrain.training",  #       step, loop, checkpoints
+    "cbtrain.checkpoints",  #    what a run goes on from
+    "cbtrain.training",  #       step, loop
+    "cbtrain.calibration",  #    a recipe that reroutes
     "cbtrain.inspect_data",  #   python -m cbtrain.data
     "cbtrain.evaluate",  #       python -m cbtrain.evaluate
     "cbtrain.complete",  #       python -m cbtrain.complete
@@ -46,6 +48,7 @@ ROOMS = (
     "sweeps.plan",  #            which trial comes next; no Ray
     "sweeps.reporting",  #       screen and W&B
     "sweeps.storage",  #         the run directory
+    "sweeps.runtime",  #         Ray, its processes, and what goes wrong with them
     "sweeps.execution",  #       trials on Ray
     "sweeps.settings",  #        the command's flags
     "sweeps.kl_ablation",  #     python sweeps/kl_ablation.py

@@ -127,10 +127,9 @@ def inverse_factors(covariances: Array) -> Array:
     Raises:
         numpy.linalg.LinAlgError: one of them is not positive definite.
     """
-    factors = np.linalg.cholesky(covariances)
+    factors = np.asarray(np.linalg.cholesky(covariances), dtype=np.float64)
     for number, factor in enumerate(factors):
         # LAPACK's own for triangular matrices: `np.linalg.inv` takes three times as long. It stores by columns, in
         # which a lower factor by rows is an upper one.
         factors[number] = dtrtri(factor.T)[0].T
-    inverses: Array = factors
-    return inverses
+    return factors

@@ -16,6 +16,8 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from cbtrain.checkpoints.checkpoint import Checkpoints
+from cbtrain.checkpoints.manifest import Progress
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.data.dataset import CircuitBreakerData
 from cbtrain.evaluation.convergence import STILL_FALLING, convergence_metrics
@@ -27,7 +29,6 @@ from cbtrain.teacher_cache.build import open_or_build
 from cbtrain.teacher_cache.plan import CacheUnavailableError
 from cbtrain.teacher_cache.retain_norms import with_retain_norms
 from cbtrain.teacher_cache.store import TeacherCache
-from cbtrain.training.checkpoint import Checkpoints
 from cbtrain.training.dataloader import StepInput, StepLoader
 from cbtrain.training.engine import (
     adapted_model,
@@ -37,7 +38,6 @@ from cbtrain.training.engine import (
     unclipped_grad_norm,
 )
 from cbtrain.training.gradient_norms import GradientNorms
-from cbtrain.training.manifest import Progress
 from cbtrain.training.metrics import Clock, Metrics, MetricsLog, Report, Update, Updates
 from cbtrain.training.model_card import write_card
 from cbtrain.training.non_finite import micro_step

@@ -18,9 +18,9 @@ from analysis.decision import Decision
 from analysis.formatting import percent
 from cbtrain.config import CircuitBreakerConfig
 from sweeps.execution.context import TrialContext
-from sweeps.execution.failures import root_cause
-from sweeps.execution.processes import Processes, call, nothing
 from sweeps.plan.journal import TrialSpec, trial_config
+from sweeps.runtime.failures import root_cause
+from sweeps.runtime.processes import Processes, call, nothing
 
 if TYPE_CHECKING:
     from cbtrain.evaluation.completions import Known

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from analysis.formatting import count
 from cbtrain.config import InputError
 from sweeps.execution.context import TrialContext
-from sweeps.execution.failures import root_cause
-from sweeps.execution.processes import Processes
 from sweeps.execution.training import run_once
 from sweeps.reporting.console import wrapped
 from sweeps.reporting.screen import SCREEN
+from sweeps.runtime.failures import root_cause
+from sweeps.runtime.processes import Processes
 
 if TYPE_CHECKING:
-    from cbtrain.training.calibration import Calibration
+    from cbtrain.calibration.outcome import Calibration
 
 STARTUP_S = 15.0
 """Of Ray's processes and their imports, once a sweep."""
@@ -27,7 +27,7 @@ def calibrate_before(
     """Climb the ladder and write `calibration.json` into the run directory.
 
     Raises:
-        InputError: as `cbtrain.training.ladder.calibrate`, or its workers were lost.
+        InputError: as `cbtrain.calibration.ladder.calibrate`, or its workers were lost.
     """
     work = functools.partial(_calibrate, context, max_steps, fixed)
     try:
@@ -46,7 +46,7 @@ def calibrate_before(
 def _calibrate(
     context: TrialContext, max_steps: int, fixed: Collection[str], say: Callable[[str], None]
 ) -> "Calibration":
-    from cbtrain.training.ladder import calibrate
+    from cbtrain.calibration.ladder import calibrate
 
     return calibrate(
         context.config,

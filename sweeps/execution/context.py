@@ -5,8 +5,8 @@ from pathlib import Path
 
 from analysis.constraint import REROUTE_TOLERANCE
 from cbtrain.config import CircuitBreakerConfig
-from sweeps.execution.interruption import StopFile
-from sweeps.execution.placement import Workers
+from sweeps.runtime.interruption import StopFile
+from sweeps.runtime.placement import Workers
 
 
 @dataclass(frozen=True)

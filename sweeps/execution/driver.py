@@ -19,16 +19,13 @@ from analysis.behaviour.measured import load_behaviour
 from analysis.decide import decide
 from analysis.decision import Decision
 from analysis.report.commands import commands_after
+from cbtrain.calibration.outcome import Calibration, steps_allowed
 from cbtrain.config import cli
 from cbtrain.teacher_cache.plan import CachePlan
-from cbtrain.training.calibration import Calibration, steps_allowed
 from cbtrain.utils.environment import log_to
 from sweeps.execution.behaviour import BehaviourError, Meter, behaviour_sentences, file_of, subjects
 from sweeps.execution.calibration import calibrate_before, spent, summary, told, with_recipe
 from sweeps.execution.context import TrialContext
-from sweeps.execution.failures import last_words, told_in_a_line
-from sweeps.execution.output import output_to
-from sweeps.execution.processes import Processes
 from sweeps.execution.searcher import PlanSearcher
 from sweeps.execution.teacher_cache import with_teacher
 from sweeps.execution.tuning import run_trials
@@ -43,6 +40,9 @@ from sweeps.reporting.screen import SCREEN
 from sweeps.reporting.shares import shares
 from sweeps.reporting.shares import told as told_shares
 from sweeps.reporting.summary import stopped_lines, summary_lines
+from sweeps.runtime.failures import last_words, told_in_a_line
+from sweeps.runtime.output import output_to
+from sweeps.runtime.processes import Processes
 from sweeps.storage.journal_file import open_journal
 from sweeps.storage.room import Room, TrialFiles
 from sweeps.storage.run_directory import RunDirectory

@@ -14,8 +14,8 @@ from pathlib import Path
 from analysis.constraint import baseline_rerouted
 from cbtrain.utils.metrics_file import read_metrics
 from cbtrain.utils.stopping import Asked, never
-from sweeps.execution.interruption import INTERRUPTED
 from sweeps.plan.plan import LEADERS
+from sweeps.runtime.interruption import INTERRUPTED
 
 POLL_S = 0.1
 NOT_BEGUN = "not begun: no baseline that went ahead rerouted"

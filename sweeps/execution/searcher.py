@@ -13,13 +13,13 @@ from ray.tune.result import AUTO_RESULT_KEYS, DEFAULT_EXPERIMENT_INFO_KEYS, DEFA
 from ray.tune.search.searcher import Searcher
 
 from analysis.columns import PLAN_COLUMNS
-from sweeps.execution.failures import LOST
-from sweeps.execution.interruption import INTERRUPTED
-from sweeps.execution.processes import Processes, nothing
 from sweeps.plan.early_stopping import StopRule
 from sweeps.plan.journal import Status, TrialOutcome, TrialSpec
 from sweeps.plan.outcomes import REQUIRED_METRICS
 from sweeps.plan.plan import SweepPlan
+from sweeps.runtime.failures import LOST
+from sweeps.runtime.interruption import INTERRUPTED
+from sweeps.runtime.processes import Processes, nothing
 
 RAY_KEYS = {*AUTO_RESULT_KEYS, *DEFAULT_EXPERIMENT_INFO_KEYS, *DEFAULT_RESULT_KEYS, DONE}
 """What Ray adds to a result; the rest is the trial's own. Nested ones arrive as `config/seed`."""

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from cbtrain.config import CircuitBreakerConfig, InputError
 from sweeps.execution.context import TrialContext
-from sweeps.execution.failures import root_cause
-from sweeps.execution.processes import Processes
 from sweeps.reporting.console import wrapped
 from sweeps.reporting.screen import SCREEN
+from sweeps.runtime.failures import root_cause
+from sweeps.runtime.processes import Processes
 from sweeps.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:

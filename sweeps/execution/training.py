@@ -20,11 +20,11 @@ from cbtrain.utils.environment import quiet_libraries
 from cbtrain.utils.stopping import Asked, Interrupted, never
 from sweeps.execution.context import TrialContext
 from sweeps.execution.first_baseline import wait_for_first_baseline
-from sweeps.execution.interruption import INTERRUPTED
-from sweeps.execution.output import output_to
-from sweeps.execution.processes import Processes, call, nothing
 from sweeps.plan.early_stopping import StoppedEarly, StopRule, held_out_curve, judge
 from sweeps.plan.journal import TrialSpec, trial_config
+from sweeps.runtime.interruption import INTERRUPTED
+from sweeps.runtime.output import output_to
+from sweeps.runtime.processes import Processes, call, nothing
 from sweeps.storage.lock import LEFT_RUNNING_S, held
 
 
@@ -142,8 +142,8 @@ def _begin_or_go_on(
     config: CircuitBreakerConfig, directory: Path, report: Callable, context: TrialContext, stop: Asked = never
 ) -> dict[str, float]:
     """Train from the checkpoint of an earlier session, where it left one that fits, else from the start."""
+    from cbtrain.checkpoints.checkpoint import CheckpointError
     from cbtrain.training import loop
-    from cbtrain.training.checkpoint import CheckpointError
     from cbtrain.utils.profile import OFF, Profile
 
     train = functools.partial(
@@ -170,7 +170,7 @@ def _begin_or_go_on(
 
 def _checkpointed(directory: Path, config: CircuitBreakerConfig, workers: int) -> dict[str, float]:
     """What the loop would add to the metrics of a run that goes on from the checkpoint here, if it is a good one."""
-    from cbtrain.training.manifest import progress_of
+    from cbtrain.checkpoints.manifest import progress_of
 
     progress = progress_of(directory / "checkpoint", config, workers)
     return {"resumed_from": progress.step, "earlier_s": sum(progress.seconds.values())} if progress.step else {}

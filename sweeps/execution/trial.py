@@ -16,12 +16,12 @@ import ray.tune
 from ray.actor import ActorHandle
 
 from sweeps.execution.context import TrialContext
-from sweeps.execution.failures import LOST, kind_of, root_cause
-from sweeps.execution.interruption import INTERRUPTED
-from sweeps.execution.output import output_to, print_trace
-from sweeps.execution.processes import call
 from sweeps.plan.early_stopping import StopRule
 from sweeps.plan.journal import TrialSpec
+from sweeps.runtime.failures import LOST, kind_of, root_cause
+from sweeps.runtime.interruption import INTERRUPTED
+from sweeps.runtime.output import output_to, print_trace
+from sweeps.runtime.processes import call
 from sweeps.storage.lock import this_process
 
 REPORTED = ("loss_reroute", "loss_retain", "loss_kl", "grad_norm_total", "tokens_per_s", "train_s")

@@ -6,11 +6,11 @@ from ray import tune
 
 from cbtrain.config import cli
 from sweeps.execution.context import TrialContext
-from sweeps.execution.failures import kind_of, root_cause
-from sweeps.execution.placement import TUNE_RESOURCES
-from sweeps.execution.processes import Processes
 from sweeps.execution.searcher import PlanSearcher
 from sweeps.execution.trial import run_trial
+from sweeps.runtime.failures import kind_of, root_cause
+from sweeps.runtime.placement import TUNE_RESOURCES
+from sweeps.runtime.processes import Processes
 
 
 def run_trials(searcher: PlanSearcher, context: TrialContext, processes: Processes | None, concurrency: int) -> None:

@@ -26,7 +26,7 @@ from analysis.constraint import absolute_tolerance, probably_feasible
 from analysis.noise import excessive_spread
 from analysis.surrogate.gaussian_process import Mixture
 from analysis.surrogate.kernel import Array, coordinates
-from analysis.surrogate.surrogate import BASELINE, MAX_MODELLED, Surrogate, finite_trials
+from analysis.surrogate.surrogate import BASELINE, Surrogate, finite_trials
 from sweeps.plan.budget import PlanSettings
 
 BETA_KL, KL_TEMPERATURE = "beta_kl", "kl_temperature"
@@ -42,8 +42,10 @@ SIGNIFICANT_DIGITS = 4
 MANY, DRAWS_OF_MANY = 40, 16
 """Trials of a sweep from which on they tell much of the hyper-parameters, and the draws of these that then serve."""
 _DRAWS, _MOST = 64, 120
-"""Hyper-parameter draws of few trials, and trials that a suggestion rests on at most: it shall not take longer, the more
-a sweep has run."""
+"""Hyper-parameter draws of few trials, and trials that a suggestion rests on at most: it takes no longer, the more a
+sweep has run."""
+_NEWEST = 300
+"""Trials that TPE sees, which goes through all of them at each."""
 _WEIGHTS, _TEMPERATURES = 64, 7
 
 
@@ -72,14 +74,14 @@ def suggest(
     sampler: BaseSampler
     if settings.sampler == "random" or completed < MIN_MODELLED_TRIALS:
         sampler = RandomSampler(seed=draw)
-    elif settings.sampler == "tpe" or number >= MAX_MODELLED:
+    elif settings.sampler == "tpe":
         sampler = TPESampler(seed=draw, multivariate=True, constant_liar=True, n_startup_trials=MIN_MODELLED_TRIALS)
     else:
         sampler = PosteriorSampler(trials(), settings, seed, draw)
-    # TPE goes through all it sees at every trial, and writes into the study: it gets a copy of the newest.
+    # TPE writes into the study: it gets a copy.
     newest = optuna.create_study(sampler=sampler)
     if isinstance(sampler, TPESampler):
-        newest.add_trials(asked[-MAX_MODELLED:])
+        newest.add_trials(asked[-_NEWEST:])
     params = newest.ask(search_space(settings)).params
     return (
         _rounded(params[BETA_KL], settings.beta_kl_range),

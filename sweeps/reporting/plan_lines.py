@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from analysis.surrogate.surrogate import MAX_MODELLED
-from cbtrain.training.calibration import steps_allowed
+from cbtrain.calibration.outcome import steps_allowed
 from sweeps.plan.budget import Budget, PlanSettings
 from sweeps.reporting.console import indented, wrapped
 
@@ -27,7 +26,7 @@ def plan_lines(
         lines += indented(f"left out as outside the ranges: {', '.join(budget.outside)}")
     return [
         *lines,
-        *wrapped(f"search    beta_kl {over} · {SAMPLERS[settings.sampler]}{_handed_over(settings, budget)}"),
+        *wrapped(f"search    beta_kl {over} · {SAMPLERS[settings.sampler]}"),
         f"goal      least benign drift, rerouting lost ≤ {lost} of what baselines achieve",
         *(wrapped(f"stop      {_stopped_early(budget)}") if early_stop else []),
         *wrapped(f"cache     {cache}"),
@@ -47,13 +46,6 @@ def calibration_line(trials: int, steps: int) -> str:
 def behaviour_line(prompts: int) -> str:
     """What is measured when the trials have ended; its seconds are told then, by a model that runs."""
     return f"behaviour at the end, on up to {prompts} held-out prompts a kind (--behaviour-prompts)"
-
-
-def _handed_over(settings: PlanSettings, budget: Budget) -> str:
-    """That the Gaussian process does not search to the end of a long sweep, where it does not."""
-    if settings.sampler != "gp" or budget.ablation + budget.search <= MAX_MODELLED:
-        return ""
-    return f" for {MAX_MODELLED} trials beside the baseline, then TPE: the cost of the former grows with their cube"
 
 
 def _stopped_early(budget: Budget) -> str:

@@ -171,7 +171,7 @@ def find_trials(run: RunDirectory, settings: PlanSettings, *, retry_failed: bool
 
 def steps_done(run: RunDirectory, found: Found, config: CircuitBreakerConfig, workers: int) -> list[int]:
     """The step from which each interrupted trial goes on; 0 where it has no checkpoint that it can load."""
-    from cbtrain.training.manifest import progress_of
+    from cbtrain.checkpoints.manifest import progress_of
     from sweeps.plan.journal import trial_config
 
     return [

@@ -80,8 +80,8 @@ def by_tune(trials: int) -> None:
     """Print the driver's seconds a trial under Ray Tune, with those of the plan."""
     from ray import tune
 
-    from sweeps.execution.ray_start import started_ray
     from sweeps.execution.searcher import PlanSearcher
+    from sweeps.runtime.ray_start import started_ray
 
     class Timed(PlanSearcher):
         spent = 0.0

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cbtrain.checkpoints.manifest import settings
 from cbtrain.config import InputError
 from cbtrain.losses import relative_retain_loss, retain_loss
 from cbtrain.model.checks import check_layers, prepare, retained_layers
 from cbtrain.model.loading import load_base
 from cbtrain.training.loop import run_teacher, train
-from cbtrain.training.manifest import settings
 
 
 def ignored(_metrics: dict) -> None:

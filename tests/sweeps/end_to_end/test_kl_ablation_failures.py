@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from commands import QUICK, Sweep, world
 
-from sweeps.execution.failures import LOST
+from sweeps.runtime.failures import LOST
 
 
 @pytest.fixture

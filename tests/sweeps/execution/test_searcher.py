@@ -12,9 +12,9 @@ from ray.tune.search.searcher import Searcher
 from simulated import failed, plan_of, use_quick_models, world
 
 from cbtrain.training.non_finite import NonFiniteLossError
-from sweeps.execution.failures import kind_of
 from sweeps.execution.searcher import PlanSearcher, outcome_of
 from sweeps.plan.journal import TrialOutcome, TrialSpec
+from sweeps.runtime.failures import kind_of
 
 FINAL = {"status": "completed", "error": "", "eval_benign_kl": 0.5, "eval_loss_reroute": 0.02, "eval_harmful_nll": 8.0}
 

@@ -17,12 +17,12 @@ from simulated import completed, plan_of, tell_baselines
 from cbtrain.config import CircuitBreakerConfig, InputError
 from sweeps.execution.context import TrialContext
 from sweeps.execution.driver import SweepDriver
-from sweeps.execution.placement import Workers
 from sweeps.execution.searcher import PlanSearcher
 from sweeps.execution.training import train_loop
 from sweeps.execution.trial import run_trial
 from sweeps.plan.early_stopping import StopRule, held_out_curve, judge, require_stoppable, rule_for
 from sweeps.plan.journal import TrialSpec
+from sweeps.runtime.placement import Workers
 from sweeps.storage.run_directory import RunDirectory
 
 PROCESSES = multiprocessing.get_context("forkserver")

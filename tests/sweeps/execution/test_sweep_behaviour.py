@@ -20,9 +20,9 @@ from cbtrain.evaluation.judge.judge import load_classifier
 from cbtrain.training.loop import train
 from sweeps.execution.behaviour import BehaviourError, Meter, _measure, behaviour_sentences, file_of, subjects
 from sweeps.execution.context import TrialContext
-from sweeps.execution.placement import Workers
-from sweeps.execution.processes import Processes
 from sweeps.plan.journal import TrialSpec, trial_config
+from sweeps.runtime.placement import Workers
+from sweeps.runtime.processes import Processes
 
 BASELINE = TrialSpec("t000", "baseline", 0.0, 1.0, 0)
 CHOSEN = TrialSpec("t005", "ablation", 0.3, 1.0, 0)

@@ -15,6 +15,7 @@ import sweeps.plan.plan
 import sweeps.plan.sampler
 from analysis.surrogate.gaussian_process import Mixture
 from analysis.surrogate.kernel import coordinates
+from analysis.surrogate.surrogate import Surrogate
 from sweeps.plan.budget import PlanSettings, SamplerName
 from sweeps.plan.journal import TrialSpec
 from sweeps.plan.plan import SweepPlan
@@ -70,21 +71,24 @@ def test_optunas_samplers_search_without_the_model_and_are_drawn_alike_each_time
     assert len(points) == sum(spec.phase == "search" for spec in first)
 
 
-def test_beyond_what_the_model_can_bear_tpe_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    modelled: list[int] = []
+def test_a_suggestion_rests_on_no_more_trials_the_more_a_sweep_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    modelled: list[pd.DataFrame] = []
+    of = Surrogate.of
 
-    class Counted(PosteriorSampler):
-        def __init__(self, trials: pd.DataFrame, *arguments: Any) -> None:
-            modelled.append(int((trials.status == "completed").sum()))
-            super().__init__(trials, *arguments)
+    def seen(*arguments: Any) -> Surrogate:
+        model = of(*arguments)
+        modelled.append(model.trials)
+        return model
 
-    monkeypatch.setattr(sweeps.plan.sampler, "PosteriorSampler", Counted)
-    monkeypatch.setattr(sweeps.plan.sampler, "MAX_MODELLED", 12)
+    monkeypatch.setattr(Surrogate, "of", seen)
+    monkeypatch.setattr(sweeps.plan.sampler, "_MOST", 14)
     monkeypatch.setattr(sweeps.plan.plan, "decide", quick_decide)
     drive(plan_of(30))
-    assert modelled, "the model never searched"
-    # 6 baselines are not of the searched study, whose trials are counted.
-    assert max(modelled) == 6 + 11
+    assert max(map(len, modelled)) == 14
+    last = modelled[-1]
+    assert (last.beta_kl == 0).sum() == 6
+    # Of the others, late trials count as early ones do.
+    assert int(last.trial_id.iloc[-1][1:]) > 20
 
 
 def test_new_points_lie_apart_also_while_others_run_and_none_is_trained_twice_on_a_seed() -> None:

@@ -15,9 +15,9 @@ from cbtrain.config import InputError
 from cbtrain.training.metrics import Metrics
 from sweeps import kl_ablation
 from sweeps.execution.context import TrialContext
-from sweeps.execution.placement import Workers
 from sweeps.execution.training import _begin_or_go_on
 from sweeps.reporting.console import resume_lines
+from sweeps.runtime.placement import Workers
 from sweeps.storage.lock import HeldError, held
 from sweeps.storage.resume import find_trials, flags_to_keep, given_flags, mend_journal, recorded, wait_for_leftovers
 

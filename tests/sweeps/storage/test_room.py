@@ -9,8 +9,8 @@ import pytest
 from simulated import plan_of
 
 from cbtrain.config import get_config
-from sweeps.execution.failures import told_in_a_line
 from sweeps.execution.searcher import PlanSearcher
+from sweeps.runtime.failures import told_in_a_line
 from sweeps.storage.room import RESERVE, NoRoomError, Room, TrialFiles
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cbtrain.checkpoints.checkpoint import Checkpoints
+from cbtrain.checkpoints.manifest import MANIFEST, NOTHING, CheckpointError, Progress, progress_of
 from cbtrain.config import CircuitBreakerConfig, InputError
 from cbtrain.model.checks import prepare
-from cbtrain.training.checkpoint import Checkpoints
 from cbtrain.training.engine import adapted_model, deepspeed_engine
 from cbtrain.training.loop import train
-from cbtrain.training.manifest import MANIFEST, NOTHING, CheckpointError, Progress, progress_of
 from cbtrain.training.metrics import Metrics
 from cbtrain.utils import distributed
 from cbtrain.utils.profile import Profile

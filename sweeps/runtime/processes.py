@@ -14,8 +14,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from sweeps.execution.output import output_to, print_trace
-from sweeps.execution.placement import Workers
+from sweeps.runtime.output import output_to, print_trace
+from sweeps.runtime.placement import Workers
 
 Answer = tuple[bool, Any]
 """Whether it is what the work returned, which comes last, and what it reported or returned."""

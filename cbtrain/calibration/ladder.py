@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cbtrain.calibration.outcome import EVALUATIONS, SAID, Calibration, Outcome, Run, judge
 from cbtrain.config import CircuitBreakerConfig
 from cbtrain.evaluation.convergence import COLLAPSED, STILL_FALLING, collapse_steps, evaluations, unsettled
-from cbtrain.training.calibration import EVALUATIONS, SAID, Calibration, Outcome, Run, judge
 from cbtrain.training.loop import run_teacher, train
 from cbtrain.training.metrics import Metrics
 from cbtrain.training.non_finite import NonFiniteLossError

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cbtrain.calibration import ladder
+from cbtrain.calibration.ladder import calibrate
 from cbtrain.config import get_config
 from cbtrain.model.loading import load_tokenizer, resolve
-from cbtrain.training import ladder
-from cbtrain.training.ladder import calibrate
 from tests.helpers.scaled_stream import scale_hidden_states
 
 

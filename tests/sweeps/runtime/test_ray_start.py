@@ -14,11 +14,11 @@ import pytest
 from commands import ROOT
 
 from cbtrain.config import InputError
-from sweeps.execution.ray_start import SHORT, cluster_address, short_directory, started_ray
+from sweeps.runtime.ray_start import SHORT, cluster_address, short_directory, started_ray
 
 START = """
 import json, os, psutil, ray
-from sweeps.execution.ray_start import started_ray
+from sweeps.runtime.ray_start import started_ray
 with started_ray() as nodes:
     worker = ray.get(ray.remote(lambda: dict(os.environ)).remote())
     processes = psutil.Process().children(recursive=True)
@@ -130,7 +130,7 @@ def test_ray_of_ones_own_is_on_loopback_with_a_token_whatever_home_temporary_dir
 
 LEAVES_ONE = """
 import subprocess, sys, ray
-from sweeps.execution.ray_start import started_ray
+from sweeps.runtime.ray_start import started_ray
 with started_ray():
     command = ["sleep", "600"]
     process = ray.get(ray.remote(lambda: subprocess.Popen(command, start_new_session=True).pid).remote())

@@ -17,10 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cbtrain.config import CircuitBreakerConfig
-from cbtrain.data.dataset import CircuitBreakerData
-from cbtrain.model.identity import identities
-from cbtrain.training.manifest import (
+from cbtrain.checkpoints.manifest import (
     BEFORE,
     MANIFEST,
     NOTHING,
@@ -33,6 +30,9 @@ from cbtrain.training.manifest import (
     read,
     settings,
 )
+from cbtrain.config import CircuitBreakerConfig
+from cbtrain.data.dataset import CircuitBreakerData
+from cbtrain.model.identity import identities
 from cbtrain.utils import distributed
 from cbtrain.utils.errors import named
 from cbtrain.utils.files import checksum, flush, write_whole

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from cbtrain.calibration import ladder
+from cbtrain.calibration.ladder import calibrate
+from cbtrain.calibration.outcome import judge, steps_allowed
 from cbtrain.config import InputError
 from cbtrain.config.saved import with_calibration
-from cbtrain.training import ladder
-from cbtrain.training.calibration import judge, steps_allowed
-from cbtrain.training.ladder import calibrate
 
 
 def evaluation(step: int, reroute: float, cosines: tuple[float, float], distance: float = 0.05) -> dict[str, float]:

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from cbtrain.config import InputError
-from sweeps.execution.placement import TUNE_RESOURCES, Node, Workers, place, placement_line
+from sweeps.runtime.placement import TUNE_RESOURCES, Node, Workers, place, placement_line
 
 NONE = {"workers": 1, "gpus_per_worker": None, "max_concurrent": None}
 

@@ -26,8 +26,8 @@ from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
 from cbtrain.config import InputError
 from cbtrain.utils.hardware import usable_cpus
-from sweeps.execution.failures import afterwards
-from sweeps.execution.placement import Node
+from sweeps.runtime.failures import afterwards
+from sweeps.runtime.placement import Node
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTLE_S = 10.0
