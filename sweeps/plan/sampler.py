@@ -41,7 +41,7 @@ SIGNIFICANT_DIGITS = 4
 
 MANY, DRAWS_OF_MANY = 40, 16
 """Trials of a sweep from which on they tell much of the hyper-parameters, and the draws of these that then serve."""
-_DRAWS, _MOST = 64, 120
+_DRAWS, _MOST = 64, 64
 """Hyper-parameter draws of few trials, and trials that a suggestion rests on at most: it takes no longer, the more a
 sweep has run."""
 _NEWEST = 300
