@@ -82,17 +82,22 @@ def started_ray() -> Iterator[list[Node]]:
     for name, value in DRIVER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     address = cluster_address(os.environ)
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Ray would upload the whole working directory for a driver below `uv run`; workers have this environment anyhow.
     ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     # Tune would hand these on as arguments of processes, which everybody on the machine can read; no trial needs them.
     ENV_VARS_TO_PROPAGATE.difference_update({name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")})
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    workers = {"PYTHONPATH": python_path, **WORKER_ENVIRONMENT}
     with contextlib.ExitStack() as stack:
-        own = stack.enter_context(_alone()) if address is None else {}
-        runtime = {"env_vars": {"PYTHONPATH": python_path, **WORKER_ENVIRONMENT}}
         # Workers import from the directory in which Ray is started before they look into PYTHONPATH.
-        with contextlib.chdir(ROOT), contextlib.nullcontext() if address else stack.enter_context(_none_left()):
-            _start(address, {"runtime_env": runtime, **own})
+        with contextlib.chdir(ROOT):
+            if address:
+                _start(address, {"runtime_env": {"env_vars": workers}})
+            else:
+                own, marked = stack.enter_context(_alone()), stack.enter_context(_none_left())
+                # Inherited: for a `runtime_env` Ray would start workers anew, a second later than those it has at hand.
+                with marked, _environment(workers):
+                    _start(None, own)
         stack.callback(ray.shutdown)
         # Ray's own handler writes on the screen; the root's, where there is one, is enough.
         logging.getLogger("ray").handlers = [logging.NullHandler()]
@@ -126,16 +131,20 @@ def _none_left() -> Iterator[contextlib.AbstractContextManager[None]]:
     """
     mark = secrets.token_hex(16)
 
-    @contextlib.contextmanager
-    def marked() -> Iterator[None]:
-        os.environ[MARK] = mark
-        try:
-            yield
-        finally:
-            del os.environ[MARK]
-
     with afterwards(KILL_MARKED, f"{MARK}={mark}"):
-        yield marked()
+        yield _environment({MARK: mark})
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """This process's environment with these variables, for processes that are started in the body."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @contextlib.contextmanager
