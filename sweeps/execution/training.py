@@ -25,6 +25,7 @@ from sweeps.plan.journal import TrialSpec, trial_config
 from sweeps.runtime.interruption import INTERRUPTED
 from sweeps.runtime.output import output_to
 from sweeps.runtime.processes import Processes, call, nothing
+from sweeps.runtime.watchdog import ended_without_progress
 from sweeps.storage.lock import LEFT_RUNNING_S, held
 
 
@@ -107,6 +108,7 @@ def train_loop(
     curve = held_out_curve(directory) if rule else {}  # a resumed trial's, up to where it was killed
 
     def report_evaluations(metrics: dict[str, float]) -> None:
+        progress()
         print(console_line(metrics), flush=True)
         if "eval_loss_reroute" in metrics:
             (report or ray.train.report)(dict(metrics))
@@ -128,6 +130,7 @@ def train_loop(
             return {}, INTERRUPTED
         if reason:
             return {}, reason
+        progress = stack.enter_context(ended_without_progress(context.trial_timeout))
         try:
             return _begin_or_go_on(config, directory, report_evaluations, context, stop.asked), ""
         except Interrupted as error:

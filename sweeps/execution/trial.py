@@ -24,6 +24,8 @@ from sweeps.runtime.output import output_to, print_trace
 from sweeps.runtime.processes import call
 from sweeps.storage.lock import this_process
 
+ENDS_S = 10.0
+"""By when a trial has ended itself for want of progress, and Ray knows of it."""
 REPORTED = ("loss_reroute", "loss_retain", "loss_kl", "grad_norm_total", "tokens_per_s", "train_s")
 PREFIXES = ("eval_", "base_", "resumed_", "grad_", "collapse_step_", "converged")
 """Metrics of the loop that a trial's outcome carries: by name, and all that begin so."""
@@ -74,7 +76,10 @@ def run_trial(given: dict, context: TrialContext, processes: Sequence[ActorHandl
 def _watched(
     spec: TrialSpec, context: TrialContext, process: ActorHandle | None, stalled: threading.Event
 ) -> Iterator[None]:
-    """End what trains when nothing that it writes has changed for `trial_timeout` seconds."""
+    """Notice when nothing that the trial writes has changed for `trial_timeout` seconds.
+
+    What trains ends itself then (`watchdog.py`). Where it has not even begun, this ends it.
+    """
     ended = threading.Event()
 
     def watch() -> None:
@@ -85,9 +90,8 @@ def _watched(
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > context.trial_timeout:
                 stalled.set()
-                if process is None:
-                    os._exit(1)  # with it end the workers that Train has started for it
-                ray.kill(process, no_restart=False)
+                if not ended.wait(ENDS_S):
+                    os._exit(1) if process is None else ray.kill(process, no_restart=False)
                 return
 
     if context.trial_timeout:

@@ -47,8 +47,10 @@ def test_failed_trials_and_a_full_disk_leave_their_reasons_and_nothing_running(s
     assert "NonFiniteLossError" in (tmp_path / "run" / "logs" / "t000.log").read_text()
 
 
-def test_a_trial_whose_process_is_killed_goes_on_in_another_and_at_the_second_time_fails_alone(small_world, tmp_path):
-    sweep = endless(small_world, tmp_path, "--checkpoint-every", "2")
+def test_a_trial_killed_twice_fails_alone_and_the_interrupted_sweep_leaves_a_checkpoint_of_the_next(
+    small_world, tmp_path
+):
+    sweep = endless(small_world, tmp_path, "--checkpoint-every", "20")
     wait_for_a_step(tmp_path, "t000")
     first = trained_by(tmp_path, "t000")
     wait_until((tmp_path / "run" / "trials" / "t000" / "checkpoint" / "manifest.json").is_file)
@@ -59,10 +61,16 @@ def test_a_trial_whose_process_is_killed_goes_on_in_another_and_at_the_second_ti
     wait_until(lambda: "Step" in log.read_text()[said:])
     os.kill(trained_by(tmp_path, "t000"), signal.SIGKILL)
     wait_for_a_step(tmp_path, "t001")
-    trials = check_interrupted(sweep, tmp_path, signal.SIGTERM, 143)
+    sent = time.time()
+    trials = check_interrupted(sweep, tmp_path, signal.SIGUSR1, 143)
     assert trials.status.tolist() == ["failed", "running"]
     assert trials.error[0] == LOST
     assert trials.failures[0] == 1
+    trial = tmp_path / "run" / "trials" / "t001"
+    manifest = trial / "checkpoint" / "manifest.json"
+    done = [json.loads(line)["step"] for line in (trial / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < done[-1] <= json.loads(manifest.read_text())["step"] <= done[-1] + 10, "the last logged step, or later"
+    assert manifest.stat().st_mtime - sent < 15
 
 
 def trained_by(tmp_path: Path, trial_id: str) -> int | None:
@@ -76,18 +84,6 @@ def wait_until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-def test_an_interrupted_sweep_leaves_a_checkpoint_of_what_was_done_and_no_process(small_world, tmp_path):
-    sweep = endless(small_world, tmp_path)
-    wait_for_a_step(tmp_path, "t000")
-    sent = time.time()
-    assert set(check_interrupted(sweep, tmp_path, signal.SIGUSR1, 143).status) == {"running"}
-    trial = tmp_path / "run" / "trials" / "t000"
-    manifest = trial / "checkpoint" / "manifest.json"
-    done = [json.loads(line)["step"] for line in (trial / "metrics.jsonl").read_text().splitlines()]
-    assert 0 < done[-1] <= json.loads(manifest.read_text())["step"] <= done[-1] + 10, "the last logged step, or later"
-    assert manifest.stat().st_mtime - sent < 15
 
 
 def endless(small_world: Path, tmp_path: Path, *more: str) -> Sweep:

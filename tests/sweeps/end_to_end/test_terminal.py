@@ -94,12 +94,12 @@ def check_table(screen: str, columns: int) -> None:
 
 
 def test_a_table_stays_in_place_through_a_resize_and_a_summary_takes_its_place(terminal):
-    terminal.type(command("--steps", "90"))
+    terminal.type(command("--steps", "60"))
     began = time.monotonic()
     terminal.wait_for("loading   libraries", FIRST_S)
     print(f"first line after {time.monotonic() - began:.1f} s")
     terminal.wait_for("phase     beta_kl")
-    check_table(terminal.wait_for(lambda screen: re.search(r" \d+/90 ", screen)), 80)
+    check_table(terminal.wait_for(lambda screen: re.search(r" \d+/60 ", screen)), 80)
     terminal("resize-window", "-t", "t", "-x", "120", "-y", "40")
     time.sleep(1.2)
     check_table(terminal.shown(), 120)
