@@ -10,6 +10,7 @@ from cbtrain.config import CircuitBreakerConfig
 from cbtrain.utils.environment import importing
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of every process here; two share the cores at least
+os.environ.setdefault("RAY_worker_niceness", "0")  # else they starve beside other tests, and time limits are met
 with importing():
     import torch
     from worlds import build_small_world, config_on
