@@ -3,6 +3,7 @@
 import itertools
 
 from ray import tune
+from ray.tune.experiment import Trial
 
 from cbtrain.config import cli
 from sweeps.execution.context import TrialContext
@@ -49,13 +50,21 @@ def _tuner(
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
-            name=f"tune-{attempt}", storage_path=str(context.ray_directory), verbose=0, callbacks=[_OwnSignals()]
+            name=f"tune-{attempt}", storage_path=str(context.ray_directory), verbose=0, callbacks=[_OurOwn()]
         ),
     )
 
 
-class _OwnSignals(tune.Callback):
-    """Takes back SIGUSR1, at which Tune would end its run in a way of its own."""
+class _OurOwn(tune.Callback):
+    """What Tune does of its own accord and a sweep has no use for."""
 
     def setup(self, **_info: object) -> None:
+        """Take back SIGUSR1, at which Tune would end its run in a way of its own."""
         cli.catch_signals()
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_info: object) -> None:
+        """Forget the extremes and means that Tune keeps of every metric: a quarter of a MiB a trial, to no end."""
+        kept = trial.run_metadata
+        kept.metric_analysis.clear()
+        kept.metric_n_steps.clear()
+        kept.invalidate_cache()
