@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 
 from analysis.behaviour.judge import DEFAULT_LIMITS
 from analysis.constraint import CONFIDENCE, REROUTE_TOLERANCE
@@ -124,7 +124,7 @@ class SweepSettings:
     again."""
     retry_failed: bool = False
     """With --resume: run the trials that failed once more, from their checkpoints."""
-    trial_timeout: Annotated[float, Ge(0)] = 0.0
+    trial_timeout: Annotated[float, Ge(0), Lt(1e9), "must be 0 or more, and below 1e9"] = 0.0
     """Seconds without a logged step or evaluation after which an attempt at a trial is ended as lost; 0 waits for
     ever. Choose more than an evaluation takes."""
     profile: bool = False

@@ -6,6 +6,7 @@ first model alone, with a fixed loss beyond the limit. Runs that failed have no 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -161,14 +162,27 @@ class Surrogate:
 
 
 def modelled(usable: pd.DataFrame, most: int = MAX_MODELLED) -> pd.DataFrame:
-    """The trials that the model rests on: all up to `most`; of more, the baselines, those of settings that ran more
-    than once, and the others, of each at even distances in the order in which they ran as many as there is room for."""
+    """The trials that the model rests on: all up to `most`.
+
+    Of more, at even distances in the order in which they ran, the baselines (a quarter of the room at most), settings
+    that ran more than once with all their trials (half of what is left, or more where others leave it), and the others.
+    """
     if len(usable) <= most:
         return usable
-    baseline = usable["beta_kl"] == 0
-    replicated = usable.duplicated(["beta_kl", "kl_temperature"], keep=False) & ~baseline
-    kept = usable.index[:0]
-    for part in (usable.index[baseline], usable.index[replicated], usable.index[~baseline & ~replicated]):
-        room = min(most - len(kept), len(part))
-        kept = kept.union(part[np.linspace(0, len(part) - 1, room).astype(int)])
-    return usable.loc[kept]
+    of_settings = usable[usable["beta_kl"] > 0].groupby(["beta_kl", "kl_temperature"], sort=False).groups.values()
+    replicated = [[*trials] for trials in of_settings if len(trials) > 1]
+    others = [trials[0] for trials in of_settings if len(trials) == 1]
+    kept = _spread([*usable.index[usable["beta_kl"] == 0]], most // 4)
+    left = most - len(kept)
+    room = max(left // 2, left - len(others))
+    by_number = (_spread(replicated, number) for number in range(len(replicated), -1, -1))
+    whole = next(settings for settings in by_number if sum(map(len, settings)) <= room)
+    kept += [trial for trials in whole for trial in trials]
+    kept += _spread(others, most - len(kept))
+    return usable.loc[sorted(kept)]
+
+
+def _spread(items: list[Any], most: int) -> list[Any]:
+    """So many of them, or all, at even distances, the last one among them."""
+    places = np.linspace(len(items) - 1, 0, min(most, len(items))).astype(int)
+    return [items[place] for place in places[::-1]]

@@ -8,7 +8,7 @@ import contextlib
 import csv
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from analysis.constraint import baseline_rerouted
@@ -16,13 +16,19 @@ from cbtrain.utils.metrics_file import read_metrics
 from cbtrain.utils.stopping import Asked, never
 from sweeps.plan.plan import LEADERS
 from sweeps.runtime.interruption import INTERRUPTED
+from sweeps.runtime.processes import nothing
 
 POLL_S = 0.1
 NOT_BEGUN = "not begun: no baseline that went ahead rerouted"
 
 
-def wait_for_first_baseline(run_dir: Path, trial_id: str, stop: Asked = never) -> str:
+def wait_for_first_baseline(
+    run_dir: Path, trial_id: str, stop: Asked = never, waiting: Callable[[], None] = nothing
+) -> str:
     """Return when a baseline before this trial has rerouted, or those that go ahead have ended.
+
+    Args:
+        waiting: is called again and again until then.
 
     Returns:
         Why the trial shall not begin; empty where it shall.
@@ -39,6 +45,7 @@ def wait_for_first_baseline(run_dir: Path, trial_id: str, stop: Asked = never) -
             leads = trial_id in [name for name, _ in leaders]
             in_vain = bool(before) and all(status == "completed" for _, status in before)  # of a failed one: unknown
             return NOT_BEGUN if in_vain and not leads else ""
+        waiting()
         with contextlib.suppress(FileNotFoundError):  # of a trial that is tried by itself
             os.utime(run_dir / "trials" / trial_id / "lock")  # which tells --trial-timeout that it waits and lives
         time.sleep(POLL_S)

@@ -95,19 +95,14 @@ def train_loop(
         `INTERRUPTED` where the driver asked for it. No exception says so, since Ray would take the worker that raises
         it for lost.
     """
-    quiet_libraries()
-    import torch
-
-    from cbtrain.training.metrics import console_line
-    from cbtrain.utils import distributed
-
-    torch.set_num_threads(context.workers.cpus)
     config = trial_config(context.config, spec)
     in_process = context.workers.in_process
     directory = context.run_dir / "trials" / spec.trial_id
     curve = held_out_curve(directory) if rule else {}  # a resumed trial's, up to where it was killed
 
     def report_evaluations(metrics: dict[str, float]) -> None:
+        from cbtrain.training.metrics import console_line
+
         progress()
         print(console_line(metrics), flush=True)
         if "eval_loss_reroute" in metrics:
@@ -119,18 +114,23 @@ def train_loop(
     with contextlib.ExitStack() as stack:
         if not in_process:
             stack.enter_context(output_to(context.run_dir, f"{spec.trial_id}-rank{rank}"))
+        progress = stack.enter_context(ended_without_progress(context.trial_timeout))
         if rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(held(directory / "lock", wait_s=LEFT_RUNNING_S))
-        from cbtrain.training import loop  # noqa: F401  while the first baseline trains
+        quiet_libraries()
+        import torch
 
+        from cbtrain.training import loop  # noqa: F401  while the first baseline trains
+        from cbtrain.utils import distributed
+
+        torch.set_num_threads(context.workers.cpus)
         stop = context.stop_file
-        reason = wait_for_first_baseline(context.run_dir, spec.trial_id, stop.asked)
+        reason = wait_for_first_baseline(context.run_dir, spec.trial_id, stop.asked, progress)
         if distributed.any_rank(reason == INTERRUPTED):
             return {}, INTERRUPTED
         if reason:
             return {}, reason
-        progress = stack.enter_context(ended_without_progress(context.trial_timeout))
         try:
             return _begin_or_go_on(config, directory, report_evaluations, context, stop.asked), ""
         except Interrupted as error:

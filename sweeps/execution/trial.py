@@ -24,8 +24,8 @@ from sweeps.runtime.output import output_to, print_trace
 from sweeps.runtime.processes import call
 from sweeps.storage.lock import this_process
 
-ENDS_S = 10.0
-"""By when a trial has ended itself for want of progress, and Ray knows of it."""
+ENDS_S = 30.0
+"""By when what trains has ended itself for want of progress, and Ray knows of it."""
 REPORTED = ("loss_reroute", "loss_retain", "loss_kl", "grad_norm_total", "tokens_per_s", "train_s")
 PREFIXES = ("eval_", "base_", "resumed_", "grad_", "collapse_step_", "converged")
 """Metrics of the loop that a trial's outcome carries: by name, and all that begin so."""
@@ -63,7 +63,8 @@ def run_trial(given: dict, context: TrialContext, processes: Sequence[ActorHandl
         earlier_s = metrics.get("earlier_s", 0.0)
     except Exception as error:
         failure, why = kind_of(error), root_cause(error)
-        if stalled.is_set():
+        ended_itself = failure == "lost" or (handle is None and failure == "raised")  # another rank lost its peer
+        if stalled.is_set() and ended_itself:
             failure, why = "lost", f"no progress for {context.trial_timeout:g} s (--trial-timeout)"
         elif failure == "lost":
             why = LOST
@@ -85,14 +86,15 @@ def _watched(
     def watch() -> None:
         seen, since = _written(spec, context), time.monotonic()
         while not ended.wait(min(1.0, context.trial_timeout / 4)):
-            now = _written(spec, context)
+            now, waited = _written(spec, context), time.monotonic() - since
             if now != seen:
                 seen, since = now, time.monotonic()
-            elif time.monotonic() - since > context.trial_timeout:
-                stalled.set()
-                if not ended.wait(ENDS_S):
-                    os._exit(1) if process is None else ray.kill(process, no_restart=False)
+                stalled.clear()
+            elif waited > context.trial_timeout + ENDS_S:
+                os._exit(1) if process is None else ray.kill(process, no_restart=False)
                 return
+            elif waited > context.trial_timeout:
+                stalled.set()
 
     if context.trial_timeout:
         threading.Thread(target=watch, daemon=True).start()

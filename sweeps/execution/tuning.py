@@ -62,6 +62,10 @@ class _OurOwn(tune.Callback):
         """Take back SIGUSR1, at which Tune would end its run in a way of its own."""
         cli.catch_signals()
 
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
+        """As `on_trial_complete`."""
+        self.on_trial_complete(iteration, trials, trial, **info)
+
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_info: object) -> None:
         """Forget the extremes and means that Tune keeps of every metric: a quarter of a MiB a trial, to no end."""
         kept = trial.run_metadata

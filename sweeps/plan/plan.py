@@ -24,13 +24,13 @@ from analysis.constraint import (
 from analysis.decide import decide
 from analysis.decision import Decision, SettingAssessment
 from analysis.report.wording import headline
-from analysis.surrogate.surrogate import STOPPED_LOSS
+from analysis.surrogate.surrogate import MAX_MODELLED, STOPPED_LOSS
 from cbtrain.config import InputError
 from sweeps.plan.budget import PlanSettings, allocate
 from sweeps.plan.dashboard import verdict_note
 from sweeps.plan.journal import Entry, Journal, TrialOutcome, TrialSpec
 from sweeps.plan.outcomes import checked, completed_loss, metrics_of, regression_of, row_of
-from sweeps.plan.sampler import DRAWS_OF_MANY, MANY, search_space, suggest
+from sweeps.plan.sampler import DRAWS_OF_MANY, search_space, suggest
 
 StopReason = Literal["", "baseline_never_rerouted", "baseline_failed"]
 
@@ -233,7 +233,7 @@ class SweepPlan:
         Where no setting completed a trial, the search goes on instead.
         """
         # Of many trials few draws tell what to look at again, in a third of the time.
-        draws = DRAWS_OF_MANY if len(self._entries) > MANY else None
+        draws = DRAWS_OF_MANY if len(self._entries) > MAX_MODELLED else None
         decision = decide(
             self.table(),
             reroute_tolerance=self.settings.reroute_tolerance,

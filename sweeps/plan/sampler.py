@@ -26,7 +26,7 @@ from analysis.constraint import absolute_tolerance, probably_feasible
 from analysis.noise import excessive_spread
 from analysis.surrogate.gaussian_process import Mixture
 from analysis.surrogate.kernel import Array, coordinates
-from analysis.surrogate.surrogate import BASELINE, Surrogate, finite_trials
+from analysis.surrogate.surrogate import BASELINE, Surrogate, finite_trials, modelled
 from sweeps.plan.budget import PlanSettings
 
 BETA_KL, KL_TEMPERATURE = "beta_kl", "kl_temperature"
@@ -39,11 +39,11 @@ WORTH_A_TRIAL = 0.01
 chosen has run on one seed only."""
 SIGNIFICANT_DIGITS = 4
 
-MANY, DRAWS_OF_MANY = 40, 16
+_MANY, DRAWS_OF_MANY = 40, 16
 """Trials of a sweep from which on they tell much of the hyper-parameters, and the draws of these that then serve."""
 _DRAWS, _MOST = 64, 64
-"""Hyper-parameter draws of few trials, and trials that a suggestion rests on at most: it takes no longer, the more a
-sweep has run."""
+"""Hyper-parameter draws of few trials, and completed (and stopped) trials that a suggestion rests on at most: it takes
+no longer, the more a sweep has run."""
 _NEWEST = 300
 """Trials that TPE sees, which goes through all of them at each."""
 _WEIGHTS, _TEMPERATURES = 64, 7
@@ -128,7 +128,7 @@ class PosteriorSampler(BaseSampler):
 def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw: int) -> tuple[float, float]:
     """The point of the highest value on a grid that `draw` shifts, or a setting that ran and deserves a second seed."""
     # 1. The model; drift that is still being measured counts as known, see `PosteriorSampler`.
-    space, draws = settings.searched, _DRAWS if len(trials) <= MANY else DRAWS_OF_MANY
+    space, draws = settings.searched, _DRAWS if len(trials) <= _MANY else DRAWS_OF_MANY
     model = Surrogate.of(trials, settings.reroute_tolerance, draws, space, _MOST)
     asked = trials[trials["beta_kl"] > 0]
     running = asked[asked["status"] == "running"]
@@ -136,7 +136,8 @@ def _most_valuable(trials: pd.DataFrame, settings: PlanSettings, seed: int, draw
         places = coordinates(running["beta_kl"], running["kl_temperature"], space)
         model = model.believing_drift(places, running["seed"])
     # 2. What a new point has to beat: the setting that would be chosen now, or no KL.
-    known = pd.concat([finite_trials(asked)[0], running])
+    rests_on = modelled(finite_trials(trials)[0], _MOST)
+    known = pd.concat([rests_on[rests_on["beta_kl"] > 0], running])
     pick = _pick(model, known, settings)
     reference = BASELINE if pick is None else coordinates(*pick, space)[0]
     left = max(1, settings.num_samples - len(trials))

@@ -4,7 +4,7 @@ import contextlib
 import faulthandler
 from collections.abc import Callable, Iterator
 
-NOTICED_S = 2.0
+NOTICED_S = 5.0
 """So much later than its trial notices: the trial says why."""
 STDERR = 2
 
