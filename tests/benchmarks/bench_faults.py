@@ -38,7 +38,7 @@ raise                           2       2     0          1       0     0
 NaN                             2       0     0          1       0     0
 hang                            2       0     0          1       0     0
 checkpoint cut                  2       2     0          1       1     0
-journal cut                     2       2     0          not run
+journal cut                     2       2     0          1       1     0
 file size                       2       1     0          not run
 disk full                       2       2     0          not run
 clock back                      2       0     0          not run

@@ -8,11 +8,13 @@ standard deviation of what is left. Overhead is the time from one trial's end to
 seconds that the trial trained and evaluated; its median over the first fifty trials behind the baselines, and over
 the last fifty.
 
-Two x86-64 cores, 2026-11-28, 300 trials of 4 steps in 489 s, one kept process: kept process 529 to 533 MiB (1.1 a
-hundred trials, ± 0.4 around the line) and 51 open files at both ends; driver 492 to 537 MiB (28 a hundred, ± 7), open
-files 43 to 51 (none a hundred by the line); overhead 0.70 s at the beginning and 0.75 at the end, × 1.07. Nothing left.
-Two runs before found what is mended since: four open files a trial in the kept process, and a search whose model grew
-with the trials (× 3.4 in overhead). What grows in the driver is not the plan, which alone grows by 5 a hundred.
+Two x86-64 cores, 2026-11-28, 300 trials of 4 steps, one kept process, twice. On a quiet machine in 489 s: kept process
+529 to 533 MiB (1.1 a hundred trials, ± 0.4 around the line), 51 open files at both ends; overhead 0.70 s at the
+beginning and 0.75 at the end, × 1.07; driver 492 to 537 MiB (28 a hundred, ± 7), of which most was Ray Tune's
+statistics of trials that had ended. Without these, beside two other sweeps, in 666 s: driver 472 to 491 MiB (9 a
+hundred, ± 7), open files 43 to 42; kept process 528 to 518 MiB (−1.1, ± 4.0), open files 50 to 49; what trials cost
+then says nothing. Nothing left behind in either. Two runs before found what is mended since: four open files a trial in
+the kept process, and a search whose model grew with the trials (× 3.4 in overhead).
 """
 
 import argparse
