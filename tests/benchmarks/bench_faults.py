@@ -41,13 +41,14 @@ checkpoint cut                  2       2     0          1       1     0
 journal cut                     2       2     0          1       1     0
 file size                       2       1     0          1       0     0
 disk full                       2       2     0          1       1     0
-clock back                      2       0     0          not run
+clock back                      2       0     0          not good, below
 
 The first two that left something, Ray's agents and a controller of Ray Train's, were met before the driver saw to it
 that nothing of Ray's outlives it, and are why it does. Of "hang" on own workers a worker was still there, and had kept
 its CPUs from every later trial, until workers ended themselves (`sweeps.runtime.watchdog`): 591 s and four trials that
 failed before, 233 s and none after. Own workers' last rows, from checkpoint cut on, are of seed 30, beside other
-sweeps. In the first run SIGHUP was ignored, as `nohup` has it. One sweep with NaN had ended before the fault was seen.
+sweeps. There the clock that was set back kept Ray from starting workers for the fourth trial, which failed; the resume
+was not reached. In the first run SIGHUP was ignored, as `nohup` has it. One sweep with NaN had ended before the fault was seen.
 """
 
 import argparse
