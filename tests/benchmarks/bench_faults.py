@@ -48,7 +48,8 @@ that nothing of Ray's outlives it, and are why it does. Of "hang" on own workers
 its CPUs from every later trial, until workers ended themselves (`sweeps.runtime.watchdog`): 591 s and four trials that
 failed before, 233 s and none after. Own workers' last rows, from checkpoint cut on, are of seed 30, beside other
 sweeps. There the clock that was set back kept Ray from starting workers for the fourth trial, which failed; the resume
-was not reached. In the first run SIGHUP was ignored, as `nohup` has it. One sweep with NaN had ended before the fault was seen.
+was not reached. In the first run SIGHUP was ignored, as `nohup` has it. One sweep with NaN had ended before the fault
+was seen.
 """
 
 import argparse

@@ -44,4 +44,5 @@ def test_a_thread_that_hangs_ends_its_process_with_a_trace_and_one_that_goes_on_
 
 
 def test_what_has_ended_in_time_is_left_alone():
-    subprocess.run([sys.executable, "-c", IN_TIME], cwd=ROOT, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", IN_TIME], cwd=ROOT, check=False, timeout=60)
+    assert done.returncode == 0
